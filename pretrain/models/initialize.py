@@ -1,0 +1,56 @@
+"""Initial values, the same for every layout: each parameter is drawn by itself, from (seed, its full name)."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from potamos.pretrain.models import interfaces
+from potamos.pretrain.models.interfaces import Initializer
+from potamos.pretrain.models.registry import register
+
+
+@register("init", "gpt2")
+class Gpt2(Initializer):
+    """N(0, std) for linear and embedding weights, std / sqrt(2 * layers) for projections into the residual stream, zero
+    biases, unit norms (Radford et al. 2019); state-space parameters draw their own laws."""
+
+    class Options(interfaces.Options):
+        kind: str = "gpt2"
+        std: float = Field(0.02, gt=0)
+
+    def __init__(self, options: Options, layers: int) -> None:
+        super().__init__(options)
+        self.std, self.layers = options.std, layers
+
+    def fill(self, module: nn.Module, name: str, parameter: Tensor, generator: torch.Generator) -> None:
+        module.draw(name, parameter, generator, self.std, self.layers)  # pyright: ignore[reportCallIssue]
+
+
+def initialize(model: nn.Module, initializer: Initializer, seed: int, device: torch.device | str = "cpu") -> None:
+    """Materialize a model built on the meta device and fill every parameter.
+
+    Values are drawn on the CPU in fp32 by a generator keyed by (seed, name), so they depend neither on the device nor
+    on which other parameters this process holds. A shared parameter is drawn once, under its first name.
+    """
+    if any(p.is_meta for p in model.parameters()):
+        model.to_empty(device=device)
+    done: set[int] = set()
+    with torch.no_grad():
+        for path, module in model.named_modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if id(parameter) in done:
+                    continue
+                done.add(id(parameter))
+                value = torch.empty(parameter.shape, dtype=torch.float32)
+                initializer.fill(module, name, value, generator(seed, f"{path}.{name}"))
+                parameter.copy_(value)
+
+
+def generator(seed: int, name: str) -> torch.Generator:
+    """A CPU generator keyed by (seed, name)."""
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") & (2**63 - 1))

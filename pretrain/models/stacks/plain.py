@@ -1,0 +1,42 @@
+"""The plain stack: blocks one after another, and a final norm where the blocks normalize first."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from potamos.pretrain.models import interfaces
+from potamos.pretrain.models.interfaces import Context, Out, Seq, Stack, State
+from potamos.pretrain.models.linear import Norm, NormOptions
+from potamos.pretrain.models.registry import register
+
+
+@register("stack", "plain")
+class Plain(Stack):
+    """hidden -> block 0 -> ... -> block n-1 -> norm. The state is {layer: the mixer's state}."""
+
+    class Options(interfaces.Options):
+        kind: str = "plain"
+
+    def __init__(self, options: Options, context: Context, blocks: nn.ModuleDict, norm: NormOptions) -> None:
+        super().__init__()
+        del options
+        self.blocks = blocks
+        self.norm = Norm(context.width, norm) if norm.place == "pre" else nn.Identity()
+
+    def forward(self, hidden: Tensor, seq: Seq, state: State = None, *, step: bool = False) -> Out:
+        total = Out(hidden)
+        carried = {}
+        for layer, block in self.blocks.items():
+            out = block(total.hidden, seq, None if state is None else state.get(layer), step=step)
+            seq = seq.with_streams(out.streams)
+            total.hidden = out.hidden
+            total.streams |= out.streams
+            total.taps |= out.taps
+            for name, (value, count) in out.aux.items():
+                previous = total.aux.get(name)
+                total.aux[name] = (value if previous is None else previous[0] + value, count)
+            if out.state is not None:
+                carried[layer] = out.state
+        total.hidden = self.norm(total.hidden)
+        total.state = carried or None
+        return total
