@@ -1,0 +1,109 @@
+"""What every test starts from: one thread, fixed seeds, no network, marks by folder, and the harness for ranks."""
+
+from __future__ import annotations
+
+import importlib.util
+import ipaddress
+import os
+import random
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+# Set before torch or tokenizers is imported. Tests are small: one thread is faster than two, its sums have one order,
+# and a forked rank inherits no idle pool.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # for the subprocesses that the hook below does not reach
+# Started under torchrun or inside a Slurm job, the test process itself is still a single process.
+for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    os.environ.pop(_name, None)
+
+TESTS = Path(__file__).resolve().parent
+# The first mark whose folder holds the test; a file name decides where a folder does not.
+FOLDER_MARKS = {"kernels": "kernels", "parallel": "distributed", "resume": "resume"}
+FILE_MARKS = {"test_harness": "distributed", "test_distributed": "distributed", "test_resume": "resume"}
+
+
+def _load_harness() -> ModuleType:
+    """tests/ is no package (--import-mode=importlib), so the harness is loaded by its path, as module `harness`."""
+    spec = importlib.util.spec_from_file_location("harness", TESTS / "harness.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["harness"] = module  # its classes are pickled by this name
+    spec.loader.exec_module(module)
+    return module
+
+
+harness = _load_harness()
+
+
+def _refuse_network(event: str, args: tuple[Any, ...]) -> None:
+    """Audit hook: only addresses of this machine may be reached. Unlike a patched class, nothing gets around it."""
+    if event in ("socket.connect", "socket.sendto"):
+        address = args[1]
+        if isinstance(address, tuple) and not _is_local(address[0]):
+            raise RuntimeError(f"a test tried to reach {address[0]!r}: tests run without a network")
+    elif event == "socket.getaddrinfo" and not _is_local(args[0]):
+        raise RuntimeError(f"a test tried to look up {args[0]!r}: tests run without a network")
+
+
+def _is_local(host: object) -> bool:
+    if isinstance(host, bytes):
+        host = host.decode()
+    if host in (None, "", "localhost", _HOST_NAME):
+        return True
+    try:
+        address = ipaddress.ip_address(str(host).split("%")[0])
+    except ValueError:
+        return False
+    return address.is_loopback or address.is_unspecified
+
+
+_HOST_NAME = os.uname().nodename
+sys.addaudithook(_refuse_network)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m deselects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        path = item.path.relative_to(TESTS) if item.path.is_relative_to(TESTS) else item.path
+        marks = {mark for folder, mark in FOLDER_MARKS.items() if folder in path.parts[:-1]}
+        marks |= {mark for stem, mark in FILE_MARKS.items() if path.stem.startswith(stem)}
+        if "run_ranks" in getattr(item, "fixturenames", ()):
+            marks.add("distributed")
+        for mark in marks:
+            item.add_marker(mark)
+
+
+@pytest.fixture
+def run_ranks() -> Any:
+    """`run_ranks(world, fn, *args, timeout=60)`: see tests/harness.py."""
+    return harness.run_ranks
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """An empty folder named as a run's would be."""
+    folder = tmp_path / "runs" / "trial"
+    folder.mkdir(parents=True)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _fixed_start() -> None:
+    """Each test begins from the same seeds and global settings, whatever the one before it left behind."""
+    random.seed(0)
+    # Only what is loaded already: a test of data alone should not pay for importing torch.
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(0)
+    if (torch := sys.modules.get("torch")) is not None and hasattr(torch, "manual_seed"):
+        torch.manual_seed(0)
+        torch.set_default_dtype(torch.float32)
+        if torch.get_num_threads() != 1:
+            torch.set_num_threads(1)
