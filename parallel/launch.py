@@ -1,0 +1,253 @@
+"""Where this process stands among the ranks of a run, and the few collectives that the trainer calls by itself.
+
+`torchrun` (or any launcher that sets the same variables) starts one process a device. `start` reads its environment,
+joins the process group and returns a `Rank`; in a single process it joins nothing, and every function below is then
+the identity, so the trainer has one path for one process and for a thousand.
+
+    rank = start("cuda")
+    try:
+        ...
+        if any_rank(stop_requested): ...
+    finally:
+        stop()
+
+The collectives here serve decisions and counts: small tensors, no gradients. What mathematics needs inside a model
+goes through an injected axis instead.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+DEFAULT_TIMEOUT_SECONDS = 600.0
+
+# Whether the process group is ours to destroy: a caller may have made it before `start`.
+_owns_group = False
+
+
+class LaunchError(ValueError):
+    """The launcher's environment is incomplete, contradicts itself, or asks for a device that is not there."""
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One process of a run. The default is the only process there is."""
+
+    rank: int = 0  # in the whole run
+    world: int = 1  # processes in the whole run
+    local_rank: int = 0  # on this node; also the index of its GPU
+    local_world: int = 1  # processes on this node
+    node: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes shared files and prints."""
+        return self.rank == 0
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Rank:
+        """Read RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE and GROUP_RANK as torchrun sets them.
+
+        With none of the first three set, this is the single process. LOCAL_WORLD_SIZE defaults to WORLD_SIZE (one
+        node) and GROUP_RANK, torchrun's name for the node, to RANK // LOCAL_WORLD_SIZE.
+
+        Raises:
+            LaunchError: some of RANK, WORLD_SIZE, LOCAL_RANK are set and others not; a value is no integer or out of
+                range; more than one process without MASTER_ADDR and MASTER_PORT to meet at.
+        """
+        required = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        given = [name for name in required if name in environment]
+        if not given:
+            return cls()
+        if missing := [name for name in required if name not in environment]:
+            raise LaunchError(
+                f"the environment sets {_named(given, environment)} but not {', '.join(missing)}. Start the command "
+                f"with torchrun, which sets all of {', '.join(required)}, or unset {', '.join(given)} to run a single "
+                "process."
+            )
+        world = _integer("WORLD_SIZE", environment, low=1)
+        rank = _integer("RANK", environment, low=0, below=("WORLD_SIZE", world))
+        local_world = _integer(
+            "LOCAL_WORLD_SIZE", environment, low=1, below=("WORLD_SIZE + 1", world + 1), default=world
+        )
+        local_rank = _integer("LOCAL_RANK", environment, low=0, below=("LOCAL_WORLD_SIZE", local_world))
+        node = _integer("GROUP_RANK", environment, low=0, below=("WORLD_SIZE", world), default=rank // local_world)
+        meeting = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
+        if world > 1 and meeting and not dist.is_initialized():
+            raise LaunchError(
+                f"WORLD_SIZE={world} asks for several processes, but {' and '.join(meeting)} (the address of rank 0, "
+                "where they meet) is not set. Start the command with torchrun, or set it."
+            )
+        return cls(rank, world, local_rank, local_world, node)
+
+
+def start(device: str | torch.device = "cpu", *, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> Rank:
+    """Join the process group that the environment describes and return this process's place in it.
+
+    Args:
+        device: "cpu" or "cuda". On CUDA this process's current device becomes `cuda:local_rank`.
+        timeout: seconds after which a collective that some rank never entered raises on the others.
+
+    With one process no group is made. On CPU the backend is gloo; on CUDA it is NCCL for CUDA tensors and gloo for CPU
+    tensors, so that flags and counts never wait for a stream. A process group that exists already (a notebook's, a
+    test's) is used as it is, and left alone by `stop`.
+
+    Raises:
+        LaunchError: see `Rank.from_environment`; also no CUDA device for this local rank, a device of another kind,
+            or an existing group of another size than the environment says.
+    """
+    global _owns_group
+    kind = torch.device(device).type
+    if kind not in ("cpu", "cuda"):
+        raise LaunchError(f"device {str(device)!r} is not supported: choose 'cpu' or 'cuda'")
+    rank = Rank.from_environment()
+    if kind == "cuda":
+        _select_gpu(rank)
+    if dist.is_initialized():
+        if (dist.get_rank(), dist.get_world_size()) != (rank.rank, rank.world):
+            raise LaunchError(
+                f"the process group already open has rank {dist.get_rank()} of {dist.get_world_size()}, the "
+                f"environment says rank {rank.rank} of {rank.world}. Set RANK and WORLD_SIZE to match, or close it."
+            )
+    elif rank.world > 1:
+        dist.init_process_group(
+            "gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl",
+            rank=rank.rank,
+            world_size=rank.world,
+            timeout=timedelta(seconds=timeout),
+            device_id=torch.device("cuda", rank.local_rank) if kind == "cuda" else None,
+        )
+        _owns_group = True
+    return rank
+
+
+def stop() -> None:
+    """Leave the process group that `start` joined. Does nothing if it joined none."""
+    global _owns_group
+    if _owns_group:
+        dist.destroy_process_group()
+        _owns_group = False
+
+
+def world_size() -> int:
+    """Number of processes in the run: 1 without a process group."""
+    if dist.is_initialized():
+        return dist.get_world_size()
+    # Identity collectives in a process that torchrun started beside others would train each rank alone, silently.
+    assert os.environ.get("WORLD_SIZE", "1") == "1", "WORLD_SIZE is set, but start() was not called (or stop() was)"
+    return 1
+
+
+def all_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum over ranks, equal on every rank. Shape, dtype and device are kept; the argument is not changed.
+
+    Carries no gradient. In one process this is the argument itself, detached.
+    """
+    return _all_reduce(tensor, dist.ReduceOp.SUM)
+
+
+def all_max(tensor: torch.Tensor) -> torch.Tensor:
+    """Element-wise maximum over ranks; otherwise as `all_sum`. A NaN may be lost on the way: ask `any_rank` for those."""
+    return _all_reduce(tensor, dist.ReduceOp.MAX)
+
+
+def _all_reduce(tensor: torch.Tensor, operation: Any) -> torch.Tensor:
+    tensor = tensor.detach()
+    if world_size() == 1:
+        return tensor
+    # A strided tensor would be reduced in memory order on each rank, which need not be the same order everywhere.
+    result = tensor.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(result, op=operation)
+    return result
+
+
+def any_rank(flag: bool) -> bool:
+    """True on every rank when `flag` is true on at least one. Every rank must call it at the same point."""
+    return bool(all_max(torch.tensor([int(bool(flag))])).item())
+
+
+def barrier() -> None:
+    """Return once every rank has called this. Waits on the host; no CUDA stream is involved."""
+    if world_size() > 1:
+        dist.all_reduce(torch.zeros(1))  # a CPU tensor, hence gloo: dist.barrier would enqueue work on the GPU
+
+
+def broadcast_object(value: Any, source: int = 0) -> Any:
+    """Rank `source`'s `value` on every rank; the other ranks' `value` is ignored.
+
+    The value travels as JSON (no pickle), and every rank, the source and a single process included, gets what JSON
+    makes of it: tuples become lists, integer keys strings. So nothing depends on the number of ranks.
+
+    Raises:
+        TypeError: the value is no JSON value. Raised on every rank, so that none is left waiting.
+        LaunchError: no such `source`.
+    """
+    world = world_size()
+    if not 0 <= source < world:
+        raise LaunchError(f"source {source} is no rank of a run with {world}: use 0 to {world - 1}")
+    is_source = world == 1 or dist.get_rank() == source
+    text, problem = None, None
+    if is_source:
+        try:
+            text = json.dumps(value)
+        except (TypeError, ValueError) as error:  # ValueError: a value that contains itself
+            problem = f"cannot send {type(value).__name__} between ranks: {error}"
+    if world > 1:
+        text, problem = json.loads(_broadcast_text(json.dumps([text, problem]) if is_source else None, source))
+    if problem is not None:
+        raise TypeError(problem)
+    assert text is not None
+    return json.loads(text)
+
+
+def _broadcast_text(text: str | None, source: int) -> str:
+    content = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) if text is not None else None
+    length = torch.tensor([0 if content is None else content.numel()])
+    dist.broadcast(length, source)
+    buffer = torch.empty(int(length), dtype=torch.uint8) if content is None else content
+    dist.broadcast(buffer, source)
+    return bytes(buffer.tolist()).decode()
+
+
+def _select_gpu(rank: Rank) -> None:
+    count = torch.cuda.device_count()
+    if rank.local_rank >= count:
+        seen = "no CUDA device" if count == 0 else f"{count} CUDA device{'s' if count > 1 else ''}"
+        raise LaunchError(
+            f"LOCAL_RANK={rank.local_rank} needs cuda:{rank.local_rank}, but this process sees {seen}. Start at most "
+            "one process per GPU (torchrun --nproc-per-node), check CUDA_VISIBLE_DEVICES, or choose device cpu."
+        )
+    torch.cuda.set_device(rank.local_rank)
+
+
+def _integer(
+    name: str,
+    environment: Mapping[str, str],
+    *,
+    low: int,
+    below: tuple[str, int] | None = None,
+    default: int | None = None,
+) -> int:
+    if default is not None and name not in environment:
+        return default
+    text = environment[name]
+    try:
+        value = int(text)
+    except ValueError:
+        raise LaunchError(f"{name}={text!r} in the environment is no integer") from None
+    if value < low or (below is not None and value >= below[1]):
+        bound = "" if below is None else f" and less than {below[0]} = {below[1]}"
+        raise LaunchError(f"{name}={value} in the environment must be at least {low}{bound}")
+    return value
+
+
+def _named(names: list[str], environment: Mapping[str, str]) -> str:
+    return ", ".join(f"{name}={environment[name]}" for name in names)
