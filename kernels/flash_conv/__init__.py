@@ -1,0 +1,184 @@
+"""FlashConv for H3: shift convolution, product, diagonal state-space model and gate of one layer, with a carried state.
+
+Source: Fu, Dao, Saab, Thomas, Rudra, Re, "Hungry Hungry Hippos", 2022 (ICLR 2023), section 3 and algorithm 1.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..backend import Backend, resolve_backend
+from ..diag_ssm import Diagonal, check_sequence, last_document, step_modes
+from ..diag_ssm.chunked import chunked_ssm
+from ..diag_ssm.parameters import compute_dtype
+from ..diag_ssm.segments import Segments, cut
+from .shift import next_history, shift_conv
+
+__all__ = ["H3State", "h3_mix", "h3_mix_step", "initial_h3_state"]
+
+
+@dataclass(frozen=True)
+class H3State:
+    """What the next call needs; fp32 (fp64 for fp64 inputs).
+
+    shift (batch, channel, N - 1): the last raw k, oldest first, zero where they belong to another document;
+    diag (batch, H, head_dim^2, M, 2): SSM modes of the products k'[d1] v[d2], index d1 * head_dim + d2;
+    document (batch,) int32: id of the last token's document.
+    """
+
+    shift: Tensor
+    diag: Tensor
+    document: Tensor
+
+
+pytree.register_dataclass(H3State)
+
+
+def initial_h3_state(
+    batch: int, channels: int, taps: int, diag: Diagonal, head_dim: int = 1, dtype: torch.dtype = torch.float32
+) -> H3State:
+    """The state before any token: zeros; document -1, so that the first token of any document resets it."""
+    device = diag.log_a.device
+    return H3State(
+        torch.zeros(batch, channels, taps - 1, dtype=dtype, device=device),
+        torch.zeros(batch, diag.channels, head_dim**2, diag.modes, 2, dtype=dtype, device=device),
+        torch.full((batch,), -1, dtype=torch.int32, device=device),
+    )
+
+
+def h3_mix(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shift: Tensor,
+    diag: Diagonal,
+    *,
+    d_k: Tensor,
+    d: Tensor,
+    head_dim: int = 1,
+    document_ids: Tensor | None = None,
+    state: H3State | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, H3State]:
+    """The core of an H3 layer between its input and output projections.
+
+        k' = shift_conv(k) + d_k k                 depthwise, causal, N taps
+        kv[d1, d2] = k'[d1] v[d2]                  per head; channel = head * head_dim + index
+        y = causal_conv(kv, K) + d kv              one kernel a head, see `diag_ssm`
+        out[d2] = sum_d1 q[d1] y[d1, d2]
+
+    q, k, v: (batch, channel, length), channel = H x head_dim, one float dtype; fastest when the memory order is
+    (channel, batch, length), which the output has. shift: (channel, N) taps, tap 0 the current token. d_k: (channel).
+    d: (H). document_ids: (batch, length) int32, nothing crosses a change of id; None means one document (the carried
+    state's, if there is one) and avoids reading ids on the host. state: what an earlier call or step returned.
+
+    Returns the output (q's shape and dtype) and the state after the last token. Arithmetic is fp32 (fp64 for fp64
+    inputs). Raises ValueError for shapes that do not fit, BackendUnavailableError for backend="triton".
+    """
+    resolve_backend(backend, "h3_mix")
+    _check("h3_mix", q, k, v, shift, diag, d_k, d, head_dim, document_ids, state)
+    batch, dtype = q.shape[0], compute_dtype(q)
+    segments = cut(q.shape[2], document_ids, None if state is None else state.document)
+    query, key, value = (x.transpose(0, 1).to(dtype) for x in (q, k, v))
+    taps = torch.cat([shift[:, :1].to(dtype) + d_k.to(dtype)[:, None], shift[:, 1:].to(dtype)], 1)
+    history = None if state is None else _valid_history(state, document_ids).to(dtype).transpose(0, 1)
+
+    kv = _outer(shift_conv(segments.split(key), taps, segments, history), segments.split(value), head_dim)
+    initial = None if state is None else state.diag.to(dtype).transpose(0, 1).flatten(1, 2)
+    y, final = chunked_ssm(kv, diag, d, segments, initial)
+    out = _gate(query, y, segments, head_dim)
+
+    next_state = H3State(
+        next_history(key, shift.shape[1] - 1, document_ids, history).transpose(0, 1),
+        final.unflatten(1, (batch, head_dim**2)).transpose(0, 1),
+        last_document(document_ids, state, batch, q.device),
+    )
+    return out.to(q.dtype).transpose(0, 1), next_state
+
+
+def h3_mix_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shift: Tensor,
+    diag: Diagonal,
+    *,
+    d_k: Tensor,
+    d: Tensor,
+    head_dim: int = 1,
+    document_ids: Tensor | None = None,
+    state: H3State,
+) -> tuple[Tensor, H3State]:
+    """One token of `h3_mix`: q, k, v (batch, channel), document_ids (batch,) or None; same state type."""
+    if q.dim() != 2:
+        raise ValueError(f"h3_mix_step: q must be (batch, channel), got {tuple(q.shape)}")
+    ids = None if document_ids is None else document_ids[:, None]
+    _check("h3_mix_step", q[..., None], k[..., None], v[..., None], shift, diag, d_k, d, head_dim, ids, state)
+    batch, dtype = q.shape[0], compute_dtype(q)
+    query, key, value = q.to(dtype), k.to(dtype), v.to(dtype)
+    history, modes = _valid_history(state, ids).to(dtype), state.diag.to(dtype)
+    if document_ids is not None:
+        modes = torch.where((document_ids == state.document)[:, None, None, None, None], modes, 0)
+
+    window = torch.cat([history, key[..., None]], 2)
+    shifted = (window * shift.to(dtype).flip(1)).sum(2) + d_k.to(dtype) * key
+    heads = (batch, diag.channels, head_dim)
+    kv = (shifted.view(heads)[..., :, None] * value.reshape(heads)[..., None, :]).flatten(1)
+    y, modes = step_modes(kv, modes.flatten(1, 2), diag, d, head_dim**2)
+    out = (query.reshape(heads)[..., None] * y.view(*heads, head_dim)).sum(2).flatten(1)
+    next_modes = modes.unflatten(1, (diag.channels, head_dim**2))
+    return out.to(q.dtype), H3State(window[..., 1:], next_modes, last_document(ids, state, batch, q.device))
+
+
+def _valid_history(state: H3State, document_ids: Tensor | None) -> Tensor:
+    if document_ids is None:
+        return state.shift
+    return torch.where((document_ids[:, 0] == state.document)[:, None, None], state.shift, 0)
+
+
+def _outer(key: Tensor, value: Tensor, head_dim: int) -> Tensor:
+    """(channel, batch, C, Q) twice -> (H, batch x head_dim^2, C, Q), batch slowest."""
+    if head_dim == 1:
+        return key * value
+    key, value = (x.unflatten(0, (-1, head_dim)).transpose(1, 2) for x in (key, value))
+    return (key[:, :, :, None] * value[:, :, None]).flatten(1, 3)
+
+
+def _gate(query: Tensor, y: Tensor, segments: Segments, head_dim: int) -> Tensor:
+    """out[d2] = sum_d1 q[d1] y[d1, d2]: query (channel, batch, L), y as from `_outer` -> (channel, batch, L)."""
+    if head_dim == 1:
+        return query * segments.merge(y)
+    batch = query.shape[1]
+    y = y.unflatten(1, (batch, head_dim, head_dim))  # (H, batch, d1, d2, C, Q)
+    query = segments.split(query).unflatten(0, (-1, head_dim)).transpose(1, 2)  # (H, batch, d1, C, Q)
+    out = (query[:, :, :, None] * y).sum(2).transpose(1, 2)  # (H, d2, batch, C, Q)
+    return segments.merge(out.flatten(0, 1))
+
+
+def _check(operation, q, k, v, shift, diag, d_k, d, head_dim, document_ids, state) -> None:
+    check_sequence(operation, q, diag, d, document_ids, None)
+    if not q.shape == k.shape == v.shape:
+        shapes = ", ".join(f"{n} {tuple(x.shape)}" for n, x in (("q", q), ("k", k), ("v", v)))
+        raise ValueError(f"{operation}: q, k and v must have one shape, got {shapes}")
+    batch, channels, _ = q.shape
+    if channels != diag.channels * head_dim:
+        raise ValueError(
+            f"{operation}: {channels} channels, but diag has {diag.channels} kernels and head_dim={head_dim}: "
+            f"expected {diag.channels * head_dim}"
+        )
+    if shift.dim() != 2 or shift.shape[0] != channels or shift.shape[1] < 1:
+        raise ValueError(f"{operation}: shift must be ({channels}, taps), got {tuple(shift.shape)}")
+    if d_k.shape != (channels,):
+        raise ValueError(f"{operation}: d_k has shape {tuple(d_k.shape)}, expected ({channels},)")
+    if state is not None:
+        expected = {
+            "shift": (batch, channels, shift.shape[1] - 1),
+            "diag": (batch, diag.channels, head_dim**2, diag.modes, 2),
+            "document": (batch,),
+        }
+        for name, shape in expected.items():
+            got = tuple(getattr(state, name).shape)
+            if got != shape:
+                raise ValueError(f"{operation}: state.{name} has shape {got}, expected {shape}")
