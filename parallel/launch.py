@@ -155,7 +155,7 @@ def all_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def all_max(tensor: torch.Tensor) -> torch.Tensor:
-    """Element-wise maximum over ranks; otherwise as `all_sum`. A NaN may be lost on the way: ask `any_rank` for those."""
+    """Element-wise maximum over ranks; otherwise as `all_sum`. A NaN may be lost: ask `any_rank` for those."""
     return _all_reduce(tensor, dist.ReduceOp.MAX)
 
 
