@@ -1,0 +1,61 @@
+"""The definition of attention: scores, bias, mask, softmax, dropout, weighted sum; any dtype, plain torch."""
+
+import torch
+from torch import Tensor
+
+from ..dropout import DropoutKey, attention_keep_mask
+from .descriptions import Mask, Rotary, Toeplitz
+
+
+def attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask,
+    bias: Toeplitz | None = None,
+    rotary: Rotary | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    dropout_key: DropoutKey | None = None,
+    head_offset: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Same arguments as `attention`; returns (out, lse), both fp32 (fp64 for fp64 inputs).
+
+    A query that sees no key gives 0, its lse is -inf, and every gradient is finite.
+    """
+    if rotary is not None:
+        q, k = rotary.rotate_query(q), rotary.rotate_key(k)
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    group = q.shape[1] // k.shape[1]
+    query, key, value = q.to(dtype), k.to(dtype), v.to(dtype)
+    if group > 1:
+        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    queries, keys = q.shape[2], k.shape[2]
+    scores = query @ key.transpose(2, 3) * (q.shape[3] ** -0.5 if scale is None else scale)
+    if bias is not None:
+        scores = scores + bias.values(queries, keys, dtype)
+    if not mask.hides_nothing(queries, keys):
+        scores = scores.masked_fill(~mask.visible(queries, keys, q.device), float("-inf"))
+    # Softmax by hand: torch's gives NaN, forward and backward, for a row without a finite score.
+    top = scores.detach().amax(-1, keepdim=True)
+    top = torch.where(top.isfinite(), top, 0)
+    weights = (scores - top).exp()
+    total = weights.sum(-1, keepdim=True)
+    empty = total == 0
+    total = torch.where(empty, 1, total)
+    lse = torch.where(empty, float("-inf"), top + total.log())[..., 0]
+    probabilities = weights / total
+    if dropout > 0:
+        assert dropout_key is not None
+        keep = attention_keep_mask(
+            tuple(probabilities.shape),
+            dropout,
+            key=dropout_key,
+            query_offset=mask.query_offset,
+            key_offset=mask.key_offset,
+            head_offset=head_offset,
+            device=q.device,
+        )
+        probabilities = torch.where(keep, probabilities * (1 / (1 - dropout)), 0)
+    return probabilities @ value, lse
