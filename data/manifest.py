@@ -89,7 +89,9 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise DatasetError(f"{path} does not describe a token dataset; {_PREPARE}")
     if fields.get("version") != VERSION:
-        raise DatasetError(f"{path} has format version {fields.get('version')}; this program reads {VERSION}; {_PREPARE}")
+        raise DatasetError(
+            f"{path} has format version {fields.get('version')}; this program reads {VERSION}; {_PREPARE}"
+        )
     stored = fields.pop("fingerprint", None)
     if stored != _fingerprint(fields):
         raise DatasetError(f"{path} was changed after it was written (its fingerprint does not hold); {_PREPARE} again")
@@ -173,9 +175,7 @@ def verify(path: str | os.PathLike[str], deep: bool = False) -> VerifyReport:
     return VerifyReport(folder, deep, len(manifest.shards), chunks, tokens, tuple(problems))
 
 
-def _verify_shard(
-    shard: Path, index: ShardIndex, entry: dict[str, Any], manifest: Manifest, next_document: int
-) -> int:
+def _verify_shard(shard: Path, index: ShardIndex, entry: dict[str, Any], manifest: Manifest, next_document: int) -> int:
     """Compare a shard with its index byte for byte, and its ids with what the manifest promises of them."""
     rebuilt = build_index(shard)
     content = rebuilt.to_bytes()

@@ -165,9 +165,15 @@ def _refuse_other(out: Path, settings: dict[str, Any], force: bool) -> None:
     if force:
         return
     fields = read_manifest(out).fields
-    different = [f"{key} {fields.get(key)!r} there, {value!r} here" for key, value in settings.items() if fields.get(key) != value]
+    different = [
+        f"{key} {fields.get(key)!r} there, {value!r} here"
+        for key, value in settings.items()
+        if fields.get(key) != value
+    ]
     if different:
-        raise DatasetError(f"{out} already holds another dataset ({'; '.join(different)}); choose another place or force")
+        raise DatasetError(
+            f"{out} already holds another dataset ({'; '.join(different)}); choose another place or force"
+        )
 
 
 def _publish(partial: Path, out: Path, manifest: Manifest, force: bool) -> None:

@@ -139,7 +139,9 @@ class TextFiles(_Counted):
             try:
                 text = path.read_bytes().decode("utf-8")
             except UnicodeDecodeError as error:
-                raise SourceError(f"{path}: byte {error.start} is not UTF-8; convert the file or leave it out") from None
+                raise SourceError(
+                    f"{path}: byte {error.start} is not UTF-8; convert the file or leave it out"
+                ) from None
             except OSError as error:
                 raise SourceError(f"{path}: cannot be read: {error.strerror}") from None
             yield from self._admit(text, path.name)
@@ -179,7 +181,9 @@ class JsonLines(_Counted):
                 with _open_binary(path) as file:
                     yield from self._read(file, path)
             except (EOFError, gzip.BadGzipFile) as error:
-                raise SourceError(f"{path}: the gzip stream is damaged or cut short ({error}); fetch it again") from None
+                raise SourceError(
+                    f"{path}: the gzip stream is damaged or cut short ({error}); fetch it again"
+                ) from None
             except OSError as error:
                 raise SourceError(f"{path}: cannot be read: {error}") from None
         self._judge()
@@ -235,7 +239,9 @@ def open_source(
     if name == "sotu":
         return Sotu(split)
     if split != "all":
-        raise SourceError(f"source {name!r} has no split of its own, so split {split!r} is empty; give each split a path")
+        raise SourceError(
+            f"source {name!r} has no split of its own, so split {split!r} is empty; give each split a path"
+        )
     paths = _expand(name)
     kinds = {_is_json_lines(path) for path in paths}
     if not paths:

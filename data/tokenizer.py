@@ -25,9 +25,7 @@ from potamos.data.files import write_atomically
 SPECIAL_TOKENS = ("<|endoftext|>", "[MASK]", "[CLS]", "[SEP]", "[PAD]", "[UNK]")
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 # GPT-2's pre-tokenisation, with possessive quantifiers so that long runs of one class do not backtrack.
-GPT2_PATTERN = (
-    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-)
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 SLICE_CHARACTERS = 4_000_000
 
 _SURROGATE = re.compile("[\ud800-\udfff]")

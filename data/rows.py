@@ -1,0 +1,43 @@
+"""What the loader hands out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """n packed rows of L + 1 tokens: inputs ``tokens[:, :-1]``, targets ``tokens[:, 1:]``.
+
+    Attributes:
+        tokens: (n, L + 1) int32.
+        document_ids: (n, L + 1) int32, the number of the document in its source's stream; the end-of-document token
+            belongs to the document it closes; -1 is padding. A target counts where its id equals its input's.
+        positions: (n, L + 1) int32, restart at 0 with each document. For a document cut by the row's start they count
+            from the row's start; in contiguous order they are the true place in the document.
+        samples: (n,) int64, global sample indices.
+        source: (n,) int32, the source's number in the stream's list of distinct datasets.
+    """
+
+    tokens: np.ndarray
+    document_ids: np.ndarray
+    positions: np.ndarray
+    samples: np.ndarray
+    source: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def single_document(self) -> np.ndarray:
+        """(n,) bool: True where the row has neither a document boundary nor padding."""
+        return self.document_ids[:, 0] == self.document_ids[:, -1]  # ids only rise along a row, or end in -1
+
+    def slice(self, begin: int, end: int) -> Rows:
+        """Rows ``begin`` to ``end``, without a copy."""
+        cut = slice(begin, end)
+        return Rows(
+            self.tokens[cut], self.document_ids[cut], self.positions[cut], self.samples[cut], self.source[cut]
+        )  # fmt: skip
