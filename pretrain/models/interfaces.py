@@ -135,6 +135,10 @@ class Mixer(Region):
         whose ``forward`` continues a state; override it where a recurrence is cheaper."""
         return self.forward(x, seq, state)
 
+    def segment_state(self, state: State) -> State:
+        """What of a training segment's state goes on to the next segment; None drops it."""
+        return state
+
 
 class ChannelMixer(Region):
     """Feed-forward, experts: acts on each token alone."""
@@ -208,6 +212,10 @@ class Stack(nn.Module):
     def forward(self, hidden: Tensor, seq: Seq, state: State = None, *, step: bool = False) -> Out:
         """Run hidden (B, L, D) through the blocks; with ``step``, one token by the recurrent forms."""
         raise NotImplementedError
+
+    def segment_state(self, state: State) -> State:
+        """What of a training segment's state goes on to the next segment, by default all of it."""
+        return state
 
 
 class Frontend(Region):

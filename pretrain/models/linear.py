@@ -57,12 +57,16 @@ class Linear(nn.Module):
         return y
 
     def channel_major(self, x: Tensor) -> Tensor:
-        """The same map, (B, L, inputs) to (B, outputs, L) with length contiguous, as state-space kernels want it."""
+        """The same map, (B, L, inputs) to (B, outputs, L) with length contiguous, as state-space kernels want it.
+
+        One product W X^T over all rows; memory order is (outputs, B, L), so no transpose is ever copied.
+        """
         assert self.role != "row", "a row layer sums over ranks and writes into the residual stream, row by row"
         dtype = self.compute or x.dtype
-        y = torch.matmul(self.weight.to(dtype), x.to(dtype).transpose(1, 2))
-        bias = self._bias(dtype)
-        return y if bias is None else y + bias[:, None]
+        columns = x.to(dtype).flatten(0, 1).T
+        weight, bias = self.weight.to(dtype), self._bias(dtype)
+        y = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)
+        return y.view(len(weight), *x.shape[:2]).transpose(0, 1)
 
     def _bias(self, dtype: torch.dtype) -> Tensor | None:
         return None if self.bias is None else self.bias.to(dtype)

@@ -1,0 +1,1 @@
+"""What is optimized, one file per objective; ``base.py`` says what an objective is."""

@@ -40,3 +40,7 @@ class Plain(Stack):
         total.hidden = self.norm(total.hidden)
         total.state = carried or None
         return total
+
+    def segment_state(self, state: State) -> State:
+        kept = {layer: self.blocks[layer].mixer.segment_state(value) for layer, value in (state or {}).items()}
+        return {layer: value for layer, value in kept.items() if value is not None} or None

@@ -1,0 +1,130 @@
+"""Softmax attention: multi-head, grouped-query and multi-query (Vaswani et al. 2017; Ainslie et al. 2023)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from potamos.kernels.attention import attention
+from potamos.parallel.facts import Traits
+from potamos.pretrain.models import interfaces
+from potamos.pretrain.models.interfaces import Context, Mixer, Out, Seq, State
+from potamos.pretrain.models.linear import Linear
+from potamos.pretrain.models.registry import register
+
+
+@dataclass(frozen=True)
+class AttentionState:
+    """Keys and values seen so far: (B, key heads, T, head dim), with positions and documents (B, T)."""
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    documents: Tensor
+
+
+pytree.register_dataclass(AttentionState)
+
+
+@register("mixer", "attention")
+class Attention(Mixer):
+    """out(softmax(q k^T / sqrt(head dim) + bias) v), with the layer's positions and pattern.
+
+    ``kv_heads`` < ``heads`` shares keys and values among groups of query heads. ``memory`` is how many keys of earlier
+    segments a training segment sees where the data order carries state (Transformer-XL); generation always sees all.
+    """
+
+    traits = Traits(shard="head", cp=("a2a", "ring"), carries=True)
+
+    class Options(interfaces.Options):
+        kind: str = "attention"
+        heads: int = Field(gt=0)
+        kv_heads: int | None = Field(None, gt=0)
+        dropout: float = Field(0.0, ge=0.0, lt=1.0)
+        bias: bool = True
+        memory: int = Field(0, ge=0)
+
+    @classmethod
+    def check(cls, options: Options, width: int, sequence_length: int) -> None:
+        """Refuse heads that do not fit the width or each other."""
+        del sequence_length
+        if width % options.heads:
+            raise ValueError(f"heads {options.heads} does not divide the width {width}; choose a divisor")
+        if options.kv_heads is not None and options.heads % options.kv_heads:
+            raise ValueError(f"kv_heads {options.kv_heads} does not divide heads {options.heads}; choose a divisor")
+
+    def __init__(self, options: Options, context: Context) -> None:
+        super().__init__()
+        width, heads, kv_heads = context.width, options.heads, options.kv_heads or options.heads
+        assert context.pattern is not None
+        self.layer, self.dropout, self.memory = context.layer, options.dropout, options.memory
+        self.head_dim = width // heads
+        self.traits = replace(type(self).traits, units=kv_heads)
+        self.pattern = context.pattern
+        self.positions = context.positions.attention(heads, self.head_dim) if context.positions is not None else None
+        self.q = Linear(width, width, role="column", bias=options.bias)
+        self.k = Linear(width, kv_heads * self.head_dim, role="column", bias=options.bias)
+        self.v = Linear(width, kv_heads * self.head_dim, role="column", bias=options.bias)
+        self.out = Linear(width, width, role="row", bias=options.bias, into_residual=True)
+
+    def forward(self, x: Tensor, seq: Seq, state: State = None) -> Out:
+        # Head counts are never stored: under a split by head a rank holds some of them.
+        q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for linear in (self.q, self.k, self.v))
+        seen = self._extend(state, k, v, seq)
+        query_offset = seen.keys.shape[2] - q.shape[2]
+        documents = None if seq.document_ids is None and state is None else seen.documents
+        mask = self.pattern.mask(
+            causal=self.traits.causal,
+            query_offset=query_offset,
+            query_documents=None if documents is None else documents[:, query_offset:],
+            key_documents=documents,
+        )
+        positions = self.positions
+        drop = self.dropout if self.training else 0.0
+        y = attention(
+            q,
+            seen.keys,
+            seen.values,
+            mask=mask,
+            bias=positions.bias(seq.positions, seen.positions) if positions is not None else None,
+            rotary=positions.rotary(seq.positions, seen.positions) if positions is not None else None,
+            scale=1.0 / math.sqrt(self.head_dim),
+            dropout=drop,
+            dropout_key=seq.key("attention", self.layer) if drop > 0.0 else None,
+        )
+        return Out(self.out(y.transpose(1, 2).flatten(2)), state=seen)
+
+    def _extend(self, state: AttentionState | None, k: Tensor, v: Tensor, seq: Seq) -> AttentionState:
+        """The keys, values, positions and documents of the past and of this call, joined."""
+        documents = seq.document_ids
+        if documents is None:
+            # Without ids a continued row goes on in the document in which it stopped.
+            last = seq.positions.new_zeros(len(k), 1, dtype=torch.int32) if state is None else state.documents[:, -1:]
+            documents = last.expand(-1, k.shape[2])
+        if state is None:
+            return AttentionState(k, v, seq.positions, documents)
+        return AttentionState(
+            torch.cat([state.keys, k], 2),
+            torch.cat([state.values, v], 2),
+            torch.cat([state.positions, seq.positions], 1),
+            torch.cat([state.documents, documents], 1),
+        )
+
+    def segment_state(self, state: State) -> State:
+        """The last ``memory`` keys; None where the layer looks at its own segment only."""
+        if self.memory == 0:
+            return None
+        keep = slice(-self.memory, None)
+        return AttentionState(
+            state.keys[:, :, keep], state.values[:, :, keep], state.positions[:, keep], state.documents[:, keep]
+        )
+
+    def mixing_flops(self, length: int) -> float:
+        """Scores and their product with the values: 2 x 2 per visible key and channel; half of the row is visible."""
+        visible = (length + 1) / 2 if self.traits.causal else length
+        return 4.0 * self.q.weight.shape[0] * visible

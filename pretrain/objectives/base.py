@@ -1,0 +1,119 @@
+"""What an objective is: it turns rows of tokens into a batch with counted targets, and outputs into sums.
+
+Every loss term is a sum and the *name* of a count; counts are known from the batch. The trainer adds counts over
+micro-batches and ranks before the first backward and divides each sum once, so accumulation, data parallelism and
+uneven numbers of targets cannot change a gradient. There is no mean of means anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from potamos.data.loader import Rows
+from potamos.pretrain.models.interfaces import Options, Seq, State
+from potamos.pretrain.models.trunk import Model
+
+BatchT = TypeVar("BatchT", bound="Batch")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch.
+
+    inputs: what the frontend embeds. seq: its description. targets: what the objective compares with, -1 = none.
+    counts: targets of each loss term in this micro-batch. scored: the text tokens whose likelihood is measured, as
+    NumPy on the host, -1 elsewhere; bits per byte divides by their bytes.
+    """
+
+    inputs: Mapping[str, Tensor]
+    seq: Seq
+    targets: Mapping[str, Tensor]
+    counts: Mapping[str, int]
+    scored: np.ndarray
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on ``device``, copied without waiting where the memory is pinned."""
+        if device.type == "cpu":
+            return self
+        return replace(
+            self,
+            inputs={k: v.to(device, non_blocking=True) for k, v in self.inputs.items()},
+            seq=_seq_to(self.seq, device),
+            targets={k: v.to(device, non_blocking=True) for k, v in self.targets.items()},
+        )
+
+
+def _seq_to(seq: Seq, device: torch.device) -> Seq:
+    moved: dict[str, Any] = {}
+    for f in fields(seq):
+        value = getattr(seq, f.name)
+        if isinstance(value, Tensor):
+            moved[f.name] = value.to(device, non_blocking=True)
+        elif isinstance(value, Seq):
+            moved[f.name] = _seq_to(value, device)
+        elif isinstance(value, Mapping):
+            moved[f.name] = {k: v.to(device, non_blocking=True) for k, v in value.items()}
+    return replace(seq, **moved)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One loss term of a micro-batch: weight * sum / (total of the count's name)."""
+
+    sum: Tensor
+    count: str
+    weight: float = 1.0
+
+
+@dataclass
+class Terms:
+    """The terms of one micro-batch, {name: Term}, and the state that its rows go on with."""
+
+    terms: dict[str, Term] = field(default_factory=dict)
+    state: State = None
+
+
+class Objective(nn.Module):
+    """What is optimized. A module, because an objective may own parameters or a second trunk."""
+
+    Options: ClassVar[type[Options]]
+    room: ClassVar[str] = "objective"
+
+    def __init__(self, options: Any) -> None:
+        super().__init__()
+        self.options = options
+
+    def prepare(self, rows: Rows, *, seed: int, step: int, carried: bool = False) -> Batch:
+        """Turn rows into a batch, on the host. Random choices are keyed by (seed, step, sample) alone.
+
+        ``carried``: rows continue the previous step's, so document ids must be given even where a row has but one.
+        """
+        raise NotImplementedError
+
+    def forward(self, model: Model, batch: Batch, state: State = None) -> Terms:
+        """The loss terms of a batch under ``model``; ``state`` continues rows of the previous step."""
+        raise NotImplementedError
+
+
+class System(nn.Module):
+    """Model and objective as one module: what a layout wraps and what a training step calls."""
+
+    def __init__(self, model: Model, objective: Objective) -> None:
+        super().__init__()
+        self.model, self.objective = model, objective
+
+    def forward(self, batch: Batch, state: State = None) -> Terms:
+        return self.objective(self.model, batch, state)
+
+
+def with_auxiliary(terms: Terms, aux: Mapping[str, tuple[Tensor, str]], weights: Mapping[str, float]) -> Terms:
+    """Add the auxiliary losses of a model's output; each weighs what ``weights`` says, 1 by default."""
+    for name, (value, count) in aux.items():
+        terms.terms[name] = Term(value, count, weights.get(name, 1.0))
+    return terms
