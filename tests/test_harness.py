@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import time
 
 import harness
@@ -169,3 +170,31 @@ def test_a_deadlock_inside_gloo_times_out_with_stacks(run_ranks, assert_reaped):
     with pytest.raises(RuntimeError, match=r"did not return within 2 s|[Tt]imed out"):
         run_ranks(2, work, timeout=2.0)
     assert_reaped()
+
+
+def test_the_harness_is_used_by_tests_marked_distributed(request):
+    assert request.node.get_closest_marker("distributed") is not None
+    assert request.node.get_closest_marker("kernels") is None
+
+
+@pytest.mark.parametrize("attempt", ["connect", "connect_ex", "name"])
+def test_no_test_reaches_the_network_not_even_from_a_rank(run_ranks, attempt):
+    def reach(rank=0, world=1):
+        with socket.socket() as connection:
+            connection.settimeout(1)
+            if attempt == "name":
+                socket.getaddrinfo("example.org", 80)
+            else:
+                getattr(connection, attempt)(("192.0.2.1", 80))  # reserved for documentation (RFC 5737)
+
+    with pytest.raises(RuntimeError, match="tests run without a network"):
+        reach()
+    with pytest.raises(RuntimeError, match="tests run without a network"):
+        run_ranks(1, reach)
+
+
+def test_this_machine_may_be_reached():
+    with socket.socket() as server, socket.socket() as client:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        client.connect(("localhost", server.getsockname()[1]))
