@@ -45,8 +45,8 @@ class _Shard:
             with memoryview(self.bytes)[place : offset + min(start + CRC_BLOCK, payload)] as view:
                 if zlib.crc32(view) != self.index.crcs[first]:
                     raise CorruptShardError(
-                        f"shard {self.path}, chunk {chunk} of the shard, bytes {place} to {place + len(view)}: crc32 does "
-                        f"not match the index; the data changed on disk; copy the shard again or prepare the dataset again"
+                        f"shard {self.path}, chunk {chunk} of the shard, bytes {place} to {place + len(view)}: crc32 "
+                        f"does not match the index: the data changed on disk; copy the shard or prepare the dataset again"
                     )
             self._checked[first] = 1
 
@@ -135,10 +135,7 @@ class TokenDataset:
     def place(self, row: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
         """(chunk, first token in the chunk) of rows numbered along the stream."""
         per_chunk = self.manifest.chunk_tokens // length
-        if per_chunk == 0:  # every full chunk is shorter than a row
-            raise DatasetError(
-                f"dataset {self.path}: sequence length {length} is above its chunk_tokens {self.manifest.chunk_tokens}"
-            )
+        assert per_chunk > 0, "a dataset without a whole row has none to place"
         return row // per_chunk, row % per_chunk * length
 
     def locate(self, chunk: int) -> tuple[_Shard, int, Any]:

@@ -73,9 +73,9 @@ class Loader:
         for source in stream.describe():
             if source.samples_per_epoch < sequences * source.share:
                 raise DatasetError(
-                    f"source {source.name} has {source.samples_per_epoch} rows of {stream.sequence_length} tokens, a batch "
-                    f"of {sequences} needs {sequences * source.share:g} of them; use smaller batches, a shorter sequence "
-                    f"or more text, or allow repeats within a batch"
+                    f"source {source.name} has {source.samples_per_epoch} rows of {stream.sequence_length} tokens, "
+                    f"a batch of {sequences} needs {sequences * source.share:g} of them; use smaller batches, a shorter "
+                    f"sequence or more text, or allow repeats within a batch"
                 )
 
     def __iter__(self) -> Iterator[Rows]:

@@ -167,9 +167,9 @@ def shuffled(draw: np.ndarray, n: int, key: int) -> np.ndarray:
 
 
 def contiguous(draw: np.ndarray, n: int, slots: int) -> np.ndarray:
-    """Row read at each draw when slot = draw mod slots walks its own share of n // slots consecutive rows, again and again.
+    """Row read at each draw when slot = draw mod slots walks its own share of n // slots consecutive rows, over and over.
 
-    For models that carry state from one row of a batch to the same row of the next. The n mod slots last rows are not
+    For models that carry state from a row of one batch to the same row of the next. The last n mod slots rows are never
     read.
     """
     share = n // slots

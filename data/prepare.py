@@ -1,7 +1,7 @@
 """Documents to token shards: read, tokenize in batches, close each document, cut into chunks, describe.
 
-Everything is written into a hidden folder beside the target, which takes the target's name in one rename at the end. The
-bytes are a function of the documents, the tokenizer and the sizes alone.
+Everything is written into a hidden folder beside the target, which takes the target's name in one rename at the end.
+The bytes are a function of the documents, the tokenizer and the sizes alone.
 """
 
 from __future__ import annotations

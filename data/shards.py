@@ -6,7 +6,7 @@ One chunk is three members of the tar:
     NNNNNNNN.json     what else stock readers need to place the chunk in the stream
 A dataset has a stride of ``chunk_tokens`` tokens; every chunk holds one more, the first of the next chunk, so that rows
 of inputs and shifted targets need no second chunk. The index (``shard-NNNNN.tar.idx``, little endian) is
-    header | one CHUNK record per chunk | uint32 crc32 of each 8 KiB block of the two payloads | uint32 crc32 of the above
+    header | a CHUNK record per chunk | uint32 crc32 of each 8 KiB block of the two payloads | uint32 crc32 of all before
 and is always built by scanning the tar, never from what the writer believes it wrote.
 """
 
@@ -143,7 +143,7 @@ class ShardWriter:
             self._close_shard()
 
     def _next_chunk(self, position: int) -> None:
-        """Write the full buffer and begin the next with its last token, which is number ``position`` of its document."""
+        """Write the full buffer and begin the next with its last token, number ``position`` of its document."""
         first = self._first_document + len(self._ends) - bool(self._ends and self._ends[-1] == self._filled)
         self._write_chunk()
         self._buffer[0] = self._buffer[-1]

@@ -12,7 +12,6 @@ import gzip
 import hashlib
 import importlib.metadata
 import importlib.util
-import io
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -274,7 +273,7 @@ def _is_json_lines(path: Path) -> bool:
 
 
 def _open_binary(path: Path) -> BinaryIO:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else io.open(path, "rb")  # type: ignore[return-value]
+    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")  # type: ignore[return-value]
 
 
 def _bounded_lines(file: BinaryIO, limit: int) -> Iterator[bytes | None]:

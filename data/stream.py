@@ -72,9 +72,9 @@ class TokenStream:
     """Rows of ``sequence_length`` + 1 tokens, numbered by a global sample index from 0 on without end.
 
     Sample g of stage k is the next draw of one source of that stage's mixture; how often a source was drawn before
-    counts over all stages, so a source that two stages share goes on where it was. A draw becomes a row of the source by
-    a fresh permutation per epoch (``shuffled``), or by letting slot = g mod slots walk its own share (``contiguous``).
-    Nothing depends on a batch size, a rank or a world size, and a later stage changes no earlier sample.
+    counts over all stages, so a source that two stages share goes on where it was. A draw becomes a row of the source
+    by a fresh permutation per epoch (``shuffled``), or by letting slot = g mod slots walk its own share
+    (``contiguous``). Nothing depends on a batch size, a rank or a world size; a later stage changes no earlier sample.
 
     Args:
         stages: the first begins at sample 0, starts rise.
@@ -168,8 +168,8 @@ class TokenStream:
                 mine, first = dataset.manifest.tokenizer["sha256"], self.datasets[0].manifest.tokenizer["sha256"]
                 if mine != first:
                     raise TokenizerMismatchError(
-                        f"datasets {self.datasets[0].path} (tokenizer {first[:12]}) and {dataset.path} ({mine[:12]}) were "
-                        f"prepared with different tokenizers; prepare them with one"
+                        f"datasets {self.datasets[0].path} (tokenizer {first[:12]}) and {dataset.path} ({mine[:12]}) "
+                        f"were prepared with different tokenizers; prepare them with one"
                     )
             by_path[path] = known
         return by_path[path]

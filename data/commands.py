@@ -1,0 +1,172 @@
+"""The functions behind ``potamos data tokenizer | prepare | inspect | verify``: plain arguments in, dataclasses out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from potamos.data.dataset import TokenDataset, read_rows
+from potamos.data.errors import DatasetError
+from potamos.data.manifest import Manifest, VerifyReport, verify
+from potamos.data.prepare import Progress, prepare
+from potamos.data.shards import CHUNK_TOKENS
+from potamos.data.sources import open_source
+from potamos.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+
+__all__ = [
+    "DatasetSummary",
+    "Excerpt",
+    "TokenizerSummary",
+    "VerifyReport",
+    "prepare_dataset",
+    "sample",
+    "summarize",
+    "train",
+    "verify",
+]
+
+
+@dataclass(frozen=True)
+class TokenizerSummary:
+    """A freshly trained tokenizer."""
+
+    path: Path
+    vocabulary: int
+    sha256: str
+    documents: int
+    text_bytes: int
+
+
+@dataclass(frozen=True)
+class DatasetSummary:
+    """What a dataset holds."""
+
+    path: Path
+    source: dict[str, object]
+    tokenizer: dict[str, object]
+    shards: int
+    chunks: int
+    chunk_tokens: int
+    tokens: int
+    documents: int
+    text_bytes: int
+    blank: int
+    rejected: int
+    mended: int
+    fingerprint: str
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.text_bytes / self.tokens
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """Part of one document of a dataset, as ids and as text."""
+
+    document: int
+    begins: bool  # the document's first token is here
+    ends: bool  # its end-of-document token is here
+    tokens: tuple[int, ...]
+    text: str
+
+
+def train(
+    source: str, vocabulary: int, out: str | os.PathLike[str], *, split: str = "all"
+) -> tuple[Tokenizer, TokenizerSummary]:
+    """Train a byte-level BPE tokenizer on a corpus; hold-out text stays out of it when ``split`` is ``train``."""
+    documents = open_source(source, split)
+    size = 0
+
+    def texts() -> Iterator[str]:
+        nonlocal size
+        for document in documents:
+            size += len(document.text.encode())
+            yield document.text
+
+    tokenizer = train_bpe(texts(), vocabulary, out)
+    count = documents.counts.documents
+    return tokenizer, TokenizerSummary(Path(out), tokenizer.vocabulary, tokenizer.sha256, count, size)
+
+
+def prepare_dataset(
+    source: str,
+    out: str | os.PathLike[str],
+    *,
+    tokenizer_path: str | os.PathLike[str],
+    tokenizer_kind: str = "json",
+    split: str = "all",
+    chunk_tokens: int = CHUNK_TOKENS,
+    shard_chunks: int | None = None,
+    force: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> DatasetSummary:
+    """Load a tokenizer and `prepare` a dataset with it."""
+    tokenizer = load_tokenizer(tokenizer_kind, tokenizer_path)
+    manifest = prepare(
+        source,
+        split,
+        tokenizer,
+        out,
+        chunk_tokens=chunk_tokens,
+        shard_chunks=shard_chunks,
+        force=force,
+        progress=progress,
+    )
+    return _summary(Path(out), manifest)
+
+
+def summarize(path: str | os.PathLike[str]) -> DatasetSummary:
+    """Read a dataset's description; shards and indexes are checked as at the start of a run."""
+    dataset = TokenDataset(path)
+    return _summary(dataset.path, dataset.manifest)
+
+
+def sample(
+    path: str | os.PathLike[str], tokenizer: Tokenizer, *, chunk: int = 0, start: int = 0, tokens: int = 256
+) -> list[Excerpt]:
+    """Decode ``tokens`` tokens of one chunk, cut at document boundaries.
+
+    Raises:
+        DatasetError: the chunk or the start lies outside the dataset.
+        TokenizerMismatchError: the dataset was prepared with another tokenizer.
+    """
+    dataset = TokenDataset(path, tokenizer_sha256=tokenizer.sha256)
+    if not 0 <= chunk < dataset.chunks:
+        raise DatasetError(f"dataset {path} has chunks 0 to {dataset.chunks - 1}; there is no chunk {chunk}")
+    stored = dataset.last_chunk_tokens if chunk == dataset.chunks - 1 else dataset.manifest.chunk_tokens + 1
+    if not 0 <= start < stored or tokens < 1:
+        raise DatasetError(f"chunk {chunk} of {path} holds tokens 0 to {stored - 1}; cannot read {tokens} from {start}")
+    zero, width = np.zeros(1, np.int64), min(tokens, stored - start)
+    at = (np.array([chunk]), np.array([start]))
+    ids, documents, positions = read_rows([dataset], zero, *at, width, true_positions=True)
+    excerpts = []
+    for number in np.unique(documents[0]):
+        part = ids[0][documents[0] == number]
+        begins = bool(positions[0][documents[0] == number][0] == 0)
+        ends = bool(part[-1] == tokenizer.end_of_document)
+        excerpts.append(Excerpt(int(number), begins, ends, tuple(part.tolist()), tokenizer.decode(part)))
+    return excerpts
+
+
+def _summary(path: Path, manifest: Manifest) -> DatasetSummary:
+    fields = manifest.fields
+    return DatasetSummary(
+        path=path,
+        source=fields["source"],
+        tokenizer=manifest.tokenizer,
+        shards=len(manifest.shards),
+        chunks=sum(entry["chunks"] for entry in manifest.shards),
+        chunk_tokens=manifest.chunk_tokens,
+        tokens=manifest.tokens,
+        documents=manifest.documents,
+        text_bytes=manifest.text_bytes,
+        blank=fields["blank"],
+        rejected=fields["rejected"],
+        mended=fields["mended"],
+        fingerprint=manifest.fingerprint,
+    )
