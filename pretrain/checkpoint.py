@@ -1,0 +1,377 @@
+"""Checkpoints that are complete or absent: written in the background, verified, renamed, and verified again on loading.
+
+A checkpoint is a folder `checkpoints/step-00001234/`:
+
+    model/, optimizer/, carried/    safetensors files (`carried/`: state handed from one segment to the next, if any)
+    trainer.json                    step, next sample, and the trainer's own scalars
+    recipe.yaml                     the resolved recipe
+    manifest.json                   size and SHA-256 of each file above
+
+It is written under a name that begins with `.tmp-`, flushed to the disk, its headers read back and compared, and only
+then renamed. Whoever kills the process at whatever moment leaves the checkpoints that were there, and at most a `.tmp-`
+folder that the next start removes. No pickle is written or read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from potamos.parallel.storage import DTYPES, StorageError, describe, read_tensors, write_tensors
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+TRAINER = "trainer.json"
+RECIPE = "recipe.yaml"
+TENSORS = ("model", "optimizer", "carried")
+STEP_FOLDER = re.compile(r"step-(\d{8,})")
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, partial or corrupt. The message names the file and the reason."""
+
+
+class CheckpointWriteError(CheckpointError):
+    """A checkpoint could not be written; those before it are untouched."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything a run needs to go on as if it had never stopped.
+
+    `step` counts finished optimizer steps; `next_sample` is the global index of the first sample not trained on yet.
+    Tensors are keyed by global parameter names. `trainer` holds JSON values only; what is not a tensor belongs there.
+    """
+
+    step: int
+    next_sample: int
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
+    carried: dict[str, Tensor] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    recipe: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded(Snapshot):
+    """A snapshot read from `path`, its tensors in host memory."""
+
+    path: Path
+
+
+class Checkpoints:
+    """The checkpoints of one run: the newest `keep` of them, and every one whose step is a multiple of `keep_every`.
+
+    Every rank makes one and calls the same methods. Only the rank with `main=True` writes; `barrier` is entered by all
+    of them where they must agree on what is on the disk, never from the writing thread.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int = 3,
+        keep_every: int | None = None,
+        main: bool = True,
+        barrier: Callable[[], None] = lambda: None,
+    ) -> None:
+        if keep < 1:
+            raise ValueError(f"checkpoint.keep is {keep}: at least 1 checkpoint must stay")
+        if keep_every is not None and keep_every < 1:
+            raise ValueError(f"checkpoint.keep_every is {keep_every}: give a number of steps, or leave it out")
+        self.folder = folder
+        self._keep, self._keep_every = keep, keep_every
+        self._main, self._barrier = main, barrier
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self._corrupt: set[int] = set()  # steps whose folder `latest` could not load
+        if main:
+            folder.mkdir(parents=True, exist_ok=True)
+            _clean(folder)
+        barrier()
+
+    def save(self, snapshot: Snapshot, *, wait: bool = False) -> Path:
+        """Copy `snapshot` to host memory, write it in the background, and return the path it will have.
+
+        The tensors may be changed as soon as this returns. A save that is still under way is waited for first. If
+        writing fails, the checkpoints before it stay, nothing partial is left, and a warning is logged at once; the
+        error itself is raised by `wait`. With `wait=True` (the last save of a run) this returns when the checkpoint is
+        on the disk, on all ranks, and raises the error itself.
+
+        Raises:
+            CheckpointError: a value in a tensor dict cannot be stored, or `trainer` is not JSON.
+            CheckpointWriteError: only with `wait=True`: the disk is full, or another reason named in the message.
+        """
+        path = self.folder / _name(snapshot.step)
+        try:
+            if self._main:
+                self._settle()
+                scalars = _scalars(snapshot)
+                tensors = {part: _to_host(getattr(snapshot, part), part) for part in TENSORS}
+                self._pending = self._writer.submit(self._write, snapshot.step, tensors, scalars, not wait)
+                if wait:
+                    self.wait()
+        finally:
+            if wait:
+                self._barrier()
+        return path
+
+    def wait(self) -> None:
+        """Wait for the save under way, if any.
+
+        Raises:
+            CheckpointWriteError: it failed.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def latest(self) -> Loaded | None:
+        """The newest checkpoint that verifies, or None if there is none at all. A worse one is skipped with a warning.
+
+        Raises:
+            CheckpointError: there are checkpoints, but none can be loaded. A run never starts over by itself.
+        """
+        self._settle()
+        self._barrier()
+        paths = step_folders(self.folder)
+        reasons = []
+        for step, path in sorted(paths.items(), reverse=True):
+            try:
+                return load(path)
+            except CheckpointError as error:
+                self._corrupt.add(step)
+                reasons.append(str(error))
+                logger.warning("skipping checkpoint %s: %s", path.name, error)
+        if not reasons:
+            return None
+        raise CheckpointError(
+            f"none of the {len(reasons)} checkpoints in {self.folder} can be loaded:\n  "
+            + "\n  ".join(reasons)
+            + "\nRestore one from a copy, or move the folder away to train from the first step."
+        )
+
+    def _settle(self) -> None:
+        """Wait for the save under way; its failure was logged when it happened."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.exception()
+
+    def _write(self, step: int, tensors: dict[str, dict[str, Tensor]], scalars: dict[str, bytes], warn: bool) -> None:
+        """Runs in the background thread: write, verify, rename, then delete what is no longer kept."""
+        final = self.folder / _name(step)
+        temporary = self.folder / f".tmp-{final.name}-{os.getpid()}"
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            _write_files(temporary, tensors, scalars)
+            _publish(temporary, final)
+        except Exception as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            last = max(step_folders(self.folder), default=None)
+            message = (
+                f"checkpoint {final} was not written: {error}. "
+                + (f"The last one is {_name(last)}. " if last is not None else "There is no earlier one. ")
+                + "Make room on that disk (or lower checkpoint.keep), or mend what the reason names."
+            )
+            if warn:
+                logger.warning("%s Training goes on.", message)
+            raise CheckpointWriteError(message) from error
+        self._corrupt.discard(step)
+        self._delete_old(step)
+
+    def _delete_old(self, newest: int) -> None:
+        """Apply the retention rule to the steps up to `newest`, which has just been written.
+
+        Folders of later steps are left alone and not counted: they are what a run that went back could not load, and
+        counting them would push out the good ones.
+        """
+        past = {step: path for step, path in step_folders(self.folder).items() if step <= newest}
+        kept = sorted(step for step in past if step not in self._corrupt)
+        kept = set(kept[-self._keep :]) | {s for s in kept if self._keep_every and s % self._keep_every == 0}
+        for step, path in past.items():
+            if step in kept:
+                continue
+            # Renamed first: a kill in the middle of the deletion leaves no partial folder under a final name.
+            doomed = path.with_name(f".tmp-delete-{path.name}-{os.getpid()}")
+            try:
+                os.rename(path, doomed)
+                shutil.rmtree(doomed)
+                self._corrupt.discard(step)
+            except OSError as error:
+                logger.warning("the old checkpoint %s could not be deleted: %s", path, error)
+
+
+def load(path: Path) -> Loaded:
+    """Read one checkpoint folder, every file checked against the manifest first.
+
+    Raises:
+        CheckpointError: a file is missing, truncated, changed or unreadable; names it.
+    """
+    try:
+        _verify(path)
+        scalars = json.loads((path / TRAINER).read_bytes())
+        return Loaded(
+            path=path,
+            step=scalars["step"],
+            next_sample=scalars["next_sample"],
+            trainer=scalars["trainer"],
+            recipe=(path / RECIPE).read_text(encoding="utf-8"),
+            **{part: read_tensors(path / part) for part in TENSORS},
+        )
+    except (OSError, StorageError) as error:
+        raise CheckpointError(str(error)) from error
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path / TRAINER} is malformed ({error!r})") from error
+
+
+def step_folders(folder: Path) -> dict[int, Path]:
+    """Step -> path of every checkpoint under a final name in `folder`, not verified. Empty if the folder is missing."""
+    if not folder.is_dir():
+        return {}
+    matches = ((STEP_FOLDER.fullmatch(path.name), path) for path in sorted(folder.iterdir()) if path.is_dir())
+    return {int(match[1]): path for match, path in matches if match}
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _to_host(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    """Contiguous copies in host memory, so that training may go on changing the originals."""
+    host = {}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES:
+            found = str(tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise CheckpointError(
+                f"{part}[{name!r}] is of type {found}, which no safetensors file holds; "
+                "scalars belong into `trainer`, complex128 into view_as_real"
+            )
+        host[name] = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
+    return host
+
+
+def _scalars(snapshot: Snapshot) -> dict[str, bytes]:
+    """File name -> content, made at once because the trainer goes on changing its dict."""
+    content = {"step": snapshot.step, "next_sample": snapshot.next_sample, "trainer": snapshot.trainer}
+    try:
+        text = json.dumps(content, indent=1)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"`trainer` of step {snapshot.step} holds a value that is not JSON: {error}") from error
+    return {TRAINER: text.encode(), RECIPE: snapshot.recipe.encode()}
+
+
+def _write_files(folder: Path, tensors: dict[str, dict[str, Tensor]], scalars: dict[str, bytes]) -> None:
+    """Write all files of a checkpoint into a new folder, compare the headers with what was meant, and flush."""
+    folder.mkdir(parents=True)
+    for part, values in tensors.items():
+        if not values:
+            continue
+        write_tensors(folder / part, values)
+        meant = {name: (DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in values.items()}
+        found = describe(folder / part)
+        if found != meant:
+            wrong = sorted(name for name in meant.keys() | found.keys() if meant.get(name) != found.get(name))
+            raise StorageError(f"{folder / part} reads back with other tensors than were written: {wrong[:5]}")
+    for name, content in scalars.items():
+        (folder / name).write_bytes(content)
+    files = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _digest(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1), encoding="utf-8")
+    for path in [*folder.rglob("*"), folder]:
+        _flush(path)
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    """Give a complete folder its final name. One that is there already steps aside until the new one has the name."""
+    aside = final.with_name(f".old-{final.name}")
+    if final.exists():
+        os.rename(final, aside)
+    os.rename(temporary, final)
+    _flush(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _clean(folder: Path) -> None:
+    """Remove what a killed process left. A folder that had stepped aside for one never renamed gets its name back."""
+    for path in sorted(folder.glob(".old-step-*")):
+        final = path.with_name(path.name.removeprefix(".old-"))
+        if final.exists():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            os.rename(path, final)
+    for path in folder.glob(".tmp-*"):
+        if not _is_alive(path.name.rpartition("-")[2]):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(pid: str) -> bool:
+    """Whether another process of this machine has this number. Our own number is a dead process's: we just started."""
+    if not pid.isdigit() or int(pid) == os.getpid():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _verify(path: Path) -> None:
+    """Compare every file of a checkpoint with its manifest."""
+    manifest_path = path / MANIFEST
+    try:
+        manifest = json.loads(manifest_path.read_bytes())
+        version, files = manifest["format"], dict(manifest["files"])
+        expected = {name: (int(facts["bytes"]), str(facts["sha256"])) for name, facts in files.items()}
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{manifest_path} is missing: the checkpoint is partial") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{manifest_path} is malformed ({error!r})") from error
+    if version != FORMAT:
+        raise CheckpointError(f"{manifest_path} has format {version!r}; this version reads format {FORMAT}")
+    for name in (TRAINER, RECIPE):
+        if name not in expected:
+            raise CheckpointError(f"{manifest_path} does not list {name}")
+    for name, (size, digest) in expected.items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing")
+        if file.stat().st_size != size:
+            raise CheckpointError(f"{file} has {file.stat().st_size} bytes instead of {size}")
+        if _digest(file) != digest:
+            raise CheckpointError(f"{file} does not match its SHA-256: its content has changed")
+    for file in path.rglob("*.safetensors"):
+        if str(file.relative_to(path)) not in expected:
+            raise CheckpointError(f"{file} is not listed in {MANIFEST}")
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Ask the disk to hold a file's bytes, or a folder's names, before anything that depends on them is written."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,58 @@
+"""The names of everything in a run folder, in one place. Imports nothing heavy: status commands read it too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of a run. `RunFolder(path)` creates nothing."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def code(self) -> Path:
+        """A copy of the program, where the run was submitted to a cluster."""
+        return self.path / "code"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "environment.txt"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON line a record; appended to by every attempt."""
+        return self.logs / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def state(self) -> Path:
+        """Where the run stands, rewritten atomically by rank 0."""
+        return self.path / "state.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def done(self) -> Path:
+        """Present when every step was trained."""
+        return self.path / "done.json"
+
+    def stop(self, attempt: int) -> Path:
+        """Present when this attempt stopped on request, after saving."""
+        return self.path / f"stop.{attempt}"
