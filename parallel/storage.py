@@ -49,8 +49,9 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], *, file_bytes: in
         StorageError: a value is not a contiguous CPU tensor of a dtype in `DTYPES`.
         OSError: the disk is full, a quota or a permission stands in the way.
     """
-    from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
     from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     for name, tensor in tensors.items():
         _check_storable(name, tensor)
@@ -75,8 +76,9 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         StorageError: a file is truncated or is not safetensors.
         OSError: a file cannot be read.
     """
-    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
     from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     described = describe(folder)
     if not described:

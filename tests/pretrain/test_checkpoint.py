@@ -174,7 +174,7 @@ def truncate(path: Path) -> None:
 
 
 WEIGHTS = "model/model-00001-of-00001.safetensors"
-DAMAGE: dict[str, tuple[str, Callable[[Path], None]]] = {
+DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
     "flipped in the header": (WEIGHTS, lambda path: flip(path, 0.1)),
     "flipped in the last weight": (WEIGHTS, lambda path: flip(path, 1.0)),
     "truncated": (WEIGHTS, truncate),
