@@ -198,3 +198,22 @@ def test_this_machine_may_be_reached():
         server.bind(("127.0.0.1", 0))
         server.listen()
         client.connect(("localhost", server.getsockname()[1]))
+
+
+def test_a_killed_rank_is_the_cause_even_when_its_echo_was_heard_first():
+    echo = harness._Child(0, pid=0, pipe=0, seen_at=1.0)
+    echo.report = {"error": RuntimeError("Connection closed by peer"), "traceback": "Connection closed by peer"}
+    killed = harness._Child(1, pid=0, pipe=0, seen_at=1.1, status=signal.SIGKILL)
+    with pytest.raises(harness.RankError, match=r"\Arank 1 died by SIGKILL") as caught:
+        harness._raise_first_failure([echo, killed])
+    assert caught.value.__notes__ == ["then rank 0 raised:\nConnection closed by peer"]
+
+
+def test_of_two_ranks_that_raise_the_first_in_time_is_the_error(run_ranks):
+    def work(rank, world):
+        time.sleep(0.2 * (1 - rank))
+        raise ValueError(f"from rank {rank}")
+
+    with pytest.raises(ValueError, match="from rank 1") as caught:
+        run_ranks(2, work)
+    assert "then rank 0 raised" in caught.value.__notes__[1]
