@@ -1,0 +1,78 @@
+"""A picture of a run's loss, from its records."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from potamos.data.files import write_atomically
+from potamos.pretrain.records import read_metrics
+
+TRAINING, VALIDATION, INK = "#3b6ea5", "#c8553d", "#333333"
+
+
+def plot_loss(run: Path, out: Path, *, title: str | None = None) -> None:
+    """Draw training loss over tokens, with the validations as points, into the PNG file `out`.
+
+    In bits per byte where the records have it (`bits_per_byte`), else in nats per token (`loss`).
+
+    Raises:
+        ImportError: matplotlib is not installed; says how to install it.
+        ValueError: the run has recorded no training yet.
+    """
+    try:
+        from matplotlib.figure import Figure  # without pyplot: no display, no global state
+        from matplotlib.ticker import EngFormatter
+    except ImportError as error:
+        raise ImportError(
+            "drawing the loss needs matplotlib, which is not installed: pip install 'potamos[demo]'"
+        ) from error
+    records = read_metrics(run)
+    training = [record for record in records if record["kind"] == "train" and "loss" in record]
+    if not training:
+        raise ValueError(f"{run} has no records of training yet (logs/metrics.jsonl): train first")
+    key = "bits_per_byte" if all("bits_per_byte" in record for record in training) else "loss"
+    tokens, values = _series(training, key)
+    points, scores = _series([record for record in records if record["kind"] == "validation"], key)
+    smooth = _smooth(values)
+
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(tokens, values, color=TRAINING, linewidth=0.8, alpha=0.3)
+    axes.plot(tokens, smooth, color=TRAINING, linewidth=1.6, label="training")
+    if len(points):
+        label = f"validation (last {scores[-1]:.3f})"
+        axes.plot(points, scores, "o-", color=VALIDATION, markersize=4, linewidth=1.0, label=label)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("bits per byte" if key == "bits_per_byte" else "loss (nats per token)")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_title(title or run.name, loc="left", color=INK)
+    # The first steps fall from chance level and would flatten everything after them.
+    top, bottom = float(smooth[len(smooth) // 25]), float(min(np.min(smooth), *scores, *smooth[-1:]))
+    if math.isfinite(top) and top > bottom:
+        axes.set_ylim(bottom - 0.08 * (top - bottom), top + 0.05 * (top - bottom))
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    write_atomically(out, picture.getvalue())
+
+
+def _series(records: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and values of the records that have a finite one."""
+    pairs = [(record["tokens"], record[key]) for record in records if math.isfinite(record.get(key, math.nan))]
+    return np.array([tokens for tokens, _ in pairs], dtype=float), np.array([value for _, value in pairs], dtype=float)
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Running mean over about a fiftieth of the curve, over fewer values at both ends."""
+    half = len(values) // 100
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    reach = np.minimum(half, np.minimum(index, len(values) - 1 - index))
+    return (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1)
