@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from potamos.data.dataset import TokenDataset, read_rows
-from potamos.data.errors import DatasetError, TokenizerError, TokenizerMismatchError
+from potamos.data.errors import DatasetError, TokenizerError
 from potamos.data.tokenizer import Tokenizer
 
 MAX_TRAINING_TOKENS = 50_000_000
@@ -60,9 +60,11 @@ def table_baselines(
         )
     text_bytes = int(tokenizer.token_bytes()[held_w].sum())
     table = _Bigram(v, w, tokenizer.vocabulary)
-    unigram = -np.log2(table.unigram[held_w]).sum() / text_bytes
-    bigram = -np.log2(table.probability(held_v, held_w)).sum() / text_bytes
-    return TableBaselines(float(unigram), float(bigram), len(held_w), text_bytes)
+    unigram = -float(np.log(table.unigram[held_w]).sum())
+    bigram = -float(np.log(table.probability(held_v, held_w)).sum())
+    return TableBaselines(
+        bits_per_byte(unigram, text_bytes), bits_per_byte(bigram, text_bytes), len(held_w), text_bytes
+    )
 
 
 def scored_pairs(
@@ -126,7 +128,10 @@ class _Bigram:
 
 
 def xz_bits_per_byte(texts: Iterable[str]) -> float:
-    """Bits per byte of ``xz -9e`` over the texts joined by newlines; about a second per megabyte, without Python's lock."""
+    """Bits per byte of ``xz -9e`` over the texts joined by newlines.
+
+    About a second per megabyte, spent outside Python's lock: run it in a thread beside other work.
+    """
     content = "\n".join(texts).encode()
     if not content:
         raise ValueError("no text to compress")

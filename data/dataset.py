@@ -46,7 +46,7 @@ class _Shard:
                 if zlib.crc32(view) != self.index.crcs[first]:
                     raise CorruptShardError(
                         f"shard {self.path}, chunk {chunk} of the shard, bytes {place} to {place + len(view)}: crc32 "
-                        f"does not match the index: the data changed on disk; copy the shard or prepare the dataset again"
+                        f"does not match the index: the data changed on disk; copy or prepare the dataset again"
                     )
             self._checked[first] = 1
 

@@ -74,8 +74,8 @@ class Loader:
             if source.samples_per_epoch < sequences * source.share:
                 raise DatasetError(
                     f"source {source.name} has {source.samples_per_epoch} rows of {stream.sequence_length} tokens, "
-                    f"a batch of {sequences} needs {sequences * source.share:g} of them; use smaller batches, a shorter "
-                    f"sequence or more text, or allow repeats within a batch"
+                    f"a batch of {sequences} needs {sequences * source.share:g} of them; use smaller batches, "
+                    f"a shorter sequence or more text, or allow repeats within a batch"
                 )
 
     def __iter__(self) -> Iterator[Rows]:

@@ -167,7 +167,7 @@ def shuffled(draw: np.ndarray, n: int, key: int) -> np.ndarray:
 
 
 def contiguous(draw: np.ndarray, n: int, slots: int) -> np.ndarray:
-    """Row read at each draw when slot = draw mod slots walks its own share of n // slots consecutive rows, over and over.
+    """Row read at each draw when slot = draw mod slots walks its own share of n // slots rows, over and over.
 
     For models that carry state from a row of one batch to the same row of the next. The last n mod slots rows are never
     read.

@@ -6,7 +6,7 @@ One chunk is three members of the tar:
     NNNNNNNN.json     what else stock readers need to place the chunk in the stream
 A dataset has a stride of ``chunk_tokens`` tokens; every chunk holds one more, the first of the next chunk, so that rows
 of inputs and shifted targets need no second chunk. The index (``shard-NNNNN.tar.idx``, little endian) is
-    header | a CHUNK record per chunk | uint32 crc32 of each 8 KiB block of the two payloads | uint32 crc32 of all before
+    header | a CHUNK record per chunk | uint32 crc32 per 8 KiB block of the two payloads | uint32 crc32 of all before
 and is always built by scanning the tar, never from what the writer believes it wrote.
 """
 

@@ -1,0 +1,120 @@
+"""A small self-written corpus, a tokenizer trained on it, and datasets of plain ids."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from potamos.data.files import write_atomically
+from potamos.data.manifest import MANIFEST, make_manifest
+from potamos.data.shards import ShardWriter, token_dtype
+from potamos.data.tokenizer import Tokenizer, train_bpe
+
+VOCABULARY = (
+    "the river runs past quiet mills and old stone bridges while rain falls on far hills and the water keeps its "
+    "count of days it carries silt seeds leaves small boats and news from town to town until the sea takes all"
+)
+WORDS = VOCABULARY.split()
+ODD = (
+    "Naïve café, straße; 東京 — ελληνικά.",
+    "She typed <|endoftext|> and [MASK], and nothing happened.",
+    "Tabs\tand  double  spaces\n\n\nand lines \r\n end.  ",
+    "\U0001f30a waves \U0001f30a and\u00a0fixed\u2003spaces, it's 1,234.50 o'clock",
+)
+
+
+def make_texts(seed: int, count: int) -> list[str]:
+    rng = random.Random(seed)
+    texts = []
+    for number in range(count):
+        sentences = [
+            " ".join(rng.choices(WORDS, k=rng.randint(3, 14))).capitalize() + "." for _ in range(rng.randint(1, 30))
+        ]
+        texts.append(" ".join(sentences) + ("\n" + ODD[number % len(ODD)] if number % 3 == 0 else ""))
+    return texts
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    return make_texts(7, 60)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return train_bpe(texts, 400, tmp_path_factory.mktemp("tokenizer") / "tokenizer.json")
+
+
+END = 0
+WriteIds = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def write_ids() -> WriteIds:
+    """A dataset of given document lengths with random ids 1..vocabulary-1, closed by id 0."""
+
+    def write(
+        folder: Path,
+        lengths: Sequence[int],
+        *,
+        chunk_tokens: int,
+        shard_chunks: int = 2,
+        vocabulary: int = 300,
+        seed: int = 0,
+        tokenizer_sha256: str = "t" * 64,
+    ) -> Path:
+        folder.mkdir(parents=True)
+        rng = np.random.default_rng(seed)
+        dtype = token_dtype(vocabulary)
+        writer = ShardWriter(folder, dtype, chunk_tokens=chunk_tokens, shard_chunks=shard_chunks, source="ids")
+        for length in lengths:
+            writer.add(np.append(rng.integers(1, vocabulary, length - 1), END).astype(np.int32))
+        writer.finish()
+        manifest = make_manifest(
+            {
+                "source": {"kind": "ids", "seed": seed},
+                "split": "all",
+                "tokenizer": {
+                    "kind": "json",
+                    "sha256": tokenizer_sha256,
+                    "vocabulary": vocabulary,
+                    "end_of_document": END,
+                },
+                "dtype": dtype.str,
+                "chunk_tokens": chunk_tokens,
+                "shard_chunks": shard_chunks,
+                "shards": writer.shards,
+                "tokens": writer.tokens,
+                "documents": writer.documents,
+                "text_bytes": 0,
+                "max_token": writer.max_token,
+                "blank": 0,
+                "rejected": 0,
+                "mended": 0,
+            }
+        )
+        write_atomically(folder / MANIFEST, manifest.to_bytes())
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def plain_stream() -> Callable[..., tuple[list[int], list[int], list[int]]]:
+    """The oracle: tokens, document numbers and true positions of the whole stream, as plain lists."""
+
+    def stream(lengths: Sequence[int], vocabulary: int = 300, seed: int = 0) -> tuple[list[int], list[int], list[int]]:
+        rng = np.random.default_rng(seed)
+        tokens: list[int] = []
+        documents: list[int] = []
+        positions: list[int] = []
+        for number, length in enumerate(lengths):
+            tokens += [*rng.integers(1, vocabulary, length - 1).tolist(), END]
+            documents += [number] * length
+            positions += range(length)
+        return tokens, documents, positions
+
+    return stream

@@ -1,0 +1,186 @@
+"""Preparing datasets: what is stored, the same bytes every time, nothing half done under a final name."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from potamos.data.commands import prepare_dataset, sample, summarize, train
+from potamos.data.errors import DatasetError, SourceError, TokenizerMismatchError
+from potamos.data.loader import Windows
+from potamos.data.manifest import verify
+from potamos.data.prepare import Progress, prepare
+from potamos.data.sources import Sotu
+from potamos.data.tokenizer import Tokenizer, train_bpe
+
+
+@pytest.fixture(scope="module")
+def corpus(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "river.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts, "  "]))
+    return path
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_a_dataset_is_the_corpus(corpus: Path, texts: list[str], tokenizer: Tokenizer, tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    manifest = prepare(
+        corpus, "all", tokenizer, tmp_path / "d", chunk_tokens=1000, shard_chunks=3, progress=seen.append
+    )  # fmt: skip
+    report = verify(tmp_path / "d", deep=True)
+    assert report.ok, report.problems
+    assert len(manifest.shards) > 3
+    assert manifest.documents == len(texts) == seen[-1].documents
+    assert manifest.text_bytes == sum(len(text.encode()) for text in texts) == seen[-1].text_bytes
+    assert manifest.fields["blank"] == 1
+    windows = Windows(tmp_path / "d", sequence_length=50, tokenizer_sha256=tokenizer.sha256, vocabulary=400)
+    rows = windows.read(0, len(windows))
+    real = rows.document_ids[:, 1:] >= 0
+    stream = np.concatenate([rows.tokens[0, :1], rows.tokens[:, 1:][real]])
+    decoded = [tokenizer.decode(part) for part in np.split(stream, np.flatnonzero(stream == 0) + 1)]
+    assert decoded == [*texts, ""]
+    assert manifest.tokens == len(stream)
+    assert manifest.max_token == stream.max()
+
+
+def test_the_same_bytes_every_time(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        prepare(corpus, "all", tokenizer, tmp_path / name, chunk_tokens=2000)
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+    moment = (tmp_path / "one" / "shard-00000.tar").stat().st_mtime_ns
+    prepare(corpus, "all", tokenizer, tmp_path / "one", chunk_tokens=2000)
+    assert (tmp_path / "one" / "shard-00000.tar").stat().st_mtime_ns == moment, "an equal dataset is left alone"
+    (tmp_path / "one" / "shard-00000.tar").write_bytes(b"damaged")
+    prepare(corpus, "all", tokenizer, tmp_path / "one", chunk_tokens=2000)
+    assert content(tmp_path / "one") == content(tmp_path / "two"), "a damaged one is mended"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two"]
+
+
+def test_another_dataset_is_not_overwritten(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    out = tmp_path / "d"
+    prepare(corpus, "all", tokenizer, out, chunk_tokens=2000)
+    before = content(out)
+    with pytest.raises(DatasetError, match="chunk_tokens 2000 there, 1000 here"):
+        prepare(corpus, "all", tokenizer, out, chunk_tokens=1000)
+    other = tmp_path / corpus.name
+    other.write_text('{"text": "other words"}\n')
+    with pytest.raises(DatasetError, match="dataset of other texts"):
+        prepare(other, "all", tokenizer, out, chunk_tokens=2000)
+    assert content(out) == before
+    prepare(other, "all", tokenizer, out, chunk_tokens=2000, force=True)
+    assert verify(out, deep=True).ok
+    assert content(out) != before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(DatasetError, match="is no dataset"):
+        prepare(other, "all", tokenizer, tmp_path / "mine", force=True)
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def test_failures_leave_nothing_but_the_rejects(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    corpus = tmp_path / "bad.jsonl"
+    corpus.write_text('{"text": "good"}\n{"text": 5}\n')
+    with pytest.raises(SourceError, match=r"1 of 2 lines are bad.*d\.rejects\.jsonl"):
+        prepare(corpus, "all", tokenizer, tmp_path / "d")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.jsonl", "d.rejects.jsonl"]
+    assert "'text' is int" in (tmp_path / "d.rejects.jsonl").read_text()
+    corpus.write_text('{"text": " "}\n')
+    with pytest.raises(SourceError, match="no document"):
+        prepare(corpus, "all", tokenizer, tmp_path / "d")
+    assert not (tmp_path / "d").exists()
+
+
+KILLED = """
+import sys
+from potamos.data.prepare import prepare
+from potamos.data.sources import Document, TextFiles
+from potamos.data.tokenizer import load_tokenizer
+
+class Endless(TextFiles):
+    def __iter__(self):
+        number = 0
+        while True:
+            number += 1
+            yield Document("the river runs past quiet mills " * 2000, str(number))
+
+prepare(Endless([], "endless"), "all", load_tokenizer("json", sys.argv[1]), sys.argv[2], chunk_tokens=2000,
+        progress=lambda p: print(p.documents, flush=True))
+"""
+
+
+def test_a_killed_run_leaves_no_final_name(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    saved = tokenizer.save(tmp_path / "tokenizer.json")
+    out = tmp_path / "d"
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(saved), str(out)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline(), "it has written shards"
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=20)
+    assert not out.exists()
+    left = [p for p in tmp_path.iterdir() if p.name.startswith(".d.partial")]
+    assert len(left) == 1
+    assert list(left[0].glob("*.tar")), "the kill came too early to prove anything"
+    prepare(corpus, "all", tokenizer, out, chunk_tokens=2000)
+    assert verify(out, deep=True).ok
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".d")], "the next run cleans up"
+
+
+def test_an_interrupted_run_cleans_up(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    def interrupt(_: Progress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(corpus, "all", tokenizer, tmp_path / "d", progress=interrupt)
+    assert os.listdir(tmp_path) == []
+
+
+def test_commands(corpus: Path, texts: list[str], tmp_path: Path) -> None:
+    tokenizer, trained = train(str(corpus), 300, tmp_path / "tokenizer.json")
+    assert (trained.vocabulary, trained.documents) == (300, len(texts))
+    assert trained.text_bytes == sum(len(text.encode()) for text in texts)
+    made = prepare_dataset(str(corpus), tmp_path / "d", tokenizer_path=tmp_path / "tokenizer.json", chunk_tokens=900)
+    assert made == summarize(tmp_path / "d")
+    assert made.bytes_per_token == made.text_bytes / made.tokens
+    excerpts = sample(tmp_path / "d", tokenizer, tokens=901)
+    assert excerpts[0].text == texts[0][: len(excerpts[0].text)]
+    assert [e.document for e in excerpts] == list(range(len(excerpts)))
+    assert all(e.begins for e in excerpts)
+    assert all(e.ends for e in excerpts[:-1])
+    assert "".join(tokenizer.decode(e.tokens) for e in excerpts) == "".join(e.text for e in excerpts)
+    middle = sample(tmp_path / "d", tokenizer, chunk=1, start=5, tokens=3)[0]
+    assert len(middle.tokens) <= 3
+    assert middle.text in texts[middle.document]
+    with pytest.raises(DatasetError, match="there is no chunk 1000"):
+        sample(tmp_path / "d", tokenizer, chunk=1000)
+    other = train_bpe(texts, 310, tmp_path / "other.json")
+    with pytest.raises(TokenizerMismatchError, match="prepare the dataset again"):
+        sample(tmp_path / "d", other)
+
+
+def test_the_demo_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        Sotu()
+    except SourceError as error:
+        pytest.skip(f"the sotu package is not installed: {error}")
+    begin = time.perf_counter()
+    tokenizer, _ = train("sotu", 1024, tmp_path / "tokenizer.json", split="validation")
+    manifest = prepare("sotu", "validation", tokenizer, tmp_path / "validation", chunk_tokens=32_768)
+    with capsys.disabled():
+        print(
+            f"\n  sotu validation, tokenizer of 1,024 and {manifest.tokens} tokens: {time.perf_counter() - begin:.1f} s"
+        )
+    assert manifest.documents == 11
+    assert manifest.text_bytes == 604_168
+    assert len(manifest.shards) == -(-(manifest.tokens - 1) // 32_768)
+    assert verify(tmp_path / "validation", deep=True).ok

