@@ -209,11 +209,11 @@ def test_a_killed_rank_is_the_cause_even_when_its_echo_was_heard_first():
     assert caught.value.__notes__ == ["then rank 0 raised:\nConnection closed by peer"]
 
 
-def test_of_two_ranks_that_raise_the_first_in_time_is_the_error(run_ranks):
-    def work(rank, world):
-        time.sleep(0.2 * (1 - rank))
-        raise ValueError(f"from rank {rank}")
-
-    with pytest.raises(ValueError, match="from rank 1") as caught:
-        run_ranks(2, work)
-    assert "then rank 0 raised" in caught.value.__notes__[1]
+def test_of_two_ranks_that_raise_the_first_in_time_is_the_error():
+    late, early = (harness._Child(rank, pid=0, pipe=0, seen_at=2.0 - rank) for rank in (0, 1))
+    for child in (late, early):
+        error = ValueError(f"from rank {child.rank}")
+        child.report = {"error": error, "traceback": str(error)}
+    with pytest.raises(ValueError, match=r"\Afrom rank 1") as caught:
+        harness._raise_first_failure([late, early])
+    assert caught.value.__notes__ == ["rank 1 raised:\nfrom rank 1", "then rank 0 raised:\nfrom rank 0"]
