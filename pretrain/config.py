@@ -21,6 +21,7 @@ from typing_extensions import is_typeddict
 from potamos.pretrain.component import Component, Location, suggestion
 from potamos.pretrain.recipe import Recipe
 from potamos.pretrain.recipe_file import (
+    COMMAND_LINE,
     Document,
     RecipeError,
     dotted,
@@ -156,7 +157,10 @@ def _explain_one(error: dict[str, Any], document: Document) -> tuple[Location, s
         return path, f"{document.place(path)}: {dotted(path)}: missing; add it{_meaning(path, document)}"
     elif what == "extra_forbidden":
         names = _names(path[:-1], document)
-        text = f"unknown key{suggestion(path[-1], names)} (known here: {', '.join(names)})"
+        switched = document.place((*path[:-1], "kind")) == COMMAND_LINE != document.place(path)
+        remedy = f"; to change the kind replace the whole block, {dotted(path[:-1])}={{kind: ..., ...}}"
+        near = remedy if switched else suggestion(path[-1], names)
+        text = f"unknown key{near} (known here: {', '.join(names)})"
     elif what == "literal_error":
         choices = _choices(path, document)
         text = f"expected one of {', '.join(choices)}{suggestion(value, choices)}" if choices else error["msg"]
@@ -166,7 +170,7 @@ def _explain_one(error: dict[str, Any], document: Document) -> tuple[Location, s
     elif what == "value_error":
         text = str(context["error"])
     else:
-        text = EXPECTED.get(what, error["msg"]).format(**context)
+        text = EXPECTED[what].format(**context) if what in EXPECTED else error["msg"]
     return path, f"{document.place(path)}: {dotted(path)}: value {show(value)}: {text}"
 
 
@@ -201,7 +205,8 @@ def _annotation(path: Location, document: Document) -> Any:
         if fields := _fields(annotation):
             annotation = fields.get(str(part))
         else:  # a list or a mapping of numbers: all entries are alike
-            annotation = next((a for a in reversed(typing.get_args(annotation)) if a is not Ellipsis), None)
+            inside = typing.get_args(_plain(annotation))
+            annotation = next((a for a in reversed(inside) if a is not Ellipsis), None)
         if (component := _marker(annotation)) is not None:
             block = document.get(path[:depth])
             annotation = component.options(block.get("kind") if isinstance(block, Mapping) else None)
@@ -210,16 +215,19 @@ def _annotation(path: Location, document: Document) -> Any:
 
 def _fields(annotation: Any) -> dict[str, Any]:
     """Annotations of a block's keys, as they are written in YAML; empty for what is no block."""
+    annotation = _plain(annotation)
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return {
-            info.alias or name: typing.Annotated[info.annotation, *(info.metadata or [None])]
+            info.alias or name: typing.Annotated[info.annotation, *info.metadata] if info.metadata else info.annotation
             for name, info in annotation.model_fields.items()
         }
     if is_typeddict(annotation):
         return typing.get_type_hints(annotation, include_extras=True)
-    if typing.get_origin(annotation) is typing.Annotated:
-        return _fields(typing.get_args(annotation)[0])
     return {}
+
+
+def _plain(annotation: Any) -> Any:
+    return typing.get_args(annotation)[0] if typing.get_origin(annotation) is typing.Annotated else annotation
 
 
 def _marker(annotation: Any) -> Component | None:

@@ -90,8 +90,9 @@ class ModelSection(Section):
 
     def layer(self, index: int) -> Layer:
         """The components of layer ``index``: those of ``at`` over the model's own."""
-        own: dict[str, Any] = {name: getattr(self, name) for name in LayerOverride.__annotations__}
-        return Layer(**(own | dict(self.at.get(index, {}))))
+        settings: dict[str, Any] = {name: getattr(self, name) for name in LayerOverride.__annotations__}
+        settings.update(self.at.get(index, {}))
+        return Layer(**settings)
 
     @field_validator("norm")
     @classmethod
@@ -100,13 +101,15 @@ class ModelSection(Section):
             raise problem(unknown("norm", norm.kind, NORMS), ("kind",), norm.kind)
         return norm
 
-    @model_validator(mode="after")
-    def _layers_exist(self) -> Self:
-        wrong = [i for i in self.at if not 0 <= i < self.layers]
+    @field_validator("at")
+    @classmethod
+    def _layers_exist(cls, at: dict[int, LayerOverride], info: ValidationInfo) -> dict[int, LayerOverride]:
+        layers = info.data.get("layers")
+        wrong = [i for i in at if layers is not None and not 0 <= i < layers]
         if wrong:
-            message = f"there is no such layer: {self.layers} layers are numbered 0 to {self.layers - 1}"
-            raise merge([problem(message, ("at", i), i) for i in wrong])
-        return self
+            message = f"there is no such layer: {layers} layers are numbered 0 to {(layers or 1) - 1}"
+            raise merge([problem(message, (i,), i) for i in wrong])
+        return at
 
     def components(self) -> Iterator[tuple[Location, str, Options]]:
         """(place, room, options) of every component that the recipe names."""
@@ -142,6 +145,9 @@ def check_component(
         if check is not None:
             check(options, width, sequence_length)
     except ValueError as error:
+        setting = str(error).partition(" ")[0]
+        if setting in type(options).model_fields:  # "heads 5 does not divide ...": point at heads
+            return [problem(str(error), (*place, setting), getattr(options, setting), absolute=True)]
         return [problem(str(error), place, absolute=True)]
     return []
 
@@ -255,11 +261,11 @@ def _distinct(sources: tuple[Source, ...], location: Location) -> None:
 # --- optimization ----------------------------------------------------------------------------------------
 
 
-class AdamW(Section):
-    """AdamW (Loshchilov and Hutter 2019). ``clip`` bounds the global gradient norm; a step whose norm exceeds the mean
-    of the last ``window`` norms by ``spike`` standard deviations is skipped. Null switches either off."""
+class Optimizer(Section):
+    """What all optimizers share. ``clip`` bounds the global gradient norm; a step whose norm exceeds the mean of the
+    last ``window`` norms by ``spike`` standard deviations is skipped. Null switches either off."""
 
-    kind: Literal["adamw"] = "adamw"
+    kind: str
     lr: float = Field(gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
     epsilon: float = Field(1e-8, gt=0)
@@ -277,7 +283,13 @@ class AdamW(Section):
         return betas
 
 
-class Muon(AdamW):
+class AdamW(Optimizer):
+    """AdamW (Loshchilov and Hutter 2019)."""
+
+    kind: Literal["adamw"] = "adamw"  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
+class Muon(Optimizer):
     """Muon (Jordan et al. 2024) for hidden matrices, AdamW for the rest. ``matrix_lr`` null means ``lr``."""
 
     kind: Literal["muon"] = "muon"  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -137,9 +137,9 @@ def _build(node: yaml.Node, path: Path, document: Document, problems: list[str])
         built: dict[str | int, Any] = {}
         lines: dict[str | int, int] = {}
         for key_node, value_node in node.value:
-            key = _scalar(key_node) if isinstance(key_node, yaml.ScalarNode) else None
-            if not isinstance(key, str | int) or isinstance(key, bool):
-                refuse(key_node, f"key {getattr(key_node, 'value', '')!r} is no name; put it in quotes")
+            key = _key(key_node)
+            if key is None:
+                refuse(key_node, f"{dotted(path) or 'recipe'}: a key is a name or a whole number; put it in quotes")
                 continue
             here = (*path, key)
             line = key_node.start_mark.line + 1
@@ -162,6 +162,15 @@ def _build(node: yaml.Node, path: Path, document: Document, problems: list[str])
             return None
     refuse(node, f"{dotted(path)}: tag {node.tag!r} is not read; recipes hold plain values")
     return None
+
+
+def _key(node: yaml.Node) -> str | int | None:
+    if not isinstance(node, yaml.ScalarNode) or node.tag.rpartition(":")[2] not in ("str", "int"):
+        return None
+    try:
+        return _scalar(node)
+    except ValueError:
+        return None
 
 
 def _scalar(node: yaml.ScalarNode) -> Any:
@@ -208,19 +217,25 @@ def _assign(document: Document, assignment: str) -> None:
     path = tuple(int(part) if re.fullmatch(r"-?[0-9]+", part) else part for part in key.strip().split("."))
     if not equals or "" in path:
         raise RecipeError([f"{COMMAND_LINE}: {assignment!r} is no override; write key=value, as in train.steps=1000"])
-    value, places = _read_value(text, path)
+    value, inside = _read_value(text, path)
     _replace(document, path, value)
     document.places = {p: place for p, place in document.places.items() if p[: len(path)] != path}
-    document.places |= places
+    made = (path[:depth] for depth in range(1, len(path)) if path[:depth] not in document.places)
+    document.places |= dict.fromkeys((*made, path, *inside), COMMAND_LINE)
 
 
-def _read_value(text: str, path: Path) -> tuple[Any, dict[Path, str]]:
-    node = _compose(text, COMMAND_LINE)
+def _read_value(text: str, path: Path) -> tuple[Any, list[Path]]:
+    """A value and the paths in it."""
     read, problems = Document({}, COMMAND_LINE), []
+    try:
+        node = _compose(text, COMMAND_LINE)
+    except RecipeError as error:
+        unread = (problem.split(": ", 1)[1] for problem in error.problems)
+        raise RecipeError(f"{COMMAND_LINE}: {dotted(path)}: {problem}" for problem in unread) from None
     value = None if node is None else _build(node, path, read, problems)
     if problems:
-        raise RecipeError(problem.replace(f"{COMMAND_LINE}:1:", f"{COMMAND_LINE}:", 1) for problem in problems)
-    return value, dict.fromkeys((path, *read.places), COMMAND_LINE)
+        raise RecipeError(f"{COMMAND_LINE}: {problem.split(': ', 1)[1]}" for problem in problems)
+    return value, list(read.places)
 
 
 def _replace(document: Document, path: Path, value: Any) -> None:
