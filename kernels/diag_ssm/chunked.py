@@ -42,21 +42,20 @@ class _ChunkOperators(torch.autograd.Function):
         chunk = powers.shape[1] - 1
         a_bar = powers[:, 1]
         level = torch.arange(chunk, device=powers.device, dtype=powers.real.dtype)
-        # R = conj(2 C P_(i+1)): gradients with respect to the unconjugated product.
-        sums = _weighted_sums(
-            powers[:, :-1].conj() * _complex(grad_read).conj(), torch.stack([level * 0 + 1, level + 1])
-        )
-        grad_c = 2 * a_bar.conj() * sums[:, 0]
-        grad_a = (2 * c).conj() * sums[:, 1]
-        # W_l = Bbar P_l, stored from l = Q-1 down to 0.
-        grad_powers = _complex(grad_write).flip(1)
+        # R = conj(2 C P_(i+1)), so the gradient of 2 C P_(i+1) is the conjugate of R's.
+        sums = _weighted_sums(powers[:, :-1] * _complex(grad_read), torch.stack([torch.ones_like(level), level + 1]))
+        grad_c = (2 * a_bar * sums[:, 0]).conj()
+        grad_a = (2 * c * sums[:, 1]).conj()
+        # W_l = Bbar P_l, stored from l = Q-1 down to 0: row r of `reversed` is P_(Q-2-r).
+        grad_powers = _complex(grad_write)
+        grad_b = grad_powers[:, -1]
         if chunk > 1:
-            product = powers[:, : chunk - 1].conj() * grad_powers[:, 1:]
-            sums = _weighted_sums(product, torch.stack([level[1:] * 0 + 1, level[1:]]))
-            grad_b = grad_powers[:, 0] + a_bar.conj() * sums[:, 0]
+            reversed_powers = powers[:, : chunk - 1].flip(1).conj_physical_()
+            lag = level[1:].flip(0)
+            weights = torch.stack([torch.ones_like(lag), lag])
+            sums = _weighted_sums(reversed_powers * grad_powers[:, :-1], weights)
+            grad_b = grad_b + a_bar.conj() * sums[:, 0]
             grad_a = grad_a + b_bar.conj() * sums[:, 1]
-        else:
-            grad_b = grad_powers[:, 0]
         grad_a = grad_a + chunk * powers[:, chunk - 1].conj() * _complex(grad_decay)
         return grad_a.to(torch.complex128), grad_b.to(torch.complex128), grad_c.to(torch.complex128), None, None
 
@@ -91,76 +90,73 @@ def _complex(x: Tensor) -> Tensor:
     return torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
 
 
-class _Toeplitz(torch.autograd.Function):
-    """taps (H, n) -> (H, Q, X) with entry [i, x] = taps[offset + i - x], zero outside: causal convolution as a matrix."""
-
-    @staticmethod
-    def forward(ctx, taps: Tensor, rows: int, columns: int, offset: int) -> Tensor:
-        ctx.shape = taps.shape
-        ctx.geometry = rows, columns, offset
-        channels, n = taps.shape
-        # line[m] = taps[offset + rows - 1 - m]; entry [i, x] = line[rows - 1 - i + x].
-        line = taps.new_zeros(channels, rows + columns - 1)
-        top = offset + rows - 1
-        first = max(0, top - n + 1)
-        last = min(line.shape[1], top + 1)
-        line[:, first:last] = taps[:, top - last + 1 : top - first + 1].flip(1)
-        return line.unfold(1, columns, 1).flip(1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        rows, columns, offset = ctx.geometry
-        channels, n = ctx.shape
-        width = rows + columns - 1
-        # Rows written `width` apart and read `width + 1` apart: row i slides i places left, diagonals become columns.
-        flat = grad.new_zeros(channels, rows * (width + 1))
-        flat[:, : rows * width].unflatten(1, (rows, width))[:, :, rows - 1 :] = grad
-        total = flat.unflatten(1, (rows, width + 1))[:, :, :width].sum(1)
-        top = offset + rows - 1
-        first, last = max(0, top - n + 1), min(width, top + 1)
-        out = grad.new_zeros(channels, n)
-        out[:, top - last + 1 : top - first + 1] = total[:, first:last].flip(1)
-        return out, None, None, None
+def _toeplitz(taps: Tensor) -> Tensor:
+    """taps (H, Q) -> (H, Q, Q) with entry [i, j] = taps[i - j], zero above the diagonal."""
+    chunk = taps.shape[1]
+    line = torch.cat([taps.flip(1), taps.new_zeros(taps.shape[0], chunk - 1)], 1)
+    return line.unfold(1, chunk, 1).flip(1)
 
 
-def toeplitz(taps: Tensor, rows: int, columns: int, offset: int) -> Tensor:
-    """(H, rows, columns) with entry [i, x] = taps[h, offset + i - x], zero outside the taps; differentiable."""
-    result = _Toeplitz.apply(taps, rows, columns, offset)
-    assert isinstance(result, Tensor)
-    return result
+def _diagonal_sums(matrix: Tensor) -> Tensor:
+    """(H, Q, Q) contiguous -> (H, Q), the sums over each lower diagonal: the transpose of `_toeplitz`.
+
+    Overwrites the upper triangle. Read Q + 1 apart instead of Q, row i begins i places further right, so that the
+    lower diagonals become columns; the part that wraps over from the row before is the zeroed upper triangle.
+    """
+    heads, chunk, _ = matrix.shape
+    main = matrix.diagonal(dim1=1, dim2=2).sum(-1, keepdim=True)
+    if chunk == 1:
+        return main
+    matrix.tril_()
+    slanted = matrix.as_strided(
+        (heads, chunk - 1, chunk - 1), (chunk * chunk, chunk + 1, 1), matrix.storage_offset() + 2
+    )
+    return torch.cat([main, slanted.sum(1).flip(1)], 1)
 
 
 class _ChunkedScan(torch.autograd.Function):
-    """z (H, S, C, Q) -> y of the same shape and the state before each chunk (H, S, C + 1, N) (last: after all)."""
+    """z (H, S, C, Q), taps (H, Q) and the operators -> y like z, states before each chunk (H, S, C, N) and after all."""
 
     @staticmethod
-    def forward(ctx, z: Tensor, t: Tensor, r: Tensor, w: Tensor, decay: Tensor, initial, continues):
+    def forward(ctx, z: Tensor, taps: Tensor, r: Tensor, w: Tensor, decay: Tensor, initial, continues):
         ctx.set_materialize_grads(False)
-        z_columns = z.flatten(1, 2)
-        states = _scan(torch.bmm(z_columns, w).unflatten(1, z.shape[1:3]), decay, initial, continues)
-        before = states[:, :, :-1].flatten(1, 2)
-        y = torch.bmm(z_columns, t.transpose(1, 2)).baddbmm_(before, r.transpose(1, 2)).view(z.shape)
-        ctx.save_for_backward(z, t, r, w, decay, states, continues)
+        t = _toeplitz(taps)
+        columns = z.flatten(1, 2)
+        before, final = _scan(torch.bmm(columns, w).unflatten(1, z.shape[1:3]), decay, initial, continues)
+        y = torch.bmm(columns, t.transpose(1, 2)).baddbmm_(before.flatten(1, 2), r.transpose(1, 2)).view(z.shape)
+        ctx.save_for_backward(z, t, r, w, decay, before, continues)
         ctx.has_initial = initial is not None
-        return y, states
+        return y, before, final
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_y, grad_states):
-        z, t, r, w, decay, states, continues = ctx.saved_tensors
-        z_columns, before = z.flatten(1, 2), states[:, :, :-1].flatten(1, 2)
+    def backward(ctx, grad_y, grad_before, grad_final):
+        z, t, r, w, decay, before, continues = ctx.saved_tensors
+        columns = z.flatten(1, 2)
         if grad_y is None:
             grad_y = torch.zeros_like(z)
         dy = grad_y.flatten(1, 2)
         from_output = torch.bmm(dy, r).unflatten(1, z.shape[1:3])
-        grad_after, grad_decay, grad_initial = _scan_backward(from_output, grad_states, states, decay, continues)
+        if grad_before is not None:
+            from_output += grad_before
+        grad_after, grad_initial = _scan_backward(from_output, grad_final, decay, continues)
         after = grad_after.flatten(1, 2)
         grad_z = torch.bmm(dy, t).baddbmm_(after, w.transpose(1, 2)).view(z.shape)
         dy_rows = dy.transpose(1, 2)
-        grad_t, grad_r = torch.bmm(dy_rows, z_columns), torch.bmm(dy_rows, before)
-        grad_w = torch.bmm(z_columns.transpose(1, 2), after)
-        return grad_z, grad_t, grad_r, grad_w, grad_decay, grad_initial if ctx.has_initial else None, None
+        grad_taps = _diagonal_sums(torch.bmm(dy_rows, columns))
+        grad_r = torch.bmm(dy_rows, before.flatten(1, 2))
+        grad_w = torch.bmm(columns.transpose(1, 2), after)
+        grad_decay = _conjugate_product_sum(before.flatten(1, 2), after)
+        return grad_z, grad_taps, grad_r, grad_w, grad_decay, grad_initial if ctx.has_initial else None, None
+
+
+def _conjugate_product_sum(x: Tensor, g: Tensor) -> Tensor:
+    """sum_k conj(x[h, k]) g[h, k] of interleaved pairs (H, K, N) -> (H, N), in real products: torch would first write
+    out the conjugate."""
+    real = (x * g).sum(1).unflatten(-1, (-1, 2)).sum(-1)
+    turned = torch.view_as_real(_pairs(x) * 1j).flatten(-2)
+    imaginary = (turned * g).sum(1).unflatten(-1, (-1, 2)).sum(-1)
+    return torch.stack([real, imaginary], -1).flatten(-2)
 
 
 def _mask(continues: Tensor | None, chunk: int, sequences: int) -> Tensor | None:
@@ -171,44 +167,36 @@ def _mask(continues: Tensor | None, chunk: int, sequences: int) -> Tensor | None
     return column.repeat_interleave(sequences // column.shape[0])[None, :, None]
 
 
-def _scan(updates: Tensor, decay: Tensor, initial: Tensor | None, continues: Tensor | None) -> Tensor:
-    """states[0] = initial (where continued), states[c + 1] = decay * states[c] (where continued) + updates[c].
+def _scan(updates: Tensor, decay: Tensor, initial: Tensor | None, continues: Tensor | None) -> tuple[Tensor, Tensor]:
+    """s[0] = initial, s[c + 1] = decay * s[c] + updates[c], with s[c] set to zero where chunk c opens a document.
 
-    updates (H, S, C, N); returns (H, S, C + 1, N), where index c is the state *before* chunk c, already reset where
-    chunk c opens a document, and index C the state after the last chunk.
+    updates (H, S, C, N), initial (H, S, N) -> s[0..C-1] as (H, S, C, N) and s[C] as (H, S, N).
     """
-    heads, sequences, chunks, n = updates.shape
-    states = updates.new_zeros(heads, sequences, chunks + 1, n)
-    state_c, update_c = _pairs(states), _pairs(updates)
-    rate = _pairs(decay)[:, None]
-    if initial is not None:
-        states[:, :, 0] = initial
-    for c in range(chunks):
-        keep = _mask(continues, c, sequences)
+    before = torch.empty_like(updates)
+    before_c, update_c, rate = _pairs(before), _pairs(updates), _pairs(decay)[:, None]
+    state = torch.zeros_like(update_c[:, :, 0]) if initial is None else _complex(initial)
+    for c in range(updates.shape[2]):
+        keep = _mask(continues, c, updates.shape[1])
         if keep is not None:
-            state_c[:, :, c] = torch.where(keep, state_c[:, :, c], 0)
-        torch.addcmul(update_c[:, :, c], state_c[:, :, c], rate, out=state_c[:, :, c + 1])
-    return states
+            state = torch.where(keep, state, 0)
+        before_c[:, :, c] = state
+        state = torch.addcmul(update_c[:, :, c], state, rate)
+    return before, torch.view_as_real(state).flatten(-2)
 
 
-def _scan_backward(from_output: Tensor, grad_states, states: Tensor, decay: Tensor, continues: Tensor | None):
-    """Gradients of `_scan` with respect to its updates (H, S, C, N), decay (H, N) and initial state (H, S, N)."""
-    heads, sequences, chunks, n = from_output.shape
+def _scan_backward(from_output: Tensor, grad_final, decay: Tensor, continues: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gradients of `_scan` with respect to its updates (H, S, C, N) and initial state (H, S, N)."""
     grad_updates = torch.empty_like(from_output)
-    output_c, update_c, state_c = _pairs(from_output), _pairs(grad_updates), _pairs(states)
+    output_c, update_c = _pairs(from_output), _pairs(grad_updates)
     rate = _pairs(decay)[:, None].conj().resolve_conj()
-    extra = None if grad_states is None else _pairs(grad_states.contiguous())
-    running = torch.zeros_like(output_c[:, :, 0]) if extra is None else extra[:, :, chunks].clone()
-    for c in reversed(range(chunks)):
+    running = torch.zeros_like(output_c[:, :, 0]) if grad_final is None else _complex(grad_final)
+    for c in reversed(range(from_output.shape[2])):
         update_c[:, :, c] = running
         running = torch.addcmul(output_c[:, :, c], running, rate)
-        if extra is not None:
-            running = running + extra[:, :, c]
-        keep = _mask(continues, c, sequences)
+        keep = _mask(continues, c, from_output.shape[1])
         if keep is not None:
             running = torch.where(keep, running, 0)
-    grad_decay = (update_c * state_c[:, :, :-1].conj()).sum((1, 2))
-    return grad_updates, torch.view_as_real(grad_decay).flatten(-2), torch.view_as_real(running).flatten(-2)
+    return grad_updates, torch.view_as_real(running).flatten(-2)
 
 
 def _pairs(x: Tensor) -> Tensor:
@@ -234,20 +222,16 @@ def chunked_ssm(
         first = first + d.to(z.dtype)[:, None]
     b_flat = torch.view_as_real(b_bar).flatten(-2).to(z.dtype)
     taps = torch.cat([first, torch.bmm(r[:, : chunk - 1], b_flat[..., None])[..., 0]], 1)
-    t = toeplitz(taps, chunk, chunk, 0)
     flat = None if initial is None else initial.flatten(-2)
-    result = _ChunkedScan.apply(z, t, r, w, decay, flat, segments.continues)
+    result = _ChunkedScan.apply(z, taps, r, w, decay, flat, segments.continues)
     assert result is not None
-    y, states = result
-    full = segments.slot is None and segments.length % chunk == 0
-    if full:
-        final = states[:, :, -1]
-    else:
-        final = _final_state(z, states, a_bar, w, segments)
+    y, before, final = result
+    if segments.slot is not None or segments.length % chunk:
+        final = _final_state(z, before, a_bar, w, segments)
     return y, final.unflatten(-1, (-1, 2)).reshape(z.shape[0], sequences, diag.modes, 2)
 
 
-def _final_state(z: Tensor, states: Tensor, a_bar: Tensor, w: Tensor, segments: Segments) -> Tensor:
+def _final_state(z: Tensor, before: Tensor, a_bar: Tensor, w: Tensor, segments: Segments) -> Tensor:
     """State after the last token when the last chunk is not full: Abar^f s + sum_l Abar^l Bbar z[f - 1 - l].
 
     The chunk's tokens are moved to its right end, where W expects them.
@@ -266,5 +250,5 @@ def _final_state(z: Tensor, states: Tensor, a_bar: Tensor, w: Tensor, segments: 
     decays = (a_bar[:, None, :] ** filled[None, :, None]).to(
         torch.complex64 if z.dtype == torch.float32 else a_bar.dtype
     )
-    carried = torch.view_as_real(decays * _complex(states[:, which, last])).flatten(-2)
+    carried = torch.view_as_real(decays * _complex(before[:, which, last])).flatten(-2)
     return torch.baddbmm(carried, shifted, w)

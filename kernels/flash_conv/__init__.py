@@ -85,7 +85,7 @@ def h3_mix(
     taps = torch.cat([shift[:, :1].to(dtype) + d_k.to(dtype)[:, None], shift[:, 1:].to(dtype)], 1)
     history = None if state is None else _valid_history(state, document_ids).to(dtype).transpose(0, 1)
 
-    kv = _outer(shift_conv(segments.split(key), taps, segments, history), segments.split(value), head_dim)
+    kv = _outer(shift_conv(key, taps, segments, history), segments.split(value), head_dim)
     initial = None if state is None else state.diag.to(dtype).transpose(0, 1).flatten(1, 2)
     y, final = chunked_ssm(kv, diag, d, segments, initial)
     out = _gate(query, y, segments, head_dim)

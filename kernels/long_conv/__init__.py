@@ -1,0 +1,73 @@
+"""Causal convolution with an arbitrary kernel as long as the sequence, with optional gates."""
+
+import torch
+from torch import Tensor
+
+from ..backend import Backend, resolve_backend
+from .reference import long_conv_reference
+
+__all__ = ["long_conv", "long_conv_reference"]
+
+
+def long_conv(
+    u: Tensor,
+    kernel: Tensor,
+    *,
+    d: Tensor | None = None,
+    pre_gate: Tensor | None = None,
+    post_gate: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """y = post_gate * (causal_conv(x, kernel) + d x) with x = pre_gate * u.
+
+    u and the gates: (batch, channel, length), any length; kernel: (channel, taps), tap 0 the current token, any number
+    of taps (those beyond the length have no effect); d: (channel). Returns u's shape and dtype; arithmetic is fp32
+    (fp64 for fp64 inputs), by real FFTs of at least length + taps - 1 points, so nothing wraps around.
+
+    An FFT mixes all tokens: a later token changes an earlier output, and another document's token would change this
+    one's, by rounding (about 1e-7 in fp32). Where exactly zero is needed use `diag_ssm`. No documents, therefore.
+    Raises ValueError for shapes that do not fit, BackendUnavailableError for backend="triton".
+    """
+    resolve_backend(backend, "long_conv")
+    _check(u, kernel, d, pre_gate, post_gate)
+    dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+    x = u.to(dtype) if pre_gate is None else u.to(dtype) * pre_gate.to(dtype)
+    length = u.shape[2]
+    taps = kernel[:, :length].to(dtype)
+    points = fast_size(length + taps.shape[1] - 1)
+    spectrum = torch.fft.rfft(x, n=points) * torch.fft.rfft(taps, n=points)
+    y = torch.fft.irfft(spectrum, n=points)[..., :length]
+    if d is not None:
+        y = y + d.to(dtype)[:, None] * x
+    if post_gate is not None:
+        y = y * post_gate.to(dtype)
+    return y.to(u.dtype)
+
+
+def fast_size(points: int) -> int:
+    """The smallest even 2^a 3^b 5^c at or above `points`: sizes that every FFT library does quickly."""
+    best = 1 << max(1, (points - 1).bit_length())
+    five = 1
+    while five < best:
+        three = five
+        while three < best:
+            size = three * 2
+            while size < points:
+                size *= 2
+            best = min(best, size)
+            three *= 3
+        five *= 5
+    return best
+
+
+def _check(u: Tensor, kernel: Tensor, d: Tensor | None, pre_gate: Tensor | None, post_gate: Tensor | None) -> None:
+    if u.dim() != 3 or 0 in u.shape:
+        raise ValueError(f"long_conv: u must be (batch, channel, length), none zero, got {tuple(u.shape)}")
+    channels = u.shape[1]
+    if kernel.dim() != 2 or kernel.shape[0] != channels or kernel.shape[1] < 1:
+        raise ValueError(f"long_conv: kernel must be ({channels}, taps), got {tuple(kernel.shape)}")
+    if d is not None and d.shape != (channels,):
+        raise ValueError(f"long_conv: d has shape {tuple(d.shape)}, expected ({channels},)")
+    for name, gate in (("pre_gate", pre_gate), ("post_gate", post_gate)):
+        if gate is not None and gate.shape != u.shape:
+            raise ValueError(f"long_conv: {name} has shape {tuple(gate.shape)}, expected {tuple(u.shape)}")

@@ -1,0 +1,83 @@
+"""Cross-entropy of a linear layer's scores, without ever holding all of them.
+
+The scores of N tokens over V words are the largest tensor of a small model: at N = 4096, V = 50,264 in fp32, 823 MB,
+three times over by the end of the backward. Here rows go through in chunks, and each chunk's gradients are taken while
+its scores are at hand, which costs the same three matrix products and keeps only d hidden and d weight.
+"""
+
+import torch
+from torch import Tensor
+
+from ..backend import Backend, resolve_backend
+from .reference import linear_cross_entropy_reference
+
+__all__ = ["linear_cross_entropy", "linear_cross_entropy_reference"]
+
+# Bytes of scores in flight. On a CPU they should fit the last-level cache (measured: 8 MiB beats 2 and 64 MiB by 10-30 %
+# at V = 8192); on a GPU a product must fill the machine.
+_CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, backend: Backend = "auto") -> Tensor:
+    """Sum over tokens of -log softmax(hidden weight^T)[target], in nats, 0-dimensional, fp32 (fp64 for fp64 inputs).
+
+    hidden: (N, D) and weight: (V, D), of one floating dtype, in which the products are taken; the softmax and the sums
+    are fp32 or better. targets: (N,) int64, negative = no target, which adds exactly nothing.
+
+    The gradient is computed in the forward pass and scaled in the backward, so it can be asked for once, and only by
+    first-order differentiation. Raises ValueError for shapes that do not fit.
+    """
+    resolve_backend(backend, "linear_cross_entropy")
+    if (
+        hidden.dim() != 2
+        or weight.dim() != 2
+        or hidden.shape[1] != weight.shape[1]
+        or targets.shape != hidden.shape[:1]
+    ):
+        raise ValueError(
+            f"linear_cross_entropy: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and targets "
+            f"{tuple(targets.shape)} must be (N, D), (V, D) and (N,)"
+        )
+    return _Fused.apply(hidden, weight, targets)  # pyright: ignore[reportReturnType]
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        d_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        rows = max(16, _CHUNK_BYTES.get(hidden.device.type, 512 << 20) // (len(weight) * wide.itemsize))
+        for begin in range(0, len(hidden), rows):
+            part, target = hidden[begin : begin + rows], targets[begin : begin + rows]
+            scores = (part @ weight.mT).to(wide)
+            valid = target >= 0
+            place = target.clamp(min=0)[:, None]
+            lse = scores.logsumexp(1)
+            total += torch.where(valid, lse - scores.gather(1, place).squeeze(1), 0).sum()
+            if d_hidden is None and d_weight is None:
+                continue
+            slope = scores.sub_(lse[:, None]).exp_()  # softmax - one-hot, in place
+            slope.scatter_add_(1, place, torch.full_like(place, -1, dtype=wide))
+            slope = slope.mul_(valid[:, None]).to(part.dtype)
+            if d_hidden is not None:
+                d_hidden[begin : begin + rows] = slope @ weight
+            if d_weight is not None:
+                if slope.dtype == wide:
+                    d_weight.addmm_(slope.mT, part)
+                else:
+                    d_weight += slope.mT @ part
+        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.dtype = weight.dtype
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # pyright: ignore
+        d_hidden, d_weight = ctx.saved_tensors
+        return (
+            None if d_hidden is None else d_hidden * grad.to(d_hidden.dtype),
+            None if d_weight is None else (d_weight * grad).to(ctx.dtype),
+            None,
+        )
