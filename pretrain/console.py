@@ -82,8 +82,8 @@ def _shown(metrics: Mapping[str, float]) -> list[str]:
     formats = {
         "loss": "loss {:.4f}",
         "bits_per_byte": "{:.4f} bits/byte",
-        "lr": "lr {:.2e}",
-        "grad_norm": "norm {:.2f}",
+        "learning_rate": "lr {:.2e}",
+        "gradient_norm/total": "norm {:.2f}",
         "tokens_per_second": "{:,.0f} tokens/s",
     }
     return [text.format(metrics[name]) for name, text in formats.items() if name in metrics]

@@ -15,7 +15,7 @@ PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "tensorboar
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def write_environment(run: Path) -> Path:
+def write_environment(run: str | os.PathLike[str]) -> Path:
     """Write `environment.txt` into the run folder and return its path. What cannot be found out reads `unknown`."""
     facts = {
         "potamos": f"{_version('potamos')}, commit {_commit()}",
@@ -26,7 +26,7 @@ def write_environment(run: Path) -> Path:
         "processor": f"{_processor()}, {_cores()} cores",
         "devices": _devices(),
     }
-    path = RunFolder(run).environment
+    path = RunFolder.of(run).environment
     write_atomically(path, "".join(f"{name}: {value}\n" for name, value in facts.items()).encode())
     return path
 

@@ -83,22 +83,22 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
 
-def mark_stop(run: Path, attempt: int, stop: Stop, *, step: int, next_sample: int) -> Path:
-    """Write `stop.<attempt>`: this attempt saved at `step` and left on request. Returns the marker's path."""
-    return _mark(
-        RunFolder(run).stop(attempt),
-        {"attempt": attempt, "reason": stop.reason, "step": step, "next_sample": next_sample},
-    )
+def write_stop(
+    run: str | os.PathLike[str], attempt: int, stop: Stop, *, step: int, next_sample: int | None = None
+) -> Path:
+    """Write the marker `stop.<attempt>`: this attempt saved at `step` and left on request. Returns its path."""
+    facts = {"attempt": attempt, "reason": stop.reason, "step": step, "next_sample": next_sample}
+    return _mark(RunFolder.of(run).stop(attempt), facts)
 
 
-def mark_done(run: Path, attempt: int, *, step: int, next_sample: int, **facts: Any) -> Path:
-    """Write `done.json`: every step is trained. `facts` are further JSON values. Returns the marker's path."""
-    return _mark(RunFolder(run).done, {"attempt": attempt, "step": step, "next_sample": next_sample, **facts})
+def write_done(run: str | os.PathLike[str], *, step: int, next_sample: int, **facts: Any) -> Path:
+    """Write the marker `done.json`: every step is trained. `facts` are further JSON values. Returns its path."""
+    return _mark(RunFolder.of(run).done, {"step": step, "next_sample": next_sample, **facts})
 
 
-def unmark_done(run: Path) -> None:
+def remove_done(run: str | os.PathLike[str]) -> None:
     """Remove `done.json`, for a finished run that goes on because its recipe asks for more steps."""
-    RunFolder(run).done.unlink(missing_ok=True)
+    RunFolder.of(run).done.unlink(missing_ok=True)
 
 
 def _mark(path: Path, content: dict[str, Any]) -> Path:

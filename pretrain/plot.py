@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +13,19 @@ import numpy as np
 
 from potamos.data.files import write_atomically
 from potamos.pretrain.records import read_metrics
+from potamos.pretrain.run_folder import RunFolder
 
-TRAINING, VALIDATION, INK = "#3b6ea5", "#c8553d", "#333333"
+TRAINING, VALIDATION, INK = "#3b6ea5", ("#c8553d", "#4f8a5b", "#8a6bb1", "#b58a2c"), "#333333"
 
 
-def plot_loss(run: Path, out: Path, *, title: str | None = None) -> None:
+def plot_loss(run: str | os.PathLike[str], out: Path, *, title: str | None = None) -> None:
     """Draw training loss over tokens, with the validations as points, into the PNG file `out`.
 
     In bits per byte where the records have it (`bits_per_byte`), else in nats per token (`loss`).
 
     Raises:
         ImportError: matplotlib is not installed; says how to install it.
-        ValueError: the run has recorded no training yet.
+        ValueError: the run has recorded no training yet, or nothing finite.
     """
     try:
         from matplotlib.figure import Figure  # without pyplot: no display, no global state
@@ -34,27 +37,34 @@ def plot_loss(run: Path, out: Path, *, title: str | None = None) -> None:
     records = read_metrics(run)
     training = [record for record in records if record["kind"] == "train" and "loss" in record]
     if not training:
-        raise ValueError(f"{run} has no records of training yet (logs/metrics.jsonl): train first")
+        raise ValueError(f"{os.fspath(run)} has no records of training yet (logs/metrics.jsonl): train first")
     key = "bits_per_byte" if all("bits_per_byte" in record for record in training) else "loss"
     tokens, values = _series(training, key)
-    points, scores = _series([record for record in records if record["kind"] == "validation"], key)
+    if not len(values):
+        raise ValueError(f"{os.fspath(run)} has recorded no finite {key} to draw")
+    validations = [record for record in records if record["kind"] == "validation"]
+    names = sorted({name for record in validations for name in record if name.split("/")[-1] == key})
+    held_out = {name: _series(validations, name) for name in names}
     smooth = _smooth(values)
 
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     axes.plot(tokens, values, color=TRAINING, linewidth=0.8, alpha=0.3)
     axes.plot(tokens, smooth, color=TRAINING, linewidth=1.6, label="training")
-    if len(points):
-        label = f"validation (last {scores[-1]:.3f})"
-        axes.plot(points, scores, "o-", color=VALIDATION, markersize=4, linewidth=1.0, label=label)
+    lowest = float(np.nanmin(smooth))
+    for (name, (points, scores)), color in zip(held_out.items(), itertools.cycle(VALIDATION), strict=False):
+        if len(points):
+            label = f"{name.rpartition('/')[0] or 'validation'} (last {scores[-1]:.3f})"
+            axes.plot(points, scores, "o-", color=color, markersize=4, linewidth=1.0, label=label)
+            lowest = min(lowest, float(scores.min()))
     axes.set_xlabel("tokens")
     axes.set_ylabel("bits per byte" if key == "bits_per_byte" else "loss (nats per token)")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.set_title(title or run.name, loc="left", color=INK)
+    axes.set_title(title or RunFolder.of(run).path.name, loc="left", color=INK)
     # The first steps fall from chance level and would flatten everything after them.
-    top, bottom = float(smooth[len(smooth) // 25]), float(min(np.min(smooth), *scores, *smooth[-1:]))
-    if math.isfinite(top) and top > bottom:
-        axes.set_ylim(bottom - 0.08 * (top - bottom), top + 0.05 * (top - bottom))
+    top = float(smooth[len(smooth) // 25])
+    if top > lowest:
+        axes.set_ylim(lowest - 0.08 * (top - lowest), top + 0.05 * (top - lowest))
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 class RecordWriter:
     """Appends records. Each is one write to the file, so a kill leaves whole lines."""
 
-    def __init__(self, run: Path, attempt: int) -> None:
-        path = RunFolder(run).metrics
+    def __init__(self, run: str | os.PathLike[str], attempt: int) -> None:
+        path = RunFolder.of(run).metrics
         path.parent.mkdir(parents=True, exist_ok=True)
         self._attempt = attempt
         self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 (closed by close)
@@ -51,22 +51,25 @@ class RecordWriter:
         self._file.close()
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
+def read_metrics(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The records of kind `train` and `validation`, each step as the last attempt that trained it recorded it.
 
-    In the order of the steps; values that are not finite come back as floats. A run without records gives an empty
+    In the order of the steps, the validations of a step in one record; values that are not finite come back as floats. A run without records gives an empty
     list. A line that is no record is skipped with a warning.
     """
     records: dict[tuple[int, str], dict[str, Any]] = {}
     for record in _read_all(run):
         if record["kind"] == "start":
             records = {key: kept for key, kept in records.items() if kept["step"] <= record["step"]}
-        else:
-            records[record["step"], record["kind"]] = record
+            continue
+        key = record["step"], record["kind"]
+        if record["kind"] == "validation" and records.get(key, {}).get("attempt") == record["attempt"]:
+            record = records[key] | record  # another dataset at the same step
+        records[key] = record
     return [record for _, record in sorted(records.items(), key=lambda item: item[0])]
 
 
-def attempt_number(run: Path, environment: Mapping[str, str] = os.environ) -> int:
+def attempt_number(run: str | os.PathLike[str], environment: Mapping[str, str] = os.environ) -> int:
     """This attempt's number: POTAMOS_ATTEMPT where a scheduler sets it, else one more than the last; the first is 0.
 
     Raises:
@@ -77,17 +80,16 @@ def attempt_number(run: Path, environment: Mapping[str, str] = os.environ) -> in
         if not given.isdecimal():
             raise ValueError(f"POTAMOS_ATTEMPT is {given!r}: give a whole number from 0, or unset it")
         return int(given)
-    folder = RunFolder(run)
+    folder = RunFolder.of(run)
     seen = {record["attempt"] for record in _read_all(run)}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # absent or not ours: the rest remains
         seen.add(int(json.loads(folder.state.read_bytes())["attempt"]))
-    if run.is_dir():
-        seen |= {int(path.suffix[1:]) for path in run.glob("stop.*") if path.suffix[1:].isdecimal()}
+    seen |= {int(path.suffix[1:]) for path in folder.path.glob("stop.*") if path.suffix[1:].isdecimal()}
     return max(seen, default=-1) + 1
 
 
-def _read_all(run: Path) -> Iterator[dict[str, Any]]:
-    path = RunFolder(run).metrics
+def _read_all(run: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    path = RunFolder.of(run).metrics
     if not path.is_file():
         return
     with open(path, encoding="utf-8", errors="replace") as file:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths of a run. `RunFolder(path)` creates nothing."""
+    """Paths of a run. Creates nothing; serves as a path itself, so that functions take either."""
 
     path: Path
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    @classmethod
+    def of(cls, run: str | os.PathLike[str]) -> RunFolder:
+        return run if isinstance(run, RunFolder) else cls(Path(run))
 
     @property
     def recipe(self) -> Path:

@@ -16,6 +16,15 @@ from torch import Tensor
 _LEAST_RELATIVE_STD = 0.01
 
 
+@dataclass(frozen=True)
+class SkippedStep:
+    """A step whose update was not applied, and the global indices of its first and last sample."""
+
+    step: int
+    first: int
+    last: int
+
+
 class SpikeGuard:
     """Accepts a step when its loss and gradient norm are finite and the norm is no spike.
 
@@ -24,7 +33,7 @@ class SpikeGuard:
     A lasting change of level is no spike, though: after `patience` spikes in a row the history is forgotten, so that a
     run cannot go on skipping for ever. `threshold=None` skips only what is not finite.
 
-    All state is on `device` and no method waits for it. Every rank must give the same norm and loss, that is, those of
+    All state is on `device`, and only `report` waits for it. Every rank must give the same norm and loss, that is, those of
     the whole batch; each then decides the same.
     """
 
@@ -43,6 +52,7 @@ class SpikeGuard:
         self._skipped = zero.clone()
         self._in_a_row = zero.clone()
         self._slots = torch.arange(window, device=device)
+        self._recorded: list[tuple[SkippedStep, Tensor]] = []
 
     @property
     def skipped(self) -> Tensor:
@@ -94,6 +104,22 @@ class SpikeGuard:
         self._norms = torch.where(here, norm, self._norms)
         self._entered = self._entered + accepted
 
+    def record(self, step: int, first: int, last: int, refused: Tensor) -> None:
+        """Remember whether `step`, which trained samples `first` to `last` inclusive, was refused; for `report`.
+
+        `refused` (0-dimensional, on the device, 0 or 1 of any dtype) is not read here.
+        """
+        self._recorded.append((SkippedStep(step, first, last), refused))
+
+    def report(self) -> list[SkippedStep]:
+        """The refused ones among the steps recorded since the last report. One transfer, which waits for the device."""
+        if not self._recorded:
+            return []
+        flags = torch.stack([refused for _, refused in self._recorded]).tolist()
+        skipped = [step for (step, _), refused in zip(self._recorded, flags, strict=True) if refused]
+        self._recorded = []
+        return skipped
+
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything that `accept` depends on, for a checkpoint. Copy before the next step."""
         return {
@@ -120,34 +146,3 @@ class SpikeGuard:
                     f"{tuple(own[name].shape)}: the window changed. Resume with the window the run began with."
                 )
             setattr(self, f"_{name}", tensor.detach().to(own[name].device, copy=True))
-
-
-@dataclass(frozen=True)
-class SkippedStep:
-    """A step whose update was not applied, and the global indices of its first and last sample."""
-
-    step: int
-    first_sample: int
-    last_sample: int
-
-
-class Skipped:
-    """Flags of the steps since the last log, read from the device all at once."""
-
-    def __init__(self) -> None:
-        self._steps: list[SkippedStep] = []
-        self._accepted: list[Tensor] = []
-
-    def add(self, step: int, first_sample: int, last_sample: int, accepted: Tensor) -> None:
-        """Remember what `SpikeGuard.accept` returned for `step`, which trained samples first to last inclusive."""
-        self._steps.append(SkippedStep(step, first_sample, last_sample))
-        self._accepted.append(accepted)
-
-    def flush(self) -> list[SkippedStep]:
-        """The skipped ones among the steps added since the last flush. One transfer, which waits for the device."""
-        if not self._accepted:
-            return []
-        flags = torch.stack(self._accepted).tolist()
-        skipped = [step for step, accepted in zip(self._steps, flags, strict=True) if not accepted]
-        self._steps, self._accepted = [], []
-        return skipped

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from potamos.pretrain import guard
-from potamos.pretrain.spikes import Skipped, SkippedStep, SpikeGuard
+from potamos.pretrain.spikes import SkippedStep, SpikeGuard
 
 # ---- signals -----------------------------------------------------------------------------------------------------
 
@@ -94,15 +94,15 @@ def test_a_request_from_within() -> None:
 
 
 def test_markers(run_folder: Path) -> None:
-    stop = guard.mark_stop(run_folder, 4, guard.Stop("SIGUSR1"), step=12, next_sample=96)
+    stop = guard.write_stop(run_folder, 4, guard.Stop("SIGUSR1"), step=12, next_sample=96)
     assert stop == run_folder / "stop.4"
     content = json.loads(stop.read_text())
     assert content.pop("at").startswith("20")
     assert content == {"attempt": 4, "reason": "SIGUSR1", "step": 12, "next_sample": 96}
-    done = guard.mark_done(run_folder, 5, step=20, next_sample=160, loss=1.5)
+    done = guard.write_done(run_folder, attempt=5, step=20, next_sample=160, loss=1.5)
     assert json.loads(done.read_text()).items() >= {"attempt": 5, "step": 20, "next_sample": 160, "loss": 1.5}.items()
-    guard.unmark_done(run_folder)
-    guard.unmark_done(run_folder)
+    guard.remove_done(run_folder)
+    guard.remove_done(run_folder)
     assert sorted(path.name for path in run_folder.iterdir()) == ["stop.4"]  # no temporary file left, either
 
 
@@ -228,11 +228,11 @@ def test_no_step_waits_for_the_device() -> None:
         torch.ones(()).item()
     with pytest.raises(AssertionError, match="waits"), NoSync():
         bool(torch.ones(()) > 0)
-    guarded, skipped = SpikeGuard(4, 3.0, patience=2), Skipped()
+    guarded = SpikeGuard(4, 3.0, patience=2)
     for index, value in enumerate((1.0, 2.0, 1.0, 2.0, 90.0, float("nan"), 1.5, 90.0, 90.0, 90.0)):
         norm, loss = torch.tensor(value), torch.tensor(1.0)
         with NoSync():
-            skipped.add(index, 0, 7, guarded.accept(norm, loss))
+            guarded.record(index, 0, 7, ~guarded.accept(norm, loss))
             guarded.state_tensors()
     assert int(guarded.skipped) == 4
     # A device that holds no values: whoever asks for one fails.
@@ -241,14 +241,15 @@ def test_no_step_waits_for_the_device() -> None:
 
 
 def test_skipped_steps_are_reported_with_their_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    guarded, skipped = SpikeGuard(4, 3.0), Skipped()
+    guarded = SpikeGuard(4, 3.0)
     for step, value in enumerate((1.0, 2.0, float("inf"), 1.0, 2.0, 90.0, 1.0), start=1):
-        skipped.add(step, step * 8, step * 8 + 7, guarded.accept(torch.tensor(value), torch.tensor(0.0)))
+        refused = 1.0 - guarded.accept(torch.tensor(value), torch.tensor(0.0)).float()
+        guarded.record(step, step * 8, step * 8 + 7, refused)
     transfers = []
     tolist = Tensor.tolist
     monkeypatch.setattr(Tensor, "tolist", lambda self: transfers.append(1) or tolist(self))
-    assert skipped.flush() == [SkippedStep(3, 24, 31), SkippedStep(6, 48, 55)]
+    assert guarded.report() == [SkippedStep(3, 24, 31), SkippedStep(6, 48, 55)]
     assert len(transfers) == 1
-    assert skipped.flush() == []
-    skipped.add(8, 64, 71, torch.tensor(False))
-    assert skipped.flush() == [SkippedStep(8, 64, 71)]
+    assert guarded.report() == []
+    guarded.record(8, 64, 71, torch.tensor(True))
+    assert guarded.report() == [SkippedStep(8, 64, 71)]
