@@ -8,13 +8,13 @@ beyond that step is trained again and superseded. Records of kind `train` and `v
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import math
 import os
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 from potamos.pretrain.run_folder import RunFolder
@@ -34,18 +34,26 @@ class RecordWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._attempt = attempt
         self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 (closed by close)
+        self._torn = False  # the last line has no end: a full disk or a machine that went down tears one
         if self._file.tell() > 0:
             self._file.seek(-1, os.SEEK_END)
-            if self._file.read(1) != b"\n":  # a machine that went down can still tear the last line
-                self._file.write(b"\n")
+            self._torn = self._file.read(1) != b"\n"
 
     def write(self, kind: Kind, step: int, next_sample: int, tokens: int, metrics: Mapping[str, float]) -> None:
-        """Append one record. `tokens` counts those trained on since the run began."""
+        """Append one record. `tokens` counts those trained on since the run began.
+
+        Raises:
+            OSError: the disk is full. Later records can still be written when there is room again.
+        """
         if taken := metrics.keys() & set(FACTS):
             raise ValueError(f"metrics may not be named {sorted(taken)}: every record has those")
         facts = (kind, self._attempt, step, next_sample, tokens, round(time.time(), 3))
         record = dict(zip(FACTS, facts, strict=True)) | {name: _plain(value) for name, value in metrics.items()}
-        self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+        line = b"\n" * self._torn + json.dumps(record, allow_nan=False).encode() + b"\n"
+        if self._file.write(line) != len(line):
+            self._torn = True
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
+        self._torn = False
 
     def close(self) -> None:
         self._file.close()
@@ -54,8 +62,8 @@ class RecordWriter:
 def read_metrics(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The records of kind `train` and `validation`, each step as the last attempt that trained it recorded it.
 
-    In the order of the steps, the validations of a step in one record; values that are not finite come back as floats. A run without records gives an empty
-    list. A line that is no record is skipped with a warning.
+    In the order of the steps, the validations of a step in one record; values that are not finite come back as floats.
+    A run without records gives an empty list. A line that is no record is skipped with a warning.
     """
     records: dict[tuple[int, str], dict[str, Any]] = {}
     for record in _read_all(run):

@@ -33,8 +33,8 @@ class SpikeGuard:
     A lasting change of level is no spike, though: after `patience` spikes in a row the history is forgotten, so that a
     run cannot go on skipping for ever. `threshold=None` skips only what is not finite.
 
-    All state is on `device`, and only `report` waits for it. Every rank must give the same norm and loss, that is, those of
-    the whole batch; each then decides the same.
+    All state is on `device`, and only `report` waits for it. Every rank must give the same norm and loss, that is,
+    those of the whole batch; each then decides the same.
     """
 
     def __init__(

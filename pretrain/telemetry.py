@@ -12,13 +12,15 @@ has already read them from the device, once an interval.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
@@ -30,6 +32,8 @@ from potamos.pretrain.records import RecordWriter, attempt_number, read_metrics
 from potamos.pretrain.run_folder import RunFolder
 
 __all__ = ["Progress", "Telemetry", "attempt_number", "plot_loss", "read_metrics", "write_environment"]
+
+logger = logging.getLogger(__name__)
 
 _STATE_SECONDS = 1.0  # between two writes of state.json, each of which waits for the disk
 
@@ -97,14 +101,13 @@ class Telemetry:
         self._state: dict[str, Any] = {"attempt": attempt, "step": step, "next_sample": next_sample}
         self._state |= {"total_steps": total_steps, "loss": None, "tokens_per_second": None, "eta": None}
         self._state_written = -float("inf")
+        self._complained: set[int | None] = set()
         if not main:
             return
-        from torch.utils.tensorboard import SummaryWriter  # a second of imports that only this rank needs
-
         self._records = RecordWriter(run, attempt)
         self._records.write("start", step, next_sample, self._tokens, {})
         # TensorBoard drops events of earlier files from purge_step on: replayed steps do not show twice.
-        self._board = SummaryWriter(str(self._folder.tensorboard), purge_step=step + 1 if step else 0)
+        self._board = self._open_board(purge_step=step + 1 if step else 0)
         self._console: Console = make_console(stream or sys.stdout, step=step, total_steps=total_steps)
         self._write_state("running", now=True)
 
@@ -124,9 +127,10 @@ class Telemetry:
         left = self._progress.left(self._total)
         metrics = {"tokens_per_second": (tokens - self._tokens) / max(seconds, 1e-9), **metrics}
         self._tokens = tokens
-        self._records.write("train", step, next_sample, tokens, metrics)
-        self._scalars({name if "/" in name else f"train/{name}": value for name, value in metrics.items()}, step)
-        self._scalars({"train/tokens": tokens}, step)
+        tags = {name if "/" in name else f"train/{name}": value for name, value in metrics.items()}
+        with self._tolerating():
+            self._records.write("train", step, next_sample, tokens, metrics)
+        self._scalars(tags | {"train/tokens": tokens}, step)
         self._state |= {"step": step, "next_sample": next_sample, "loss": metrics.get("loss")}
         self._state |= {"tokens_per_second": metrics["tokens_per_second"], "eta": left}
         self._write_state("running")
@@ -139,7 +143,8 @@ class Telemetry:
         """
         if not self._main:
             return
-        self._records.write("validation", step, next_sample, next_sample * self._tokens_per_sample, metrics)
+        with self._tolerating():
+            self._records.write("validation", step, next_sample, next_sample * self._tokens_per_sample, metrics)
         self._scalars({f"validation/{name}": value for name, value in metrics.items()}, step)
         values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         self._console.line(f"step {step}  validation  {values}")
@@ -148,8 +153,7 @@ class Telemetry:
         """Put a text (a generated sample, the recipe) into TensorBoard, as it is."""
         if self._main:
             indented = "".join(f"    {line}\n" for line in text.splitlines())  # Markdown's form of "as it is"
-            self._board.add_text(tag, indented, step)
-            self._board.flush()
+            self._to_board(lambda board: board.add_text(tag, indented, step))
 
     def note(self, message: str) -> None:
         """Print a line without disturbing the progress line."""
@@ -163,12 +167,29 @@ class Telemetry:
             self._write_state(reason, now=True)
             self._console.close()
             self._records.close()
-            self._board.close()
+            self._to_board(lambda board: board.close())
 
     def _scalars(self, values: Mapping[str, float], step: int) -> None:
-        for tag, value in values.items():
-            self._board.add_scalar(tag, float(value), step)
-        self._board.flush()  # what a killed run had logged before its checkpoint is never logged again
+        def write(board: Any) -> None:
+            for tag, value in values.items():
+                board.add_scalar(tag, float(value), step)
+
+        self._to_board(write)
+
+    def _open_board(self, purge_step: int | None = None) -> Any:
+        from torch.utils.tensorboard import SummaryWriter  # a second of imports that only this rank needs
+
+        return SummaryWriter(str(self._folder.tensorboard), purge_step=purge_step)
+
+    def _to_board(self, write: Callable[[Any], None]) -> None:
+        with self._tolerating():
+            try:
+                self._board = self._board or self._open_board()
+                write(self._board)
+                self._board.flush()  # what a killed run had logged before its checkpoint is never logged again
+            except OSError:
+                self._board = None  # its thread has ended: the next call tries another file
+                raise
 
     def _write_state(self, reason: str, *, now: bool = False) -> None:
         if not now and self._clock() - self._state_written < _STATE_SECONDS:
@@ -179,4 +200,15 @@ class Telemetry:
             for name, value in self._state.items()
         }
         state |= {"reason": reason, "updated": datetime.now(UTC).isoformat(timespec="seconds")}
-        write_atomically(self._folder.state, json.dumps(state).encode() + b"\n")
+        with self._tolerating():
+            write_atomically(self._folder.state, json.dumps(state).encode() + b"\n")
+
+    @contextmanager
+    def _tolerating(self) -> Iterator[None]:
+        """A disk that is full must not end training for the sake of a record: one warning for each reason."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in self._complained:
+                self._complained.add(error.errno)
+                logger.warning("something could not be recorded in %s: %s. Training goes on.", self._folder.path, error)
