@@ -218,11 +218,13 @@ def test_a_full_disk_does_not_end_training(
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
     monkeypatch.undo()
-    telemetry.log(5, {"loss": 5.0}, next_sample=40)
+    train(telemetry, range(5, 7), float)
     telemetry.close("finished")
-    assert [record["loss"] for record in read_metrics(run_folder)] == [1.0, 5.0]
-    assert stream.getvalue().count("step") == 5
-    assert [step for step, _ in events(run_folder)["train/loss"]] == [1, 5]
+    assert [record["loss"] for record in read_metrics(run_folder)] == [1.0, 5.0, 6.0]
+    assert stream.getvalue().count("step") == 6
+    # TensorBoard's thread may tell of the last failure one log late; new files are small and may hold some steps.
+    shown = [step for step, _ in events(run_folder)["train/loss"]]
+    assert (shown[0], shown[-1]) == (1, 6)
     assert caplog.text.count("could not be recorded") == 2  # one warning a reason
     assert "No space left" in caplog.text
 
