@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from potamos.pretrain import guard
+from potamos.pretrain import telemetry as telemetry_module
 from potamos.pretrain.console import duration
 from potamos.pretrain.plot import _smooth
 from potamos.pretrain.records import RecordWriter
@@ -209,7 +210,8 @@ def test_a_full_disk_does_not_end_training(
     whole = path.stat().st_size
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    monkeypatch.setattr("potamos.pretrain.telemetry.write_atomically", full)
+    write = telemetry_module.write_atomically
+    monkeypatch.setattr(telemetry_module, "write_atomically", full)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (whole + 30, before[1]))  # room for half a record
         with caplog.at_level(logging.WARNING):
@@ -217,7 +219,7 @@ def test_a_full_disk_does_not_end_training(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
-    monkeypatch.undo()
+    monkeypatch.setattr(telemetry_module, "write_atomically", write)
     train(telemetry, range(5, 7), float)
     telemetry.close("finished")
     assert [record["loss"] for record in read_metrics(run_folder)] == [1.0, 5.0, 6.0]
