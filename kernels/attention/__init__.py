@@ -37,12 +37,6 @@ class Decision:
 
 @overload
 def attention(
-    q, k, v, *, return_lse: Literal[True], explain: Literal[False] = False, **rest
-) -> tuple[Tensor, Tensor]: ...
-@overload
-def attention(q, k, v, *, explain: Literal[True], **rest) -> Decision: ...
-@overload
-def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -58,6 +52,40 @@ def attention(
     backend: Backend = "auto",
     explain: Literal[False] = False,
 ) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask,
+    bias: Toeplitz | None = None,
+    rotary: Rotary | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    dropout_key: DropoutKey | None = None,
+    head_offset: int = 0,
+    return_lse: Literal[True],
+    backend: Backend = "auto",
+    explain: Literal[False] = False,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask,
+    bias: Toeplitz | None = None,
+    rotary: Rotary | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    dropout_key: DropoutKey | None = None,
+    head_offset: int = 0,
+    return_lse: bool = False,
+    backend: Backend = "auto",
+    explain: Literal[True],
+) -> Decision: ...
 def attention(
     q: Tensor,
     k: Tensor,

@@ -49,7 +49,7 @@ def attention_reference(
     if dropout > 0:
         assert dropout_key is not None
         keep = attention_keep_mask(
-            tuple(probabilities.shape),
+            probabilities.shape,
             dropout,
             key=dropout_key,
             query_offset=mask.query_offset,

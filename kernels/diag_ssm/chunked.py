@@ -108,14 +108,13 @@ def _diagonal_sums(matrix: Tensor) -> Tensor:
     if chunk == 1:
         return main
     matrix.tril_()
-    slanted = matrix.as_strided(
-        (heads, chunk - 1, chunk - 1), (chunk * chunk, chunk + 1, 1), matrix.storage_offset() + 2
-    )
+    shape, strides = (heads, chunk - 1, chunk - 1), (chunk * chunk, chunk + 1, 1)
+    slanted = matrix.as_strided(shape, strides, matrix.storage_offset() + 2)
     return torch.cat([main, slanted.sum(1).flip(1)], 1)
 
 
 class _ChunkedScan(torch.autograd.Function):
-    """z (H, S, C, Q), taps (H, Q) and the operators -> y like z, states before each chunk (H, S, C, N) and after all."""
+    """z (H, S, C, Q), taps (H, Q), operators -> y like z, the states before each chunk (H, S, C, N) and after all."""
 
     @staticmethod
     def forward(ctx, z: Tensor, taps: Tensor, r: Tensor, w: Tensor, decay: Tensor, initial, continues):

@@ -15,7 +15,7 @@ def kernel(diag: Diagonal, length: int) -> Tensor:
 
 def diag_ssm_convolution(u: Tensor, diag: Diagonal, *, d: Tensor | None) -> Tensor:
     """y[t] = sum_{j <= t} K[t - j] u[j] + d u[t] by its defining sum, for one document and no carried state."""
-    batch, channels, length = u.shape
+    channels, length = u.shape[1:]
     group = channels // diag.channels
     taps = kernel(diag, length).to(compute_dtype(u)).repeat_interleave(group, 0)
     lag = torch.arange(length)[:, None] - torch.arange(length)[None, :]

@@ -117,7 +117,12 @@ def test_gradcheck(rule, make_diagonal):
     modes = torch.randn(1, 2, 2, 2, dtype=torch.float64, requires_grad=True)
 
     def run(u, modes, d, *leaves):
-        y, state = diag_ssm(u, Diagonal(*leaves, rule), d=d, state=DiagState(modes, torch.zeros(1).int()))
+        y, state = diag_ssm(
+            u,
+            Diagonal(**dict(zip(NAMES, leaves, strict=True)), rule=rule),
+            d=d,
+            state=DiagState(modes, torch.zeros(1).int()),
+        )
         return y, state.modes
 
     torch.autograd.gradcheck(run, (u, modes, d, *(getattr(diag, n) for n in NAMES)))
@@ -130,7 +135,7 @@ def test_fp32_against_fp64(stress, make_diagonal, assert_close):
     y, _ = diag_ssm(u, diag, d=d)
     got = gradients(y, None, {"u": u, **parameters(diag, d)})
     wide = {name: value.detach().double().requires_grad_() for name, value in {"u": u, **parameters(diag, d)}.items()}
-    wide_diag = Diagonal(*(wide[n] for n in NAMES), diag.rule)
+    wide_diag = Diagonal(**{n: wide[n] for n in NAMES}, rule=diag.rule)
     want = diag_ssm_convolution(wide["u"], wide_diag, d=wide["d"])
     assert_close(y, want, 1e-6, "y")
     # The projection's weights are drawn in the output's type: use the same ones.

@@ -18,7 +18,7 @@ NAMES = ("log_dt", "log_a", "b", "B", "C")
 
 @pytest.fixture
 def make_case(make_diagonal):
-    """make_case(batch, heads, length, ...) -> (leaves by name, call) where call(op, leaves, **rest) runs an operation."""
+    """make_case(batch, heads, length, ...) -> (leaves by name, call); call(operation, leaves, **rest) runs it."""
 
     def make(batch: int, heads: int, length: int, *, head_dim=1, taps=64, modes=4, dtype=torch.float64, **kind) -> Any:
         diag, d = make_diagonal(heads, modes, dtype=dtype, **kind)
@@ -32,7 +32,7 @@ def make_case(make_diagonal):
         leaves |= {name: getattr(diag, name) for name in NAMES}
 
         def call(operation, values: dict[str, Tensor], **rest):
-            diagonal = Diagonal(*(values[n] for n in NAMES), diag.rule)
+            diagonal = Diagonal(**{n: values[n] for n in NAMES}, rule=diag.rule)
             q, k, v, shift, d_k, d = (values[n] for n in ("q", "k", "v", "shift", "d_k", "d"))
             return operation(q, k, v, shift, diagonal, d_k=d_k, d=d, head_dim=head_dim, **rest)
 
@@ -69,9 +69,7 @@ CASES = [  # batch, heads, length, head_dim, taps
 @pytest.mark.parametrize(("batch", "heads", "length", "head_dim", "taps"), CASES)
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("carried", [False, True])
-def test_fast_form_is_the_definition(
-    batch, heads, length, head_dim, taps, documents, carried, make_case, assert_close
-):
+def test_fast_form_is_the_definition(batch, heads, length, head_dim, taps, documents, carried, make_case, assert_close):
     """Outputs, state and every gradient at 1e-10 in fp64."""
     leaves, call = make_case(batch, heads, length, head_dim=head_dim, taps=taps)
     ids = (torch.rand(batch, length) < 0.06).cumsum(1).to(torch.int32) if documents else None
@@ -122,7 +120,7 @@ def test_any_split_and_steps_continue_the_whole(documents, head_dim, make_case, 
 
 def test_steps_from_the_initial_state(make_case, assert_close):
     leaves, call = make_case(2, 3, 9)
-    state, outputs = initial_h3_state(2, 3, 64, Diagonal(*(leaves[n] for n in NAMES)), dtype=torch.float64), []
+    state, outputs = initial_h3_state(2, 3, 64, Diagonal(**{n: leaves[n] for n in NAMES}), dtype=torch.float64), []
     for t in range(9):
         values = leaves | {name: leaves[name][:, :, t] for name in "qkv"}
         y, state = call(h3_mix_step, values, document_ids=torch.zeros(2).int(), state=state)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ def test_fft_is_the_sum(length, taps, gated, assert_close):
     u, pre, post = (torch.randn(3, 5, length, dtype=torch.float64, requires_grad=True) for _ in range(3))
     kernel = torch.randn(5, taps, dtype=torch.float64, requires_grad=True)
     d = torch.randn(5, dtype=torch.float64, requires_grad=True)
-    gates = {"pre_gate": pre, "post_gate": post} if gated else {}
+    gates: Any = {"pre_gate": pre, "post_gate": post} if gated else {}
     wrt = [u, kernel, d, *gates.values()]
     got, want = (operation(u, kernel, d=d, **gates) for operation in (long_conv, long_conv_reference))
     assert_close(got, want, 1e-10, "y")
