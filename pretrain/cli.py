@@ -1,0 +1,290 @@
+"""Every command: parse, call one function, print.
+
+Nothing heavy is imported at the top. `potamos --help` must answer at once, and `train` has to install its signal
+handlers before torch is imported, so commands import what they call.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from potamos.pretrain import show
+
+TRACEBACK = "POTAMOS_TRACEBACK"
+
+app = typer.Typer(
+    name="potamos",
+    help="Train language models that are not plain Transformers. Begin with: potamos demo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+recipe_app = typer.Typer(help="Look at one recipe.", no_args_is_help=True)
+data_app = typer.Typer(help="Make tokenizers and datasets, and look into them.", no_args_is_help=True)
+app.add_typer(recipe_app, name="recipe")
+app.add_typer(data_app, name="data")
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A packaged name, or a path to a YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe, as in train.steps=100."),
+]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as in runs/h3_hybrid_tiny.")]
+Step = Annotated[int | None, typer.Option(help="Which checkpoint; the newest by default.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from potamos import __version__
+
+        typer.echo(f"potamos {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    run: Annotated[Path | None, typer.Option(help="The run folder; runs/NAME by default.")] = None,
+) -> None:
+    """Train a model, or go on where its run folder stopped.
+
+    Ctrl-C finishes the step, saves and exits with 130; the same command goes on from there.
+
+    Example: potamos train h3_hybrid_tiny train.steps=200 --run runs/trial
+    """
+    from potamos.pretrain.guard import install_signal_handlers
+
+    install_signal_handlers()
+    from potamos.pretrain.config import load_recipe
+    from potamos.pretrain.trainer import train as run_training
+
+    loaded = load_recipe(recipe, overrides or [])
+    raise typer.Exit(run_training(loaded, run or Path("runs") / loaded.name))
+
+
+@app.command()
+def generate(
+    run: RunPath,
+    prompt: Annotated[str, typer.Option(help="The text to continue; none begins a new document.")] = "",
+    tokens: Annotated[int, typer.Option(help="Write at most this many tokens.")] = 200,
+    temperature: Annotated[float, typer.Option(help="Below 1 is safer, above 1 wilder, 0 always the likeliest.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Choose among the k likeliest tokens only.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Choose among the likeliest that hold this share.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    past_end: Annotated[bool, typer.Option("--past-end", help="Go on with a new document after an end.")] = False,
+    step: Step = None,
+    device: Device = "auto",
+) -> None:
+    """Let a trained model write.
+
+    Example: potamos generate runs/h3_hybrid_tiny --prompt "My fellow citizens" --tokens 100 --seed 7
+    """
+    from potamos.pretrain.generate import generate as write
+    from potamos.pretrain.runs import open_run
+
+    opened = open_run(run, step=step, device=device)
+    pieces = write(
+        opened.model,
+        opened.tokenizer,
+        prompt,
+        tokens=tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop_at_end=not past_end,
+        boundaries=opened.recipe.data.boundaries,
+    )
+    show.stream(prompt, pieces)
+
+
+@app.command()
+def evaluate(
+    run: RunPath,
+    data: Annotated[
+        Path | None, typer.Option(help="A prepared dataset; the recipe's validation sets by default.")
+    ] = None,
+    step: Step = None,
+    device: Device = "auto",
+) -> None:
+    """Score held-out text: bits per byte, perplexity, loss.
+
+    Example: potamos evaluate runs/h3_hybrid_tiny --data demo/validation
+    """
+    from potamos.pretrain.runs import open_run, score_run
+
+    opened = open_run(run, step=step, device=device)
+    show.note(f"{run} at step {opened.step}")
+    show.scores(score_run(opened, data))
+
+
+@app.command()
+def recipes() -> None:
+    """List the packaged recipes with their families and sizes.
+
+    Example: potamos recipes
+    """
+    from potamos.pretrain.catalog import catalog
+
+    show.recipes(catalog())
+
+
+@recipe_app.command("show")
+def recipe_show(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Print a recipe with every default filled in and every change applied.
+
+    Example: potamos recipe show h3_hybrid_125m train.sequences=64 > mine.yaml
+    """
+    from potamos.pretrain.config import load_recipe, to_yaml
+
+    typer.echo(to_yaml(load_recipe(recipe, overrides or [])), nl=False)
+
+
+@app.command()
+def demo(
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("demo"),
+) -> None:
+    """Train a small hybrid on two centuries of speeches, kill it, resume it, and let it write; some minutes.
+
+    Example: potamos demo --out demo
+    """
+    from potamos.pretrain.demo import demo as run_demo
+
+    raise typer.Exit(run_demo(out, overrides or []))
+
+
+# --- data --------------------------------------------------------------------------------------------------------
+
+Source = Annotated[str, typer.Argument(help="sotu, or text and jsonl files: a file, a folder or a glob pattern.")]
+Split = Annotated[str, typer.Option(help="train, validation or all.")]
+
+
+@data_app.command("tokenizer")
+def data_tokenizer(
+    source: Source,
+    out: Annotated[Path, typer.Argument(help="The tokenizer.json to write.")],
+    vocabulary: Annotated[int, typer.Option(help="How many ids.")] = 32_768,
+    split: Split = "train",
+) -> None:
+    """Train a byte-level BPE tokenizer on a corpus, by default on its training part only.
+
+    Example: potamos data tokenizer sotu demo/tokenizer.json --vocabulary 8192
+    """
+    from potamos.data.commands import train as train_tokenizer
+
+    show.tokenizer(train_tokenizer(source, vocabulary, out, split=split)[1])
+
+
+@data_app.command("prepare")
+def data_prepare(
+    source: Source,
+    out: Annotated[Path, typer.Argument(help="The dataset's folder.")],
+    tokenizer: Annotated[Path, typer.Option(help="A tokenizer.json, or a folder with GPT-2's files.")],
+    kind: Annotated[str, typer.Option(help="The tokenizer's kind: json or gpt2.")] = "json",
+    split: Split = "all",
+    force: Annotated[bool, typer.Option("--force", help="Replace another dataset of this name.")] = False,
+) -> None:
+    """Turn a corpus into token shards.
+
+    Example: potamos data prepare sotu demo/train --tokenizer demo/tokenizer.json --split train
+    """
+    from potamos.data.commands import prepare_dataset
+
+    show.dataset(prepare_dataset(source, out, tokenizer_path=tokenizer, tokenizer_kind=kind, split=split, force=force))
+
+
+@data_app.command("inspect")
+def data_inspect(
+    path: Annotated[Path, typer.Argument(help="A prepared dataset.")],
+    tokenizer: Annotated[Path | None, typer.Option(help="Show text as well, decoded with this tokenizer.")] = None,
+    kind: Annotated[str, typer.Option(help="The tokenizer's kind: json or gpt2.")] = "json",
+    chunk: Annotated[int, typer.Option(help="Which chunk to show text of.")] = 0,
+    start: Annotated[int, typer.Option(help="From which of its tokens on.")] = 0,
+    tokens: Annotated[int, typer.Option(help="How many tokens of text.")] = 256,
+) -> None:
+    """Say what a dataset holds, and show some of its text.
+
+    Example: potamos data inspect demo/validation --tokenizer demo/tokenizer.json
+    """
+    from potamos.data.commands import sample, summarize
+    from potamos.data.tokenizer import load_tokenizer
+
+    show.dataset_details(summarize(path))
+    if tokenizer is not None:
+        show.excerpts(sample(path, load_tokenizer(kind, tokenizer), chunk=chunk, start=start, tokens=tokens))
+
+
+@data_app.command("verify")
+def data_verify(
+    path: Annotated[Path, typer.Argument(help="A prepared dataset.")],
+    deep: Annotated[bool, typer.Option("--deep", help="Read and check every byte.")] = False,
+) -> None:
+    """Check that a dataset is whole; exits with 1 where it is not.
+
+    Example: potamos data verify demo/train --deep
+    """
+    from potamos.data.commands import verify
+
+    report = verify(path, deep=deep)
+    show.verification(report)
+    raise typer.Exit(0 if report.ok else 1)
+
+
+# --- errors ------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """The console script. A user's mistake ends in one message and exit status 2, a fault of ours in a traceback."""
+    rank = os.environ.get("RANK", "0")
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING if rank == "0" else logging.ERROR)
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        if os.environ.get(TRACEBACK) == "1" or not is_mistake(error):
+            raise
+        if rank == "0" or is_of_one_rank(error):
+            show.error(describe(error) if rank == "0" else f"rank {rank}: {describe(error)}")
+        sys.exit(2)
+
+
+def is_mistake(error: ValueError | OSError) -> bool:
+    """Whether an error speaks to the user: the system's (a missing file, a full disk), an error class of this program,
+    or a ValueError that this program itself raised. A ValueError from inside a library is a fault of ours."""
+    if isinstance(error, OSError) or type(error).__module__.partition(".")[0] == "potamos":
+        return True
+    innermost = traceback.extract_tb(error.__traceback__)[-1]
+    ours = Path(innermost.filename).is_relative_to(Path(__file__).resolve().parent.parent)
+    return type(error) is ValueError and ours and "raise " in (innermost.line or "raise ")
+
+
+def is_of_one_rank(error: ValueError | OSError) -> bool:
+    """Whether other ranks may not have met this error, so that rank 0 cannot speak for this one."""
+    return isinstance(error, OSError) or type(error).__name__ == "LaunchError"
+
+
+def describe(error: ValueError | OSError) -> str:
+    """The message, with the file and the reason in plain words where it is the operating system's."""
+    if isinstance(error, OSError) and error.strerror:
+        place = f"{error.filename}: " if error.filename is not None else ""
+        return f"{place}{error.strerror}"
+    return str(error) or type(error).__name__

@@ -1,0 +1,121 @@
+"""What commands print: tables of recipes, scores and datasets. Imports no torch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from potamos.data.commands import DatasetSummary, Excerpt, TokenizerSummary, VerifyReport
+    from potamos.pretrain.catalog import Entry
+    from potamos.pretrain.evaluate import Score
+
+# A file or a pipe gets lines as long as they are.
+out = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+err = Console(highlight=False, stderr=True)
+
+
+def error(message: str) -> None:
+    """One red message on standard error, its lines unbroken so that file:line stays whole."""
+    err.print(Text("error: " + message, style="red"), soft_wrap=True)
+
+
+def note(message: str) -> None:
+    """A side remark on standard error, out of the way of what a command gives out."""
+    err.print(Text(message, style="dim"), soft_wrap=True)
+
+
+def line(message: str, style: str = "") -> None:
+    """A line on standard output as it is."""
+    out.print(Text(message, style=style), soft_wrap=True)
+
+
+def stream(prompt: str, pieces: Iterable[str]) -> None:
+    """A prompt and the text after it, each piece as soon as it is there."""
+    out.out(prompt, style="bold", end="", highlight=False)
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def recipes(entries: Iterable[Entry]) -> None:
+    table = _table("recipe", "family", right=("parameters",), last="description")
+    for entry in entries:
+        table.add_row(entry.name, entry.family, f"{entry.parameters:,}", entry.description)
+    out.print(table)
+
+
+def scores(found: Mapping[str, Score]) -> None:
+    table = _table("data", right=("bits/byte", "perplexity", "loss", "targets"))
+    for name, score in found.items():
+        table.add_row(
+            name, f"{score.bits_per_byte:.4f}", f"{score.perplexity:.2f}", f"{score.loss:.4f}", f"{score.targets:,}"
+        )
+    out.print(table)
+
+
+def tokenizer(summary: TokenizerSummary) -> None:
+    line(
+        f"{summary.path}: {summary.vocabulary:,} ids from {summary.documents:,} documents, "
+        f"{summary.text_bytes:,} bytes (sha256 {summary.sha256[:12]})"
+    )
+
+
+def dataset(summary: DatasetSummary) -> None:
+    line(
+        f"{summary.path}: {summary.tokens:,} tokens of {summary.documents:,} documents in {summary.shards} shards, "
+        f"{summary.bytes_per_token:.2f} bytes a token"
+    )
+
+
+def dataset_details(summary: DatasetSummary) -> None:
+    table = Table.grid(padding=(0, 2))
+    rows = {
+        "source": ", ".join(f"{key} {value}" for key, value in summary.source.items()),
+        "tokenizer": f"{summary.tokenizer['kind']}, {summary.tokenizer['vocabulary']:,} ids, "
+        f"sha256 {str(summary.tokenizer['sha256'])[:12]}",
+        "documents": f"{summary.documents:,} ({summary.blank:,} blank left out, {summary.rejected:,} rejected, "
+        f"{summary.mended:,} mended)",
+        "tokens": f"{summary.tokens:,} ({summary.bytes_per_token:.2f} bytes each)",
+        "text": f"{summary.text_bytes:,} bytes",
+        "shards": f"{summary.shards} ({summary.chunks} chunks of {summary.chunk_tokens:,} tokens)",
+        "fingerprint": summary.fingerprint,
+    }
+    for name, value in rows.items():
+        table.add_row(Text(name, style="dim"), Text(value))
+    line(str(summary.path), style="bold")
+    out.print(table)
+
+
+def excerpts(found: Iterable[Excerpt]) -> None:
+    for excerpt in found:
+        begin, end = "begins" if excerpt.begins else "goes on", "ends" if excerpt.ends else "goes on after this"
+        line(f"document {excerpt.document} ({begin} here, {end}), {len(excerpt.tokens)} tokens", style="dim")
+        line(excerpt.text)
+
+
+def verification(report: VerifyReport) -> None:
+    for problem in report.problems:
+        error(problem)
+    if report.ok:
+        depth = "every byte" if report.deep else "sizes and indexes; --deep reads every byte"
+        line(
+            f"{report.path}: sound ({report.shards} shards, {report.chunks} chunks, {report.tokens:,} tokens; {depth})"
+        )
+
+
+def _table(*names: str, right: tuple[str, ...] = (), last: str | None = None) -> Table:
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for name in names:
+        table.add_column(name, no_wrap=True)
+    for name in right:
+        table.add_column(name, justify="right", no_wrap=True)
+    if last is not None:
+        table.add_column(last, no_wrap=True)  # cut short on a narrow terminal: one line each
+    return table
