@@ -134,9 +134,8 @@ def parameter_table(model: nn.Module) -> dict[str, ParameterFacts]:
             facts = dict(opt.get(name, {}))
             unknown = facts.keys() - allowed
             if unknown:
-                raise ValueError(
-                    f"{type(module).__name__}.opt[{name!r}] names unknown facts {sorted(unknown)}; known: {sorted(allowed)}"
-                )
+                place = f"{type(module).__name__}.opt[{name!r}]"
+                raise ValueError(f"{place} names unknown facts {sorted(unknown)}; known: {sorted(allowed)}")
             full = f"{path}.{name}" if path else name
             table[full] = ParameterFacts(
                 name=full,

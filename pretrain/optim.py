@@ -186,7 +186,8 @@ class GradientNorm:
         """(total (), per kind (len(kinds))) 2-norms; a parameter without a gradient counts as zero."""
         zero = torch.zeros((), device=self.kind.device)
         present = [zero if p.grad is None else p.grad for p in self.parameters]
-        norms = torch.stack([norm.to(self.dtype) for norm in torch._foreach_norm(present)])
+        every = torch._foreach_norm(present)  # pyright: ignore[reportPrivateImportUsage]
+        norms = torch.stack([norm.to(self.dtype) for norm in every])
         squares = norms.new_zeros(len(self.kinds)).index_add_(0, self.kind, norms.square())
         return squares.sum().sqrt(), squares.sqrt()
 
@@ -194,5 +195,4 @@ class GradientNorm:
     def clip(self, total: Tensor, limit: float | None) -> None:
         """Scale gradients by min(1, limit / total); no limit leaves them."""
         if limit is not None:
-            gradients = [p.grad for p in self.parameters if p.grad is not None]
-            torch._foreach_mul_(gradients, (limit / (total + 1e-6)).clamp(max=1.0).to(gradients[0].dtype))
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, limit, total)

@@ -26,8 +26,8 @@ class ModelSettings(Protocol):
     init: Any
     residual_dropout: float
 
-    def at_layer(self, room: str, layer: int) -> Any:
-        """The options of ``room`` at a layer, overrides applied; None where the layer has none."""
+    def layer(self, index: int) -> Any:
+        """``mixer``, ``channel`` (or None), ``positions`` and ``pattern`` of one layer, overrides applied."""
         ...
 
 
@@ -46,18 +46,17 @@ def build(settings: ModelSettings, *, sequence_length: int = 0) -> Model:
             layer=layer,
             vocabulary=vocabulary,
             sequence_length=sequence_length,
-            positions=make("positions", settings.at_layer("positions", layer)),
-            pattern=make("pattern", settings.at_layer("pattern", layer)),
+            positions=make("positions", settings.layer(layer).positions),
+            pattern=make("pattern", settings.layer(layer).pattern),
         )
 
     blocks = nn.ModuleDict()
     for layer in range(settings.layers):
         here = context(layer)
-        channel = settings.at_layer("channel", layer)
-        mixer = make("mixer", settings.at_layer("mixer", layer), here)
+        options = settings.layer(layer)
         blocks[str(layer)] = Block(
-            mixer,
-            make("channel", channel, here) if channel is not None else None,
+            make("mixer", options.mixer, here),
+            make("channel", options.channel, here) if options.channel is not None else None,
             width=settings.width,
             layer=layer,
             norm=settings.norm,
@@ -70,7 +69,9 @@ def build(settings: ModelSettings, *, sequence_length: int = 0) -> Model:
         sequence_length=sequence_length,
         positions=make("positions", settings.positions),
     )
-    return Model(make("frontend", settings.frontend, whole), make("stack", settings.stack, whole, blocks, settings.norm))
+    return Model(
+        make("frontend", settings.frontend, whole), make("stack", settings.stack, whole, blocks, settings.norm)
+    )
 
 
 def initializer(settings: ModelSettings) -> Initializer:

@@ -36,8 +36,7 @@ def initialize(model: nn.Module, initializer: Initializer, seed: int, device: to
     Values are drawn on the CPU in fp32 by a generator keyed by (seed, name), so they depend neither on the device nor
     on which other parameters this process holds. A shared parameter is drawn once, under its first name.
     """
-    if any(p.is_meta for p in model.parameters()):
-        model.to_empty(device=device)
+    _allocate(model, device)
     done: set[int] = set()
     with torch.no_grad():
         for path, module in model.named_modules():
@@ -54,3 +53,17 @@ def generator(seed: int, name: str) -> torch.Generator:
     """A CPU generator keyed by (seed, name)."""
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") & (2**63 - 1))
+
+
+def _allocate(model: nn.Module, device: torch.device | str) -> None:
+    """Give every meta parameter memory, shared ones once; move buffers, whose values are constants of the model."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                if id(parameter) not in made:
+                    made[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device=device))
+                module._parameters[name] = made[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)

@@ -156,13 +156,14 @@ class AttentionPositions(nn.Module):
     room = "positions"
 
     def rotary(self, query_positions: Tensor, key_positions: Tensor) -> Rotary | None:
-        """How queries and keys at these positions, (B, Lq) and (B, Lk), are rotated."""
+        """How queries and keys at these positions, (B, L) each, are rotated."""
         del query_positions, key_positions
         return None
 
-    def bias(self, query_positions: Tensor, key_positions: Tensor) -> Toeplitz | None:
-        """What is added to the scores as a function of the distance query - key."""
-        del query_positions, key_positions
+    def bias(self, query_offset: int) -> Toeplitz | None:
+        """What is added to the scores as a function of the distance, for queries that start ``query_offset`` keys after
+        the first key."""
+        del query_offset
         return None
 
 
@@ -233,7 +234,7 @@ class Frontend(Region):
         raise NotImplementedError
 
     def nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Negative log-likelihood in nats, fp32 or better, of targets (B, L) int64; exactly 0 where the target is -1.
+        """Sum of -log p(target) in nats, 0-dimensional, over targets (B, L) int64 that are not -1; fp32 or better.
 
         A method of the frontend, not of the objective, so that a split vocabulary never leaves it."""
         raise NotImplementedError

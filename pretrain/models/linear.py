@@ -128,7 +128,7 @@ NORMS = ("layernorm", "rmsnorm")
 
 
 def set_compute_dtype(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Let every linear layer outside ``precision = "float32"`` modules multiply in ``dtype``; parameters are untouched."""
+    """Let every linear layer outside ``precision = "float32"`` modules multiply in ``dtype``; parameters stay."""
 
     def visit(module: nn.Module, keep: bool) -> None:
         keep = keep or getattr(module, "precision", None) == "float32"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from potamos.kernels.cross_entropy import linear_cross_entropy
 from potamos.kernels.dropout import dropout
 from potamos.pretrain.models import interfaces
 from potamos.pretrain.models.interfaces import Context, Frontend, Out, Seq
@@ -44,16 +44,16 @@ class Tokens(Frontend):
         return Out(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        weight = (self.tokens if self.head is None else self.head).weight
-        dtype = self.compute or hidden.dtype
-        return F.linear(hidden.to(dtype), weight.to(dtype))
+        return F.linear(*self._scoring(hidden))
 
     def nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        logits = self.logits(hidden)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=-1, reduction="none").view(
-            targets.shape
-        )
+        hidden, weight = self._scoring(hidden)
+        return linear_cross_entropy(hidden.flatten(0, -2), weight, targets.flatten())
+
+    def _scoring(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        weight = (self.tokens if self.head is None else self.head).weight
+        dtype = self.compute or hidden.dtype
+        return hidden.to(dtype), weight.to(dtype)
 
     def mixing_flops(self, length: int) -> float:
         del length

@@ -20,11 +20,10 @@ from potamos.pretrain.models.registry import register
 
 @dataclass(frozen=True)
 class AttentionState:
-    """Keys and values seen so far: (B, key heads, T, head dim), with positions and documents (B, T)."""
+    """Keys (rotated, where positions rotate) and values seen so far, (B, key heads, T, head dim); documents (B, T)."""
 
     keys: Tensor
     values: Tensor
-    positions: Tensor
     documents: Tensor
 
 
@@ -75,6 +74,10 @@ class Attention(Mixer):
     def forward(self, x: Tensor, seq: Seq, state: State = None) -> Out:
         # Head counts are never stored: under a split by head a rank holds some of them.
         q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for linear in (self.q, self.k, self.v))
+        positions = self.positions
+        rotary = positions.rotary(seq.positions, seq.positions) if positions is not None else None
+        if rotary is not None:  # keys are rotated once, before they are kept
+            k, rotary = rotary.rotate_key(k), replace(rotary, key_positions=None)
         seen = self._extend(state, k, v, seq)
         query_offset = seen.keys.shape[2] - q.shape[2]
         documents = None if seq.document_ids is None and state is None else seen.documents
@@ -84,15 +87,14 @@ class Attention(Mixer):
             query_documents=None if documents is None else documents[:, query_offset:],
             key_documents=documents,
         )
-        positions = self.positions
         drop = self.dropout if self.training else 0.0
         y = attention(
             q,
             seen.keys,
             seen.values,
             mask=mask,
-            bias=positions.bias(seq.positions, seen.positions) if positions is not None else None,
-            rotary=positions.rotary(seq.positions, seen.positions) if positions is not None else None,
+            bias=positions.bias(query_offset) if positions is not None else None,
+            rotary=rotary,
             scale=1.0 / math.sqrt(self.head_dim),
             dropout=drop,
             dropout_key=seq.key("attention", self.layer) if drop > 0.0 else None,
@@ -100,18 +102,17 @@ class Attention(Mixer):
         return Out(self.out(y.transpose(1, 2).flatten(2)), state=seen)
 
     def _extend(self, state: AttentionState | None, k: Tensor, v: Tensor, seq: Seq) -> AttentionState:
-        """The keys, values, positions and documents of the past and of this call, joined."""
+        """The keys, values and documents of the past and of this call, joined."""
         documents = seq.document_ids
         if documents is None:
             # Without ids a continued row goes on in the document in which it stopped.
-            last = seq.positions.new_zeros(len(k), 1, dtype=torch.int32) if state is None else state.documents[:, -1:]
-            documents = last.expand(-1, k.shape[2])
+            first = torch.zeros(len(k), 1, dtype=torch.int32, device=k.device)
+            documents = (first if state is None else state.documents[:, -1:]).expand(-1, k.shape[2])
         if state is None:
-            return AttentionState(k, v, seq.positions, documents)
+            return AttentionState(k, v, documents)
         return AttentionState(
             torch.cat([state.keys, k], 2),
             torch.cat([state.values, v], 2),
-            torch.cat([state.positions, seq.positions], 1),
             torch.cat([state.documents, documents], 1),
         )
 
@@ -120,9 +121,7 @@ class Attention(Mixer):
         if self.memory == 0:
             return None
         keep = slice(-self.memory, None)
-        return AttentionState(
-            state.keys[:, :, keep], state.values[:, :, keep], state.positions[:, keep], state.documents[:, keep]
-        )
+        return AttentionState(state.keys[:, :, keep], state.values[:, :, keep], state.documents[:, keep])
 
     def mixing_flops(self, length: int) -> float:
         """Scores and their product with the values: 2 x 2 per visible key and channel; half of the row is visible."""

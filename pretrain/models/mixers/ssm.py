@@ -24,14 +24,13 @@ class DiagonalParameters(nn.Module):
 
     precision = "float32"
     tags: ClassVar[dict[str, int]] = {"log_dt": 0, "log_a": 0, "b": 0, "B": 0, "C": 0}
-    opt: ClassVar[dict[str, dict[str, Any]]] = {name: SSM_FACTS for name in ("log_dt", "log_a", "b", "B")}
+    opt: ClassVar[dict[str, dict[str, Any]]] = dict.fromkeys(("log_dt", "log_a", "b", "B"), SSM_FACTS)
 
-    def __init__(
-        self, heads: int, state: int, dt_min: float, dt_max: float, rule: Literal["bilinear", "zoh"]
-    ) -> None:
+    def __init__(self, heads: int, state: int, dt_min: float, dt_max: float, rule: Literal["bilinear", "zoh"]) -> None:
         super().__init__()
         modes = state // 2
-        self.dt_min, self.dt_max, self.rule = dt_min, dt_max, rule
+        self.dt_min, self.dt_max = dt_min, dt_max
+        self.rule: Literal["bilinear", "zoh"] = rule
         self.log_dt = nn.Parameter(torch.empty(heads))
         self.log_a = nn.Parameter(torch.empty(heads, modes))
         self.b = nn.Parameter(torch.empty(heads, modes))

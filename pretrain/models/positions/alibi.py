@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from potamos.kernels.attention import Toeplitz
+from potamos.kernels.attention import Toeplitz, alibi_slopes
 from potamos.pretrain.models import interfaces
 from potamos.pretrain.models.interfaces import AttentionPositions, Positions
 from potamos.pretrain.models.registry import register
 
 
-def slopes(heads: int) -> Tensor:
-    """(heads,) fp32: r^1..r^heads with r = 2^(-8/heads) for a power of two, else those of the lower power of two
-    followed by every second slope of the next one."""
-
-    def power_of_two(n: int) -> list[float]:
-        return [2.0 ** (-8.0 * (h + 1) / n) for h in range(n)]
-
-    lower = 2 ** math.floor(math.log2(heads))
-    return torch.tensor(power_of_two(lower) + power_of_two(2 * lower)[0::2][: heads - lower])
-
-
 class LinearBias(AttentionPositions):
     """bias_h(i, j) = -slope_h * (i - j)."""
 
+    slopes: Tensor
+
     def __init__(self, heads: int) -> None:
         super().__init__()
-        self.heads = heads
+        # A constant, not a parameter; made on a real device even while the model is being built without memory.
+        with torch.device("cpu"):
+            slopes = alibi_slopes(heads)
+        self.register_buffer("slopes", slopes, persistent=False)
 
-    def bias(self, query_positions: Tensor, key_positions: Tensor) -> Toeplitz:
-        return Toeplitz(slopes=slopes(self.heads).to(query_positions.device))
+    def bias(self, query_offset: int) -> Toeplitz:
+        return Toeplitz(self.slopes, query_offset=query_offset)
 
 
 @register("positions", "alibi")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from potamos.pretrain.models import interfaces
-from potamos.pretrain.models.interfaces import Context, Out, Seq, Stack, State
+from potamos.pretrain.models.interfaces import Context, Mixer, Out, Seq, Stack, State
 from potamos.pretrain.models.linear import Norm, NormOptions
 from potamos.pretrain.models.registry import register
 
@@ -42,5 +42,9 @@ class Plain(Stack):
         return total
 
     def segment_state(self, state: State) -> State:
-        kept = {layer: self.blocks[layer].mixer.segment_state(value) for layer, value in (state or {}).items()}
+        kept = {}
+        for layer, value in (state or {}).items():
+            mixer = self.blocks[layer].mixer
+            assert isinstance(mixer, Mixer)
+            kept[layer] = mixer.segment_state(value)
         return {layer: value for layer, value in kept.items() if value is not None} or None

@@ -1,0 +1,391 @@
+"""The trainer: ``fit`` is the run, ``train_step`` is a step. Both read from top to bottom and know interfaces only.
+
+What makes a resume exact is that there is nothing else to restore: rows are a function of the global sample index,
+random choices of (seed, step, sample, place), and every tensor that a step changes is in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from potamos.data.files import write_atomically
+from potamos.data.loader import Loader, Rows
+from potamos.parallel import launch
+from potamos.parallel.apply import apply, data_ranks, gradient_sync
+from potamos.parallel.facts import parameter_table
+from potamos.pretrain import carried, setup
+from potamos.pretrain.checkpoint import Checkpoints, Loaded, Snapshot
+from potamos.pretrain.config import Change, parse_recipe, resume_check, to_yaml
+from potamos.pretrain.environment import write_environment
+from potamos.pretrain.evaluate import score
+from potamos.pretrain.generate import generate
+from potamos.pretrain.guard import Stop, remove_done, stop_requested, write_done, write_stop
+from potamos.pretrain.models.interfaces import State
+from potamos.pretrain.objectives.base import Batch
+from potamos.pretrain.optim import GradientNorm, Optimizer, schedule_factor
+from potamos.pretrain.recipe import Recipe
+from potamos.pretrain.records import attempt_number
+from potamos.pretrain.run_folder import RunFolder
+from potamos.pretrain.spikes import SpikeGuard
+from potamos.pretrain.telemetry import Telemetry
+from potamos.pretrain.throughput import memory_bytes, peak_flops
+
+
+def train(recipe: Recipe, run: Path) -> int:
+    """Train in folder ``run``, going on from its newest checkpoint if it has one; the exit status for the shell."""
+    rank = launch.start(setup.pick_device(recipe.train.device).type)
+    try:
+        return Trainer(recipe, run, rank).fit()
+    finally:
+        launch.stop()
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step tells: tensors still on the device, and what the host knew before."""
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    norm: Tensor
+    norms: Tensor
+    refused: Tensor
+    targets: int
+    text_bytes: int
+
+
+class Trainer:
+    """Everything of one run on one rank. Building it validates everything that can be before the first step."""
+
+    def __init__(self, recipe: Recipe, run: Path, rank: launch.Rank) -> None:
+        self.recipe, self.rank, self.folder = recipe, rank, RunFolder.of(run)
+        self.device = setup.pick_device(recipe.train.device, rank.local_rank)
+        if recipe.train.threads is not None:
+            torch.set_num_threads(recipe.train.threads)
+        self.micro_batches = micro_batches(recipe, data_ranks(recipe.parallel.layout(), rank.world))
+        self.tokenizer = setup.open_tokenizer(recipe)
+        self.token_bytes = self.tokenizer.token_bytes()
+        self.stream = setup.open_stream(recipe, self.tokenizer)
+        self.validation = setup.open_validation(recipe, self.tokenizer)
+
+        self.system = setup.build_system(recipe, self.device)
+        self.model, self.objective = self.system.model, self.system.objective
+        self.parameters = dict(self.system.named_parameters())
+        table = parameter_table(self.system)
+        self.norm = GradientNorm(self.parameters, table)
+        self.optimizer = Optimizer(self.parameters, table, recipe.optimizer)
+        self.guard = SpikeGuard(recipe.optimizer.window, recipe.optimizer.spike, self.device)
+        self.carries = recipe.data.order == "contiguous"
+        self.carried: list[State] = [None] * self.micro_batches
+        self.step = self.next_sample = 0
+        self.changes: list[Change] = []
+
+        self.checkpoints = Checkpoints(
+            self.folder.checkpoints,
+            keep=recipe.checkpoint.keep,
+            keep_every=recipe.checkpoint.keep_every,
+            main=rank.is_main,
+            barrier=launch.barrier,
+        )
+        loaded = self.checkpoints.latest()
+        if loaded is not None:
+            self.restore(loaded)
+        self.parallel = apply(self.system, recipe.parallel.layout(), rank, self.device)
+        self.flops_per_token = 3.0 * self.model.flops_per_token(recipe.data.sequence_length)
+        self.peak = peak_flops(self.device, setup.DTYPES[recipe.train.precision])
+        self.telemetry = self._open_telemetry()
+        self.window = Window(began=time.perf_counter())
+
+    # --- the run ---------------------------------------------------------------------------------------------------
+
+    def fit(self) -> int:
+        """Train to the recipe's last step, or until asked to stop; returns the exit status."""
+        recipe, stop = self.recipe, None
+        with Loader(
+            self.stream,
+            sequences=recipe.train.sequences,
+            rank=self.rank.rank,
+            world=self.rank.world,
+            next_sample=self.next_sample,
+            allow_repeat=True,
+        ) as loader:
+            self.system.train()
+            while self.step < recipe.train.steps and stop is None:
+                result = self.train_step(next(loader))
+                self.step += 1
+                self.next_sample += recipe.train.sequences
+                self.observe(result, loader.data_wait)
+                if self._due(recipe.validation.every):
+                    self.validate()
+                if self._due(recipe.telemetry.samples.every):
+                    self.write_samples()
+                stop = self.agreed_stop()
+                if self._due(recipe.checkpoint.every) or stop is not None or self.step == recipe.train.steps:
+                    self.save(wait=stop is not None or self.step == recipe.train.steps)
+        return self._finish(stop)
+
+    def train_step(self, rows: Rows) -> StepResult:
+        """One optimizer step on this rank's rows of a global batch. Nothing here waits for the device."""
+        batches = self.prepare(rows)
+        counts = self.total_counts(batches)
+        terms: dict[str, Tensor] = {}
+        loss = torch.zeros((), device=self.device)
+        for index, batch in enumerate(batches):
+            with gradient_sync(self.parallel, last=index == len(batches) - 1):
+                out = self.parallel(batch.to(self.device), self.carried[index])
+                parts = {name: term.sum / counts[term.count] for name, term in out.terms.items()}
+                part = torch.stack([out.terms[name].weight * value for name, value in parts.items()]).sum()
+                part.backward()
+            loss = loss + part.detach()
+            for name, value in parts.items():
+                terms[name] = terms.get(name, 0.0) + value.detach()
+            if self.carries:
+                self.carried[index] = carried.detach(self.model.stack.segment_state(out.state))
+
+        summed = launch.all_sum(torch.stack([loss, *terms.values()]))
+        loss, terms = summed[0], dict(zip(terms, summed[1:], strict=True))
+        norm, norms = self.norm.measure()
+        refused = 1.0 - self.guard.accept(norm, loss).to(torch.float32)
+        self.norm.clip(norm, self.recipe.optimizer.clip)
+        self.optimizer.step(schedule_factor(self.recipe.schedule, self.step, self.recipe.train.steps), refused)
+        self.optimizer.zero_grad()
+        return StepResult(
+            loss=loss,
+            terms=terms,
+            norm=norm,
+            norms=norms,
+            refused=refused,
+            targets=sum(batch.counts["tokens"] for batch in batches),
+            text_bytes=sum(setup.scored_bytes(batch.scored, self.token_bytes) for batch in batches),
+        )
+
+    def prepare(self, rows: Rows) -> list[Batch]:
+        """This rank's rows as micro-batches, in order."""
+        size = self.recipe.train.micro_sequences
+        return [
+            self.objective.prepare(
+                rows.slice(begin, begin + size), seed=self.recipe.train.seed, step=self.step, carried=self.carries
+            )
+            for begin in range(0, len(rows), size)
+        ]
+
+    def total_counts(self, batches: list[Batch]) -> dict[str, float]:
+        """Targets of each kind in the whole global batch: over micro-batches and ranks, before the first backward."""
+        names = sorted({name for batch in batches for name in batch.counts})
+        own = torch.tensor([sum(batch.counts.get(name, 0) for batch in batches) for name in names], dtype=torch.float64)
+        return {name: max(1.0, count) for name, count in zip(names, launch.all_sum(own).tolist(), strict=True)}
+
+    # --- looking ---------------------------------------------------------------------------------------------------
+
+    def observe(self, result: StepResult, data_wait: float) -> None:
+        """Remember what the step told; write it down every ``telemetry.every`` steps, the only place that waits."""
+        self.guard.record(
+            self.step, self.next_sample - self.recipe.train.sequences, self.next_sample - 1, result.refused
+        )
+        window = self.window
+        window.steps += 1
+        window.targets += result.targets
+        window.text_bytes += result.text_bytes
+        if not (self._due(self.recipe.telemetry.every) or self.step == self.recipe.train.steps):
+            return
+        values = torch.stack(
+            [result.loss, result.norm, self.guard.skipped.to(result.loss), *result.norms, *result.terms.values()]
+        ).tolist()
+        (loss, norm, skipped), kinds = values[:3], values[3 : 3 + len(self.norm.kinds)]
+        for step in self.guard.report():
+            self.telemetry.note(f"step {step.step} skipped: samples {step.first} to {step.last}")
+        now = time.perf_counter()
+        seconds = now - window.began
+        tokens = window.steps * self.recipe.train.sequences * self.recipe.data.sequence_length
+        factor = schedule_factor(self.recipe.schedule, self.step - 1, self.recipe.train.steps)
+        metrics = {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "bits_per_byte": loss / math.log(2) * window.targets / max(1, window.text_bytes),
+            "learning_rate": self.recipe.optimizer.lr * factor,
+            "gradient_norm/total": norm,
+            "tokens_per_second": tokens / seconds,
+            "mfu": self.flops_per_token * tokens / seconds / (self.peak * self.rank.world),
+            "data_wait": (data_wait - window.data_wait) / seconds,
+            "memory_bytes": float(memory_bytes(self.device)),
+            "skipped_steps": skipped,
+        }
+        metrics |= {f"gradient_norm/{kind}": value for kind, value in zip(self.norm.kinds, kinds, strict=True)}
+        metrics |= {f"loss/{name}": value for name, value in zip(result.terms, values[3 + len(kinds) :], strict=True)}
+        self.telemetry.log(self.step, metrics, next_sample=self.next_sample)
+        self.window = Window(began=now, data_wait=data_wait)
+
+    def validate(self) -> None:
+        """Score every held-out dataset and write the result down."""
+        began = time.perf_counter()
+        for held_out in self.validation:
+            result = score(
+                self.system,
+                held_out.windows,
+                self.token_bytes,
+                device=self.device,
+                rows_per_batch=self.recipe.train.micro_sequences,
+                limit=self.recipe.validation.sequences,
+                rank=self.rank,
+                seed=self.recipe.train.seed,
+            )
+            self.telemetry.validation(
+                self.step,
+                {
+                    f"{held_out.name}/loss": result.loss,
+                    f"{held_out.name}/perplexity": result.perplexity,
+                    f"{held_out.name}/bits_per_byte": result.bits_per_byte,
+                },
+                next_sample=self.next_sample,
+            )
+        self.window.began += time.perf_counter() - began  # throughput is that of training
+
+    def write_samples(self) -> None:
+        """Continue the recipe's prompts and write the text down."""
+        began = time.perf_counter()
+        samples = self.recipe.telemetry.samples
+        if self.rank.is_main and self.model.causal:
+            for number, prompt in enumerate(samples.prompts):
+                pieces = generate(
+                    self.model,
+                    self.tokenizer,
+                    prompt,
+                    tokens=samples.tokens,
+                    temperature=0.8,
+                    top_k=50,
+                    seed=self.step,
+                    boundaries=self.recipe.data.boundaries,
+                )
+                self.telemetry.text(f"sample/{number}", self.step, prompt + "".join(pieces))
+        self.window.began += time.perf_counter() - began
+
+    # --- stopping and going on -------------------------------------------------------------------------------------
+
+    def agreed_stop(self) -> Stop | None:
+        """A stop that any rank was asked for, so that all ranks save the same step."""
+        own = stop_requested()
+        code = int(launch.all_max(torch.tensor(0 if own is None else 1 + own.exit_code)).item())
+        return None if code == 0 else own or Stop("another rank was asked to stop", code - 1)
+
+    def save(self, *, wait: bool) -> None:
+        """Hand the state of this step to the checkpoint writer; with ``wait``, until it is on the disk."""
+        self.checkpoints.save(
+            Snapshot(
+                step=self.step,
+                next_sample=self.next_sample,
+                model={name: p.detach() for name, p in self.parameters.items()},
+                optimizer=self.optimizer.state_tensors()
+                | {f"guard.{name}": t for name, t in self.guard.state_tensors().items()},
+                carried=carried.gather(self.carried, self.rank) if self.carries else {},
+                trainer={"data": self.stream.state_dict(self.next_sample), "tokenizer": self.tokenizer.sha256},
+                recipe=to_yaml(self.recipe),
+            ),
+            wait=wait,
+        )
+
+    def restore(self, loaded: Loaded) -> None:
+        """Become what ``loaded`` was; refuses a recipe or data that would not continue it."""
+        before = parse_recipe(loaded.recipe, str(loaded.path / "recipe.yaml"))
+        self.changes = resume_check(before, self.recipe, loaded.next_sample)
+        self.stream.check_state(loaded.trainer["data"])
+        check_parameters(self.parameters, loaded.model, loaded.path)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(loaded.model[name])
+        guard = {n.removeprefix("guard."): t for n, t in loaded.optimizer.items() if n.startswith("guard.")}
+        self.guard.load_tensors(guard)
+        self.optimizer.load_tensors({n: t for n, t in loaded.optimizer.items() if not n.startswith("guard.")})
+        self.step, self.next_sample = loaded.step, loaded.next_sample
+        self.carried = carried.scatter(loaded.carried, self._example_state, self.micro_batches, self.rank, self.device)
+
+    @torch.no_grad()
+    def _example_state(self) -> State:
+        rows = self.stream.read(0, self.recipe.train.micro_sequences)
+        batch = self.objective.prepare(rows, seed=0, step=0, carried=True).to(self.device)
+        return self.model.stack.segment_state(self.objective(self.model, batch).state)
+
+    def _finish(self, stop: Stop | None) -> int:
+        if stop is None and self.step % self.recipe.validation.every:
+            self.validate()
+        self.checkpoints.wait()
+        attempt, place = self.telemetry.attempt, {"step": self.step, "next_sample": self.next_sample}
+        if self.rank.is_main and stop is None:
+            write_done(self.folder.path, **place)
+        elif self.rank.is_main and stop is not None:
+            write_stop(self.folder.path, attempt, stop, **place)
+        self.telemetry.close("finished" if stop is None else stop.reason)
+        return 0 if stop is None else stop.exit_code
+
+    def _open_telemetry(self) -> Telemetry:
+        recipe, folder = self.recipe, self.folder
+        attempt = launch.broadcast_object(attempt_number(folder.path))
+        telemetry = Telemetry(
+            folder.path,
+            attempt,
+            total_steps=recipe.train.steps,
+            tokens_per_sample=recipe.data.sequence_length,
+            step=self.step,
+            next_sample=self.next_sample,
+            main=self.rank.is_main,
+        )
+        if self.rank.is_main:
+            write_atomically(folder.recipe, to_yaml(recipe).encode())
+            write_environment(folder.path)
+            self.tokenizer.save(setup.tokenizer_copy(folder.path, recipe.tokenizer.kind))
+            if self.step < recipe.train.steps:
+                remove_done(folder.path)
+            telemetry.text("recipe", self.step, to_yaml(recipe))
+        parameters = sum(p.numel() for p in self.parameters.values())
+        telemetry.note(
+            f"{recipe.name}: {parameters:,} parameters, step {self.step} of {recipe.train.steps}, {folder.path}"
+        )
+        for key, before, after in self.changes:
+            telemetry.note(f"resumed with {key}: {after} (was {before})")
+        return telemetry
+
+    def _due(self, every: int | None) -> bool:
+        return every is not None and self.step % every == 0
+
+
+@dataclass
+class Window:
+    """What has gathered since the last log line."""
+
+    began: float
+    data_wait: float = 0.0
+    steps: int = 0
+    targets: int = 0
+    text_bytes: int = 0
+
+
+def micro_batches(recipe: Recipe, ranks: int) -> int:
+    """Micro-batches of a step on one rank; refuses sizes that do not fit, since rows are never padded or dropped."""
+    sequences, micro = recipe.train.sequences, recipe.train.micro_sequences
+    if sequences % (ranks * micro):
+        unit = ranks * micro
+        below, above = sequences // unit * unit, -(-sequences // unit) * unit
+        near = f"{below} or {above}" if below else f"{above}"
+        raise ValueError(
+            f"train.sequences: {sequences} is not a multiple of {ranks} data ranks x train.micro_sequences {micro}; "
+            f"use {near}, or change train.micro_sequences"
+        )
+    return sequences // (ranks * micro)
+
+
+def check_parameters(model: Mapping[str, Tensor], stored: Mapping[str, Tensor], place: Path) -> None:
+    """Refuse a checkpoint of another model, naming every difference."""
+    wrong = [f"{name}: only in the model" for name in model.keys() - stored.keys()]
+    wrong += [f"{name}: only in the checkpoint" for name in stored.keys() - model.keys()]
+    wrong += [
+        f"{name}: {tuple(stored[name].shape)} stored, {tuple(model[name].shape)} in the model"
+        for name in model.keys() & stored.keys()
+        if model[name].shape != stored[name].shape
+    ]
+    if wrong:
+        raise ValueError(f"{place} holds another model's parameters:\n  " + "\n  ".join(sorted(wrong)))
