@@ -92,13 +92,22 @@ class Loader:
             )
             self._thread.start()
         begin = time.perf_counter()
-        item = self._queue.get()
+        item = self._take(self._thread)
         self.data_wait += time.perf_counter() - begin
         if isinstance(item, BaseException):
             self._failure = item
             raise item
         self.next_sample += self.sequences
         return item
+
+    def _take(self, thread: threading.Thread) -> Rows | BaseException:
+        """The next item; never waits for a thread that is gone (as after a fork)."""
+        while True:
+            try:
+                return self._queue.get(timeout=5)
+            except queue.Empty:
+                if not thread.is_alive():
+                    return RuntimeError("the loader's thread has ended; make the loader in the process that reads it")
 
     def _fill(self, sample: int) -> None:
         share = self.sequences // self.world

@@ -70,6 +70,16 @@ def test_resume_after_the_batch_handed_out_last(stream: TokenStream) -> None:
             assert np.array_equal(expected.samples, got.samples)
 
 
+def test_state_is_equal_on_every_rank_and_free_of_the_world(stream: TokenStream) -> None:
+    states = []
+    for rank, world in [(0, 1), (0, 4), (3, 4)]:
+        with Loader(stream, sequences=8, rank=rank, world=world) as loader:
+            list(itertools.islice(loader, 3))
+            states.append(loader.state_dict())
+    assert states[0]["next_sample"] == 24
+    assert states[0] == states[1] == states[2]
+
+
 def test_bad_sizes_are_refused(stream: TokenStream) -> None:
     with pytest.raises(MixtureError, match="sequences 10 cannot be cut into 4"):
         Loader(stream, sequences=10, world=4)

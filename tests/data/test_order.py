@@ -133,6 +133,11 @@ def test_mixture_interleaves_sources() -> None:
     assert abs(np.corrcoef(source[1:], source[:-1])[0, 1]) < 0.02
 
 
+def test_every_block_of_a_mixture_is_arranged_anew() -> None:
+    source, _ = Mixture((Fraction(1, 2), Fraction(1, 2)), derive_key("m")).locate(np.arange(2 * BLOCK))
+    assert abs((source[:BLOCK] == source[BLOCK:]).mean() - 0.5) < 0.01
+
+
 def test_every_epoch_reads_every_row_once_in_a_new_order() -> None:
     rows = shuffled(np.arange(4 * 97), 97, 5).reshape(4, 97)
     assert all(np.array_equal(np.sort(epoch), np.arange(97)) for epoch in rows)

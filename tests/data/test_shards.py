@@ -71,6 +71,15 @@ def test_stock_webdataset_reads_the_shards(dataset: Path, plain_stream: Callable
     assert seen == -(-(len(tokens) - 1) // CHUNK)
 
 
+@pytest.mark.parametrize(("lengths", "stored"), [([5, 12], [17]), ([5, 13], [17, 2]), ([16, 17], [17, 17])])
+def test_a_repeated_token_alone_makes_no_chunk(
+    write_ids: Any, tmp_path: Path, lengths: list[int], stored: list[int]
+) -> None:
+    path = write_ids(tmp_path / "d", lengths, chunk_tokens=16, shard_chunks=9)
+    assert build_index(path / "shard-00000.tar").chunks["tokens"].tolist() == stored
+    assert verify(path, deep=True).ok
+
+
 def test_scanner_agrees_with_tarfile(dataset: Path) -> None:
     shard = dataset / "shard-00000.tar"
     with tarfile.open(shard) as tar:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from potamos.data.errors import DatasetError, MixtureError, StateMismatchError, TokenizerMismatchError
 from potamos.data.loader import Rows, SourceSpec, StageSpec, TokenStream, Windows
 
-ONE = {"sequence_length": 8, "seed": 3}
+ONE: dict[str, Any] = {"sequence_length": 8, "seed": 3}
 
 
 def stage(*paths: Path | SourceSpec, start: int = 0) -> StageSpec:
@@ -200,6 +200,17 @@ def test_equal_content_is_one_source_wherever_it_lies(three: list[Path], tmp_pat
     assert here.fingerprint(41) == moved.fingerprint(41)
     with pytest.raises(MixtureError, match="twice"):
         TokenStream([stage(copy, three[2])], **ONE)
+
+
+def test_sources_of_equal_size_are_read_in_different_orders(write_ids: Any, tmp_path: Path) -> None:
+    twins = [write_ids(tmp_path / str(seed), [8 * 16 + 1], chunk_tokens=256, seed=seed) for seed in (0, 1)]
+    orders = []
+    for path in twins:
+        rows = TokenStream([stage(path)], **ONE).read(0, 16).tokens
+        along = {tuple(row): i for i, row in enumerate(Windows(path, sequence_length=8).read(0, 16).tokens.tolist())}
+        orders.append([along[tuple(row)] for row in rows.tolist()])
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(16))
+    assert orders[0] != orders[1]
 
 
 def test_weights_are_kept(three: list[Path]) -> None:
