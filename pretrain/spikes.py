@@ -145,4 +145,4 @@ class SpikeGuard:
                     f"the spike guard's {name!r} is {tensor.dtype} {tuple(tensor.shape)}, not {own[name].dtype} "
                     f"{tuple(own[name].shape)}: the window changed. Resume with the window the run began with."
                 )
-            setattr(self, f"_{name}", tensor.detach().to(own[name].device, copy=True))
+            setattr(self, f"_{name}", tensor.detach().to(own[name].device))

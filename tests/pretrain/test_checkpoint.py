@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from potamos.parallel import storage
@@ -118,12 +119,13 @@ def test_training_may_change_tensors_while_they_are_written(tmp_path: Path, monk
     snapshot.trainer["nested"]["list"].append("later")
     assert writing.wait(20)
     assert step_folders(tmp_path) == {}
-    second = threading.Thread(target=checkpoints.save, args=(make_snapshot(4),), kwargs={"wait": True})
+    second = threading.Thread(target=checkpoints.save, args=(make_snapshot(4),))
     second.start()
     second.join(0.1)
     assert second.is_alive()
     go.set()
     second.join(20)
+    checkpoints.wait()
     assert_same(load(tmp_path / "step-00000003"), make_snapshot(3))
     assert_same(load(tmp_path / "step-00000004"), make_snapshot(4))
 
@@ -192,7 +194,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
     ),
     "an extra file of tensors": (
         "model",
-        lambda path: shutil.copy(path / "model-00001-of-00001.safetensors", path / "more.safetensors"),
+        lambda path: save_file({"more": torch.ones(1)}, path / "more.safetensors"),
     ),
 }
 
@@ -211,6 +213,8 @@ def test_a_damaged_checkpoint_is_skipped_with_its_reason(
     assert_same(found or pytest.fail("nothing"), make_snapshot(1, size=4))
     assert "skipping checkpoint step-00000002" in caplog.text
     assert name.split("/")[0] in caplog.text
+    if damage == "truncated":
+        assert " bytes instead of " in caplog.text
 
 
 def test_every_flipped_byte_of_the_weights_is_found(tmp_path: Path) -> None:
