@@ -19,6 +19,7 @@ Path = tuple[str | int, ...]
 """Where a value stands in the tree: names and whole numbers (list indices, layers)."""
 
 COMMAND_LINE = "command line"
+DEEPEST = 40
 LONGEST_VALUE = 72  # characters of a value that an error shows
 
 
@@ -112,10 +113,14 @@ def read_document(text: str, source: str) -> Document:
 
 def _compose(text: str, source: str) -> yaml.Node | None:
     try:
+        depth = 0
         for event in yaml.parse(text, Loader=_Parser):
+            line = event.start_mark.line + 1
             if isinstance(event, yaml.AliasEvent):  # refused before they can multiply
-                line = event.start_mark.line + 1
                 raise RecipeError([f"{source}:{line}: *{event.anchor}: recipes have no aliases; write the block out"])
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST:
+                raise RecipeError([f"{source}:{line}: more than {DEEPEST} blocks inside one another; a recipe has ten"])
         return yaml.compose(text, Loader=_Parser)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -123,8 +128,6 @@ def _compose(text: str, source: str) -> yaml.Node | None:
         raise RecipeError([f"{source}:{line}: not valid YAML: {error.problem or error.context}"]) from None
     except yaml.YAMLError as error:
         raise RecipeError([f"{source}:1: not valid YAML: {' '.join(str(error).split())}"]) from None
-    except RecursionError:
-        raise RecipeError([f"{source}:1: nested too deeply for a recipe"]) from None
 
 
 def _build(node: yaml.Node, path: Path, document: Document, problems: list[str]) -> Any:
@@ -273,9 +276,15 @@ class _Writer(yaml.SafeDumper):
         del indentless  # lists stand inside their key
         super().increase_indent(flow, False)
 
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        # PyYAML writes these line breaks of YAML 1.1 bare and folds them on reading; only double quotes escape them.
+        style = '"' if any(mark in data for mark in "\x85\u2028\u2029\ufeff") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
 
 for _tag, _pattern, _first in CORE_SCHEMA:
     _Writer.add_implicit_resolver(_tag, _pattern, _first)  # pyright: ignore[reportArgumentType]
+_Writer.add_representer(str, _Writer.represent_str)
 
 
 def write_text(tree: Mapping[str, Any]) -> str:
