@@ -20,7 +20,7 @@ from .segments import Segments
 
 
 class _ChunkOperators(torch.autograd.Function):
-    """(Abar, Bbar, C) -> R (H, Q, N), W (H, Q, N) as W^T, decay (H, N); backward by two weighted sums over powers.
+    """(Abar, Bbar, C) -> R (H, Q, N), W^T (H, Q, N), decay (H, N), powers 0..Q (H, Q + 1, N).
 
     With P_l = Abar^l the gradient needs only sum_l conj(P_l) g_l and sum_l l conj(P_(l-1)) g_l: one elementwise
     product and one small GEMM per operator, where autograd would walk back through every power.
@@ -33,12 +33,18 @@ class _ChunkOperators(torch.autograd.Function):
         ctx.save_for_backward(powers, b_bar, c)
         read = (powers[:, 1:] * (2 * c)[:, None]).conj_physical_()
         write = powers[:, :-1].flip(1) * b_bar[:, None]
-        return _real(read), _real(write), _real(powers[:, -1])
+        ctx.set_materialize_grads(False)
+        return _real(read), _real(write), _real(powers[:, -1]), _real(powers)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_read: Tensor, grad_write: Tensor, grad_decay: Tensor):
+    def backward(ctx, grad_read, grad_write, grad_decay, grad_table):
         powers, b_bar, c = ctx.saved_tensors
+        if grad_read is None or grad_write is None or grad_decay is None:  # only some of the results were used
+            zeros = powers.real.new_zeros(powers.shape[0], powers.shape[1] - 1, 2 * powers.shape[2])
+            grad_read = zeros if grad_read is None else grad_read
+            grad_write = zeros if grad_write is None else grad_write
+            grad_decay = zeros[:, 0] if grad_decay is None else grad_decay
         chunk = powers.shape[1] - 1
         a_bar = powers[:, 1]
         level = torch.arange(chunk, device=powers.device, dtype=powers.real.dtype)
@@ -57,6 +63,9 @@ class _ChunkOperators(torch.autograd.Function):
             grad_b = grad_b + a_bar.conj() * sums[:, 0]
             grad_a = grad_a + b_bar.conj() * sums[:, 1]
         grad_a = grad_a + chunk * powers[:, chunk - 1].conj() * _complex(grad_decay)
+        if grad_table is not None:
+            lowered = powers[:, :-1].conj() * _complex(grad_table)[:, 1:]
+            grad_a = grad_a + _weighted_sums(lowered, (level + 1)[None])[:, 0]
         return grad_a.to(torch.complex128), grad_b.to(torch.complex128), grad_c.to(torch.complex128), None, None
 
 
@@ -78,7 +87,7 @@ def power_table(a_bar: Tensor, count: int, dtype: torch.dtype) -> Tensor:
 
 
 def _weighted_sums(x: Tensor, weights: Tensor) -> Tensor:
-    """(H, L, M) complex, (2, L) -> (H, 2, M) complex."""
+    """(H, L, M) complex, weights (k, L) -> (H, k, M) complex."""
     return _complex(torch.matmul(weights, _real(x)))
 
 
@@ -215,7 +224,7 @@ def chunked_ssm(
     a_bar, b_bar, c = discretise(diag)
     operators = _ChunkOperators.apply(a_bar, b_bar, c, chunk, z.dtype)
     assert operators is not None
-    r, w, decay = operators
+    r, w, decay, powers = operators
     first = 2 * (c * b_bar).real.sum(-1, keepdim=True).to(z.dtype)
     if d is not None:
         first = first + d.to(z.dtype)[:, None]
@@ -226,11 +235,11 @@ def chunked_ssm(
     assert result is not None
     y, before, final = result
     if segments.slot is not None or segments.length % chunk:
-        final = _final_state(z, before, a_bar, w, segments)
+        final = _final_state(z, before, powers, w, segments)
     return y, final.unflatten(-1, (-1, 2)).reshape(z.shape[0], sequences, diag.modes, 2)
 
 
-def _final_state(z: Tensor, before: Tensor, a_bar: Tensor, w: Tensor, segments: Segments) -> Tensor:
+def _final_state(z: Tensor, before: Tensor, powers: Tensor, w: Tensor, segments: Segments) -> Tensor:
     """State after the last token when the last chunk is not full: Abar^f s + sum_l Abar^l Bbar z[f - 1 - l].
 
     The chunk's tokens are moved to its right end, where W expects them.
@@ -246,8 +255,5 @@ def _final_state(z: Tensor, before: Tensor, a_bar: Tensor, w: Tensor, segments: 
     source = torch.arange(chunk, device=z.device) - (chunk - filled)[:, None]
     shifted = z[:, which, last].gather(2, source.clamp(min=0).expand(heads, -1, -1))
     shifted = torch.where(source >= 0, shifted, 0)
-    decays = (a_bar[:, None, :] ** filled[None, :, None]).to(
-        torch.complex64 if z.dtype == torch.float32 else a_bar.dtype
-    )
-    carried = torch.view_as_real(decays * _complex(before[:, which, last])).flatten(-2)
+    carried = torch.view_as_real(_complex(powers[:, filled]) * _complex(before[:, which, last])).flatten(-2)
     return torch.baddbmm(carried, shifted, w)

@@ -28,7 +28,9 @@ class Segments:
     token (batch, count * chunk): the inverse, `length` for padding;
     continues (batch, count) bool: the chunk belongs to the document of the chunk before it (for the first chunk: of
     the carried state);
-    last (batch,), filled (batch,): the chunk of the row's last token, and how many tokens it holds.
+    last (batch,), filled (batch,): the chunk of the row's last token, and how many tokens it holds;
+    offset (batch, length): tokens since the document's first one in this call;
+    inside (batch, length) bool: the token's document begins in this call, after its row's first token.
     """
 
     length: int
@@ -39,11 +41,13 @@ class Segments:
     continues: Tensor | None = None
     last: Tensor | None = None
     filled: Tensor | None = None
+    offset: Tensor | None = None
+    inside: Tensor | None = None
 
     def split(self, x: Tensor) -> Tensor:
         """(channel, batch, length) -> (channel, batch, count, chunk), zero-padded."""
         if self.slot is not None:
-            x = _Permute.apply(x, self.token, self.slot)
+            x = permute(x, self.token, self.slot)
         elif self.count * self.chunk != self.length:
             x = F.pad(x, (0, self.count * self.chunk - self.length))
         return x.reshape(*x.shape[:2], self.count, self.chunk)
@@ -52,7 +56,7 @@ class Segments:
         """(channel, batch, count, chunk) -> (channel, batch, length): the inverse of `split`."""
         x = x.flatten(2)
         if self.slot is not None:
-            return _Permute.apply(x, self.slot, self.token)
+            return permute(x, self.slot, self.token)
         return x[..., : self.length]
 
 
@@ -75,13 +79,22 @@ class _Permute(torch.autograd.Function):
         return _gather(grad, inverse_map), None, None
 
 
+def permute(x: Tensor, forward_map: Tensor | None, inverse_map: Tensor | None) -> Tensor:
+    """(channel, batch, n) -> (channel, batch, m) by maps (batch, m) and (batch, n), each the other's inverse; an index
+    at or past the end stands for zero."""
+    result = _Permute.apply(x, forward_map, inverse_map)
+    assert isinstance(result, Tensor)
+    return result
+
+
 def _gather(x: Tensor, index: Tensor) -> Tensor:
     channels, batch, length = x.shape
     outside = index >= length
     rows = torch.arange(batch, device=x.device)[:, None] * length
     flat = (rows + index.clamp(max=length - 1)).flatten()
     out = x.reshape(channels, batch * length).index_select(1, flat)
-    out.masked_fill_(outside.flatten(), 0)
+    if bool(outside.any()):
+        out.masked_fill_(outside.flatten(), 0)
     return out.view(channels, batch, index.shape[1])
 
 
@@ -129,4 +142,5 @@ def _document_segments(starts: Tensor, carried: bool) -> Segments:
     continues[rows, segment[rows, columns]] = ~starts[rows, columns]
     if not carried:
         continues[:, 0] = False
-    return Segments(length, chunk, count, slot, token, continues, last=segment[:, -1], filled=offset[:, -1] % chunk + 1)
+    last, filled = segment[:, -1], offset[:, -1] % chunk + 1
+    return Segments(length, chunk, count, slot, token, continues, last, filled, offset, inside=first > 0)

@@ -85,7 +85,7 @@ def h3_mix(
     taps = torch.cat([shift[:, :1].to(dtype) + d_k.to(dtype)[:, None], shift[:, 1:].to(dtype)], 1)
     history = None if state is None else _valid_history(state, document_ids).to(dtype).transpose(0, 1)
 
-    kv = _outer(shift_conv(key, taps, segments, history), segments.split(value), head_dim)
+    kv = _outer(shift_conv(key, taps, segments, history), value, segments, head_dim)
     initial = None if state is None else state.diag.to(dtype).transpose(0, 1).flatten(1, 2)
     y, final = chunked_ssm(kv, diag, d, segments, initial)
     out = _gate(query, y, segments, head_dim)
@@ -138,11 +138,11 @@ def _valid_history(state: H3State, document_ids: Tensor | None) -> Tensor:
     return torch.where((document_ids[:, 0] == state.document)[:, None, None], state.shift, 0)
 
 
-def _outer(key: Tensor, value: Tensor, head_dim: int) -> Tensor:
-    """(channel, batch, C, Q) twice -> (H, batch x head_dim^2, C, Q), batch slowest."""
+def _outer(key: Tensor, value: Tensor, segments: Segments, head_dim: int) -> Tensor:
+    """(channel, batch, L) twice -> (H, batch x head_dim^2, C, Q), batch slowest."""
     if head_dim == 1:
-        return key * value
-    key, value = (x.unflatten(0, (-1, head_dim)).transpose(1, 2) for x in (key, value))
+        return segments.split(key * value)
+    key, value = (segments.split(x).unflatten(0, (-1, head_dim)).transpose(1, 2) for x in (key, value))
     return (key[:, :, :, None] * value[:, :, None]).flatten(1, 3)
 
 

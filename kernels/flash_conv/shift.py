@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..diag_ssm.segments import Segments
+from ..diag_ssm.segments import Segments, permute
 
 PIECE = 2048
 """Longest filter that the weight gradient's convolution is given; longer sequences are summed over pieces."""
@@ -51,39 +51,36 @@ def _correlate(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def shift_conv(x: Tensor, taps: Tensor, segments: Segments, history: Tensor | None) -> Tensor:
-    """y[t] = sum_l taps[l] x[t - l], never across a document.
+    """y[t] = sum_l taps[l] x[t - l], never across a document: (channel, batch, L) -> the same shape.
 
-    x (channel, batch, L); taps (channel, N), tap 0 the current token; history (channel, batch, N - 1), the tokens
-    before the first, zero where they belong to another document. Returns (channel, batch, C, Q), cut by `segments`.
+    taps (channel, N), tap 0 the current token; history (channel, batch, N - 1), the tokens before the first, zero
+    where they belong to another document. The rows are filtered as if they held one document each; the first N - 1
+    tokens of every document that begins inside a row are then filtered again, alone, and replaced.
     """
     reach = taps.shape[1] - 1
     past = x.new_zeros(*x.shape[:2], reach) if history is None else history
-    if segments.continues is None:
-        return segments.split(_filter(torch.cat([past, x], 2), taps))
-    chunks = segments.split(x)
-    windows = torch.cat([_halos(chunks, past, reach, segments.continues), chunks], 3)
-    return _filter(windows.flatten(1, 2), taps).view(chunks.shape)
+    y = _filter(torch.cat([past, x], 2), taps)
+    if segments.offset is None or segments.inside is None or reach == 0:
+        return y
+    again = (segments.inside & (segments.offset < reach)).flatten()
+    documents = (segments.inside & (segments.offset == 0)).flatten().cumsum(0)
+    count = int(documents[-1])
+    if count == 0:
+        return y
+    # Each such token has one slot in the (document, reach) table and each slot at most one token.
+    slot = torch.where(again, (documents - 1) * reach + segments.offset.flatten(), count * reach)
+    token = torch.full((count * reach + 1,), again.numel(), device=x.device)
+    token[slot] = torch.where(again, torch.arange(again.numel(), device=x.device), again.numel())
+    slot, token = slot[None], token[None, :-1]
+    heads = permute(x.flatten(1)[:, None], token, slot).unflatten(2, (count, reach))[:, 0]
+    alone = permute(_filter(F.pad(heads, (reach, 0)), taps).flatten(1)[:, None], slot, token)
+    return torch.where(again.view(x.shape[1:]), alone.view(x.shape), y)
 
 
 def _filter(windows: Tensor, taps: Tensor) -> Tensor:
     result = _DepthwiseFilter.apply(windows, taps)
     assert isinstance(result, Tensor)
     return result
-
-
-def _halos(chunks: Tensor, past: Tensor, reach: int, continues: Tensor) -> Tensor:
-    """(channel, batch, C, reach): the tokens before each chunk, zero from where another document begins."""
-    channels, batch, count, chunk = chunks.shape
-    line = torch.cat([past, chunks.flatten(2)], 2)
-    halos = line.unfold(2, reach, chunk)[:, :, :count] if reach else line[:, :, :0].reshape(channels, batch, count, 0)
-    # Chunk c reads tokens reach..1 places back; those in the j-th chunk before need that many links in a row.
-    back = torch.arange(reach, 0, -1, device=chunks.device)
-    steps = (back - 1) // chunk
-    linked = continues.cumsum(1)
-    first = torch.arange(count, device=chunks.device)[:, None] - steps
-    total = F.pad(linked, (1, 0))
-    joined = total[:, 1:, None] - total[:, first.clamp(min=0)] == torch.minimum(steps, first + steps) + 1
-    return torch.where(joined[None], halos, 0)
 
 
 def next_history(x: Tensor, length: int, document_ids: Tensor | None, history: Tensor | None) -> Tensor:
