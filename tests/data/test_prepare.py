@@ -67,6 +67,18 @@ def test_the_same_bytes_every_time(corpus: Path, tokenizer: Tokenizer, tmp_path:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two"]
 
 
+def test_the_final_name_comes_by_a_rename(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """The folder that is filled is the folder that ends up there: no moment shows half a dataset."""
+    filled: list[int] = []
+
+    def watch(_: Progress) -> None:
+        assert not (tmp_path / "d").exists()
+        filled.extend(p.stat().st_ino for p in tmp_path.iterdir())
+
+    prepare(corpus, "all", tokenizer, tmp_path / "d", chunk_tokens=2000, progress=watch)
+    assert filled == [(tmp_path / "d").stat().st_ino]
+
+
 def test_another_dataset_is_not_overwritten(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     out = tmp_path / "d"
     prepare(corpus, "all", tokenizer, out, chunk_tokens=2000)

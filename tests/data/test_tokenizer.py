@@ -76,9 +76,11 @@ def test_stream_decoder_gives_up_on_a_cut_character_only_at_the_end(tokenizer: T
 
 
 def test_long_texts_are_cut_where_no_id_changes(
-    tokenizer: Tokenizer, texts: list[str], monkeypatch: pytest.MonkeyPatch
+    texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = "\n\n  ".join(texts)
+    text = "     \n\n\n    ".join(part.replace(" the", "    the") for part in texts)
+    tokenizer = train_bpe([text], 500, tmp_path / "spaces.json")  # has ids for runs of white space
+    assert tokenizer.encode("     x").size < 6
     whole = tokenizer.encode(text)
     monkeypatch.setattr(module, "SLICE_CHARACTERS", 37)
     assert len(list(module._slices(text, 37))) > 100
