@@ -71,7 +71,7 @@ class ShardIndex:
     @classmethod
     def from_bytes(cls, content: bytes, place: str) -> ShardIndex:
         """Parse and check a file's content; ``place`` names it in errors."""
-        remedy = "rebuild it with `potamos data verify` after checking the shard, or prepare the dataset again"
+        remedy = "copy the dataset again or prepare it again"
         if len(content) < _HEADER.size + 4 or content[:8] != _MAGIC:
             raise CorruptShardError(f"{place} is not a shard index or is truncated ({len(content)} bytes); {remedy}")
         _, version, itemsize, block, count, tar_bytes, sha256 = _HEADER.unpack_from(content)
