@@ -133,8 +133,9 @@ def evaluate(
     from potamos.pretrain.runs import open_run, score_run
 
     opened = open_run(run, step=step, device=device)
+    scores = score_run(opened, data)
     show.note(f"{run} at step {opened.step}")
-    show.scores(score_run(opened, data))
+    show.scores(scores)
 
 
 @app.command()
@@ -176,7 +177,6 @@ def demo(
 # --- data --------------------------------------------------------------------------------------------------------
 
 Source = Annotated[str, typer.Argument(help="sotu, or text and jsonl files: a file, a folder or a glob pattern.")]
-Split = Annotated[str, typer.Option(help="train, validation or all.")]
 
 
 @data_app.command("tokenizer")
@@ -184,11 +184,11 @@ def data_tokenizer(
     source: Source,
     out: Annotated[Path, typer.Argument(help="The tokenizer.json to write.")],
     vocabulary: Annotated[int, typer.Option(help="How many ids.")] = 32_768,
-    split: Split = "train",
+    split: Annotated[str, typer.Option(help="train, validation or all; sotu has a train split.")] = "all",
 ) -> None:
-    """Train a byte-level BPE tokenizer on a corpus, by default on its training part only.
+    """Train a byte-level BPE tokenizer on a corpus.
 
-    Example: potamos data tokenizer sotu demo/tokenizer.json --vocabulary 8192
+    Example: potamos data tokenizer sotu demo/tokenizer.json --vocabulary 8192 --split train
     """
     from potamos.data.commands import train as train_tokenizer
 
@@ -201,7 +201,7 @@ def data_prepare(
     out: Annotated[Path, typer.Argument(help="The dataset's folder.")],
     tokenizer: Annotated[Path, typer.Option(help="A tokenizer.json, or a folder with GPT-2's files.")],
     kind: Annotated[str, typer.Option(help="The tokenizer's kind: json or gpt2.")] = "json",
-    split: Split = "all",
+    split: Annotated[str, typer.Option(help="train, validation or all; sotu holds out one year in twenty.")] = "all",
     force: Annotated[bool, typer.Option("--force", help="Replace another dataset of this name.")] = False,
 ) -> None:
     """Turn a corpus into token shards.

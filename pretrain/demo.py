@@ -29,7 +29,7 @@ from potamos.data.sources import open_source
 from potamos.data.tokenizer import Tokenizer, load_tokenizer
 from potamos.pretrain import show
 from potamos.pretrain.checkpoint import step_folders
-from potamos.pretrain.config import load_recipe
+from potamos.pretrain.config import load_recipe, parse_recipe
 from potamos.pretrain.evaluate import Score
 from potamos.pretrain.generate import generate
 from potamos.pretrain.recipe import Recipe
@@ -47,6 +47,7 @@ class Demo:
 
     out: Path
     recipe: Recipe
+    place: list[str]  # overrides that put the recipe's files below ``out``
     overrides: list[str]
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -65,6 +66,13 @@ class Demo:
     @property
     def run(self) -> RunFolder:
         return RunFolder(self.out / "run")
+
+    @property
+    def finished(self) -> bool:
+        """Whether this very recipe has been trained to its end."""
+        if not self.run.done.exists():
+            return False
+        return parse_recipe(self.run.recipe.read_text(encoding="utf-8"), str(self.run.recipe)) == self.recipe
 
     @contextmanager
     def part(self, title: str, command: Sequence[str] = ()) -> Iterator[None]:
@@ -90,10 +98,12 @@ def demo(out: Path, overrides: Sequence[str] = ()) -> int:
     """Run the demo in folder ``out``; ``overrides`` change its recipe. 0 where the model beats the bigram table."""
     began = time.perf_counter()
     place = [] if out == Path("demo") else paths_below(out)
-    job = Demo(out, load_recipe(RECIPE, [*place, *overrides]), [*place, *overrides])
+    job = Demo(out, load_recipe(RECIPE, [*place, *overrides]), place, list(overrides))
     out.mkdir(parents=True, exist_ok=True)
-    if job.run.done.exists():
-        show.line(f"{job.run.path} is finished: its data and its model are used again. To start over: rm -r {out}")
+    if job.finished:
+        show.line(f"{out} holds a finished demo, which is used again. To start over: rm -r {out}")
+    else:
+        show.line(f"Everything goes into {out}. Each part prints the command that does the same by hand.")
     with ThreadPoolExecutor(1) as background:  # lzma lets other threads run
         cached = read_baselines(job)
         xz = None if cached else background.submit(xz_of_corpus)
@@ -101,9 +111,9 @@ def demo(out: Path, overrides: Sequence[str] = ()) -> int:
         make_datasets(job)
         baselines = cached or make_baselines(job, tokenizer, xz)
     code = train_through_a_kill(job)
-    if code != 0:
-        show.line(f"training ended with exit status {code}; the same command goes on from there: potamos demo")
-        return code
+    if code != 0 or not job.finished:
+        show.line(f"training ended early, with exit status {code}")
+        return code or 1
     score = evaluate_and_write(job)
     draw(job)
     return summarize_all(job, score, baselines, time.perf_counter() - began)
@@ -192,9 +202,9 @@ def _fingerprints(job: Demo) -> list[str]:
 
 def train_through_a_kill(job: Demo) -> int:
     """Train as a program of its own, kill it without warning on the way, and start it again; its exit status."""
-    arguments = ["train", RECIPE, *job.overrides, "--run", str(job.run.path)]
+    arguments = ["train", RECIPE, *job.place, *job.overrides, "--run", str(job.run.path)]
     with job.part("training", ["potamos", *arguments]):
-        if job.run.done.exists():
+        if job.finished:
             show.line(f"{job.run.path} is trained already")
             return 0
         if not step_folders(job.run.checkpoints):
@@ -263,20 +273,14 @@ def evaluate_and_write(job: Demo) -> Score:
     """Score all of the held-out text, and let the model continue a prompt."""
     run = str(job.run.path)
     with job.part("evaluation", ["potamos", "evaluate", run]):
-        opened = open_run(run)
+        opened = open_run(run, device=job.recipe.train.device)
         scores = score_run(opened)
         show.scores(scores)
-    settings = {"tokens": 120, "temperature": 0.8, "top_p": 0.95, "seed": 0}
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
-    with job.part("sample", ["potamos", "generate", run, f"--prompt={PROMPT}", *options]):
+    command = ["potamos", "generate", run, "--prompt", PROMPT, "--tokens=120", "--temperature=0.8", "--top-p=0.95"]
+    with job.part("sample", command):
+        boundaries = opened.recipe.data.boundaries
         pieces = generate(
-            opened.model,
-            opened.tokenizer,
-            PROMPT,
-            tokens=120,
-            temperature=0.8,
-            top_p=0.95,
-            boundaries=opened.recipe.data.boundaries,
+            opened.model, opened.tokenizer, PROMPT, tokens=120, temperature=0.8, top_p=0.95, boundaries=boundaries
         )
         show.stream(PROMPT, pieces)
     return next(iter(scores.values()))
@@ -296,23 +300,25 @@ def draw(job: Demo) -> None:
 
 def summarize_all(job: Demo, score: Score, baselines: Baselines, total: float) -> int:
     """The table of figures, the times, what to do next; the exit status."""
-    table = Table(title="\nheld-out text, bits per byte", title_justify="left", box=None, padding=(0, 3, 0, 0))
-    table.add_column()
-    table.add_column(justify="right")
+    table = Table(box=None, header_style="bold", padding=(0, 3, 0, 0))
+    table.add_column("held-out text")
+    table.add_column("bits per byte", justify="right")
     table.add_row(job.recipe.name, f"{score.bits_per_byte:.3f}", style="bold green")
     table.add_row("bigram table, interpolated", f"{baselines.bigram:.3f}")
     table.add_row("xz -9e, whole corpus", f"{baselines.xz:.3f}")
     table.add_row("unigram table", f"{baselines.unigram:.3f}")
+    show.line("")
     show.out.print(table)
     times = ", ".join(f"{title} {seconds:.0f}" for title, seconds in job.seconds.items())
     show.line(f"\nseconds: {times}; in all {total:.0f}")
     show.line("\nwatch it:   tensorboard --logdir " + shlex.quote(os.fspath(job.run.tensorboard)))
-    show.line(f"let it go on:   potamos generate {job.run.path} --prompt 'My fellow citizens' --temperature 0.9")
-    show.line("compare with attention alone:   potamos train gpt_tiny    (every recipe: potamos recipes)")
+    show.line(f"let it go on:   potamos generate {job.run.path} --prompt 'My fellow citizens' --seed 1")
+    show.line("compare with attention alone:   " + shlex.join(["potamos", "train", "gpt_tiny", *job.place]))
+    show.line("every recipe:   potamos recipes")
     if not score.bits_per_byte < baselines.bigram:
         show.error(
             f"the model's {score.bits_per_byte:.3f} bits per byte do not beat the bigram's {baselines.bigram:.3f}; "
-            "train longer, as in: potamos demo train.steps=1000 schedule.decay=1000"
+            "train longer, in another folder: potamos demo --out longer train.steps=1200 schedule.decay=1200"
         )
         return 1
     return 0

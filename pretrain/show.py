@@ -22,7 +22,7 @@ err = Console(highlight=False, stderr=True)
 
 def error(message: str) -> None:
     """One red message on standard error, its lines unbroken so that file:line stays whole."""
-    err.print(Text("error: " + message, style="red"), soft_wrap=True)
+    err.print(Text("error: " + message.replace("\n", "\n       "), style="red"), soft_wrap=True)
 
 
 def note(message: str) -> None:
