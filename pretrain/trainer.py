@@ -66,6 +66,8 @@ class Trainer:
     def __init__(self, recipe: Recipe, run: Path, rank: launch.Rank) -> None:
         self.recipe, self.rank, self.folder = recipe, rank, RunFolder.of(run)
         self.device = setup.pick_device(recipe.train.device, rank.local_rank)
+        if self.device.type == "cpu":
+            setup.keep_freed_memory()
         if recipe.train.threads is not None:
             torch.set_num_threads(recipe.train.threads)
         self.micro_batches = micro_batches(recipe, data_ranks(recipe.parallel.layout(), rank.world))
