@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -164,6 +164,7 @@ def test_nan_is_a_float() -> None:
     assert math.isnan(read_document("a: .nan", "x").tree["a"])
 
 
+PHASES = (Phase.generate, Phase.shrink)  # explaining a failure would take minutes
 LEAVES = (
     st.none()
     | st.booleans()
@@ -179,7 +180,7 @@ LEAVES = (
 KEYS = st.integers() | st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, phases=PHASES)
 @given(st.recursive(LEAVES, lambda x: st.lists(x, max_size=4).map(tuple) | st.dictionaries(KEYS, x, max_size=4)))
 def test_what_is_written_is_read_back(tree: object) -> None:
     def same(a: object, b: object) -> bool:
@@ -200,7 +201,7 @@ SOURCES = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, phases=PHASES)
 @given(
     lr=st.floats(min_value=1e-12, max_value=1e12),
     seed=st.integers(0, 2**63 - 1),
