@@ -35,7 +35,8 @@ def test_the_families_are_there() -> None:
 def test_every_recipe_is_whole(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name
-    assert name.startswith(recipe.family)
+    assert name.split("_")[0] == recipe.family.split("_")[0], "recipes are named <family>_<size>"
+    assert re.fullmatch(r"[a-z0-9_]+_(tiny|[0-9.]+[mb])", name), "recipes are named <family>_<size>"
     assert 10 < len(recipe.description) < 100
     assert text_of(name).startswith("# ")
     assert parse_recipe(to_yaml(recipe)) == recipe
