@@ -213,11 +213,14 @@ class Stage(Section):
 
 
 class Data(Section):
-    """Rows of ``sequence_length`` tokens. ``boundaries: isolate`` keeps documents of one row apart."""
+    """Rows of ``sequence_length`` tokens. ``boundaries: isolate`` keeps documents of one row apart. A source smaller than
+    its share of one batch is refused unless ``allow_repeat``. ``order: contiguous`` continues each row in the next step,
+    and carries the state of mixers that have one."""
 
     sequence_length: int = Field(ge=2, le=262_144)  # a chunk of the shard format holds 262,144 targets
     boundaries: Literal["isolate", "cross"] = "isolate"
     order: Literal["shuffled", "contiguous"] = "shuffled"
+    allow_repeat: bool = False
     stages: tuple[Stage, ...]
     validation: tuple[Source, ...] = ()
 
@@ -347,7 +350,6 @@ class Train(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = Field(0, ge=0, lt=2**63)
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    compile: bool = False
     threads: int | None = Field(None, gt=0)
 
     @model_validator(mode="after")

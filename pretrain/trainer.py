@@ -115,7 +115,7 @@ class Trainer:
             rank=self.rank.rank,
             world=self.rank.world,
             next_sample=self.next_sample,
-            allow_repeat=True,
+            allow_repeat=recipe.data.allow_repeat,
         ) as loader:
             self.system.train()
             while self.step < recipe.train.steps and stop is None:

@@ -408,7 +408,7 @@ def test_what_may_change_on_resume(change: str) -> None:
         "schedule.decay=99",
         "train.seed=1",
         "train.precision=bf16",
-        "train.compile=true",
+        "data.allow_repeat=true",
     ],
 )
 def test_what_may_not_change_on_resume(change: str) -> None:

@@ -123,8 +123,8 @@ betas: [0.9, 0.95] => betas: 0.9
 ! 27: optimizer.betas: value 0.9: expected a list
 time: 12:00:00 => time: 120
 ! 30: slurm.time: value 120: expected text; put it in quotes
-steps: 100 => steps: 100, compile: no
-! 29: train.compile: value "no": expected true or false
+{kind: attention, heads: 4} => {kind: attention, heads: 4, bias: no}
+! 12: model.at.1.mixer.bias: value "no": expected true or false
 [{path: demo/validation}] => [demo/v]
 ! 26: data.validation.0: value "demo/v": expected a block of keys
 [{path: demo/validation}] => [{path: 3}]
