@@ -29,18 +29,18 @@ FOLDER_MARKS = {"kernels": "kernels", "parallel": "distributed", "resume": "resu
 FILE_MARKS = {"test_harness": "distributed", "test_distributed": "distributed", "test_resume": "resume"}
 
 
-def _load_harness() -> ModuleType:
-    """tests/ is no package (--import-mode=importlib), so the harness is loaded by its path, as module `harness`."""
-    spec = importlib.util.spec_from_file_location("harness", TESTS / "harness.py")
+def _load(name: str) -> ModuleType:
+    """tests/ is no package (--import-mode=importlib), so a module of it is loaded by its path, under its plain name."""
+    spec = importlib.util.spec_from_file_location(name, TESTS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["harness"] = module  # its classes are pickled by this name
+    sys.modules[name] = module  # the harness's classes are pickled by this name
     spec.loader.exec_module(module)
     return module
 
 
-harness = _load_harness()
+harness = _load("harness")
 
 
 def _refuse_network(event: str, args: tuple[Any, ...]) -> None:
@@ -85,6 +85,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def run_ranks() -> Any:
     """`run_ranks(world, fn, *args, timeout=60)`: see tests/harness.py."""
     return harness.run_ranks
+
+
+@pytest.fixture(scope="session")
+def trial(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A small corpus and tiny runs of it: see tests/trial.py, which is loaded only for whoever asks (it needs torch)."""
+    return _load("trial").Trial(tmp_path_factory.mktemp("trial"))
 
 
 @pytest.fixture
