@@ -20,10 +20,10 @@ from .segments import Segments
 
 
 class _ChunkOperators(torch.autograd.Function):
-    """(Abar, Bbar, C) -> R (H, Q, N), W^T (H, Q, N), decay (H, N), powers 0..Q (H, Q + 1, N).
+    """(Abar, Bbar, C) -> R (H, Q, N), W^T (H, Q, N), taps K (H, Q), decay (H, N), powers 0..Q (H, Q + 1, N).
 
-    With P_l = Abar^l the gradient needs only sum_l conj(P_l) g_l and sum_l l conj(P_(l-1)) g_l: one elementwise
-    product and one small GEMM per operator, where autograd would walk back through every power.
+    With P_l = Abar^l every gradient is some sum_l g_l conj(P_l) and sum_l l g_l conj(P_(l-1)): one elementwise product
+    and one small GEMM per operator, where autograd would walk back through every power.
     """
 
     @staticmethod
@@ -31,42 +31,48 @@ class _ChunkOperators(torch.autograd.Function):
         powers = power_table(a_bar, chunk + 1, dtype)
         b_bar, c = b_bar.to(powers.dtype), c.to(powers.dtype)
         ctx.save_for_backward(powers, b_bar, c)
+        ctx.set_materialize_grads(False)
         read = (powers[:, 1:] * (2 * c)[:, None]).conj_physical_()
         write = powers[:, :-1].flip(1) * b_bar[:, None]
-        ctx.set_materialize_grads(False)
-        return _real(read), _real(write), _real(powers[:, -1]), _real(powers)
+        table = _real(powers)
+        # Re(x y) is the dot product of (Re x, Im x) with those of conj(y).
+        taps = torch.bmm(table[:, :-1], _real(2 * (c * b_bar).conj())[:, :, None])[:, :, 0]
+        return _real(read), _real(write), taps, _real(powers[:, -1]), table
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_read, grad_write, grad_decay, grad_table):
+    def backward(ctx, grad_read, grad_write, grad_taps, grad_decay, grad_table):
         powers, b_bar, c = ctx.saved_tensors
-        if grad_read is None or grad_write is None or grad_decay is None:  # only some of the results were used
-            zeros = powers.real.new_zeros(powers.shape[0], powers.shape[1] - 1, 2 * powers.shape[2])
-            grad_read = zeros if grad_read is None else grad_read
-            grad_write = zeros if grad_write is None else grad_write
-            grad_decay = zeros[:, 0] if grad_decay is None else grad_decay
-        chunk = powers.shape[1] - 1
-        a_bar = powers[:, 1]
+        chunk, a_bar = powers.shape[1] - 1, powers[:, 1]
         level = torch.arange(chunk, device=powers.device, dtype=powers.real.dtype)
-        # R = conj(2 C P_(i+1)), so the gradient of 2 C P_(i+1) is the conjugate of R's.
-        sums = _weighted_sums(powers[:, :-1] * _complex(grad_read), torch.stack([torch.ones_like(level), level + 1]))
-        grad_c = (2 * a_bar * sums[:, 0]).conj()
-        grad_a = (2 * c * sums[:, 1]).conj()
-        # W_l = Bbar P_l, stored from l = Q-1 down to 0: row r of `reversed` is P_(Q-2-r).
-        grad_powers = _complex(grad_write)
-        grad_b = grad_powers[:, -1]
-        if chunk > 1:
-            reversed_powers = powers[:, : chunk - 1].flip(1).conj_physical_()
-            lag = level[1:].flip(0)
-            weights = torch.stack([torch.ones_like(lag), lag])
-            sums = _weighted_sums(reversed_powers * grad_powers[:, :-1], weights)
-            grad_b = grad_b + a_bar.conj() * sums[:, 0]
-            grad_a = grad_a + b_bar.conj() * sums[:, 1]
-        grad_a = grad_a + chunk * powers[:, chunk - 1].conj() * _complex(grad_decay)
+        both = torch.stack([torch.ones_like(level), level])
+        grad_a, grad_b, grad_c = torch.zeros_like(b_bar), torch.zeros_like(b_bar), torch.zeros_like(b_bar)
+        if grad_read is not None:
+            # R = conj(2 C P_(i+1)), so the gradient of 2 C P_(i+1) is the conjugate of R's.
+            flat, risen = _weighted_sums(powers[:, :-1] * _complex(grad_read), torch.stack([both[0], level + 1]))
+            grad_c = grad_c + (2 * a_bar * flat).conj()
+            grad_a = grad_a + (2 * c * risen).conj()
+        if grad_write is not None:
+            # W_l = Bbar P_l, stored from l = Q-1 down to 0: row r of `lowered` is P_(Q-2-r).
+            grad_powers = _complex(grad_write)
+            lowered = powers[:, : chunk - 1].flip(1).conj_physical_()
+            flat, risen = _weighted_sums(lowered * grad_powers[:, :-1], both[:, 1:].flip(1))
+            grad_b = grad_b + grad_powers[:, -1] + a_bar.conj() * flat
+            grad_a = grad_a + b_bar.conj() * risen
+        if grad_taps is not None:
+            # K_l = 2 Re(C Bbar P_l).
+            weights = torch.stack([grad_taps[:, 1:], grad_taps[:, 1:] * level[1:]], 1)
+            flat, risen = _complex(torch.bmm(weights, _real(powers)[:, : chunk - 1])).unbind(1)
+            grad_product = 2 * (grad_taps[:, :1] + a_bar * flat).conj()
+            grad_b = grad_b + grad_product * c.conj()
+            grad_c = grad_c + grad_product * b_bar.conj()
+            grad_a = grad_a + 2 * (c * b_bar * risen).conj()
+        if grad_decay is not None:
+            grad_a = grad_a + chunk * powers[:, chunk - 1].conj() * _complex(grad_decay)
         if grad_table is not None:
-            lowered = powers[:, :-1].conj() * _complex(grad_table)[:, 1:]
-            grad_a = grad_a + _weighted_sums(lowered, (level + 1)[None])[:, 0]
-        return grad_a.to(torch.complex128), grad_b.to(torch.complex128), grad_c.to(torch.complex128), None, None
+            (risen,) = _weighted_sums(powers[:, :-1].conj() * _complex(grad_table)[:, 1:], (level + 1)[None])
+            grad_a = grad_a + risen
+        return *(g.to(torch.complex128) for g in (grad_a, grad_b, grad_c)), None, None
 
 
 def power_table(a_bar: Tensor, count: int, dtype: torch.dtype) -> Tensor:
@@ -86,9 +92,9 @@ def power_table(a_bar: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     return table
 
 
-def _weighted_sums(x: Tensor, weights: Tensor) -> Tensor:
-    """(H, L, M) complex, weights (k, L) -> (H, k, M) complex."""
-    return _complex(torch.matmul(weights, _real(x)))
+def _weighted_sums(x: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+    """(H, L, M) complex, weights (k, L) -> k sums over L, each (H, M) complex."""
+    return _complex(torch.matmul(weights, _real(x))).unbind(1)
 
 
 def _real(x: Tensor) -> Tensor:
@@ -224,12 +230,9 @@ def chunked_ssm(
     a_bar, b_bar, c = discretise(diag)
     operators = _ChunkOperators.apply(a_bar, b_bar, c, chunk, z.dtype)
     assert operators is not None
-    r, w, decay, powers = operators
-    first = 2 * (c * b_bar).real.sum(-1, keepdim=True).to(z.dtype)
+    r, w, taps, decay, powers = operators
     if d is not None:
-        first = first + d.to(z.dtype)[:, None]
-    b_flat = torch.view_as_real(b_bar).flatten(-2).to(z.dtype)
-    taps = torch.cat([first, torch.bmm(r[:, : chunk - 1], b_flat[..., None])[..., 0]], 1)
+        taps = torch.cat([taps[:, :1] + d.to(z.dtype)[:, None], taps[:, 1:]], 1)
     flat = None if initial is None else initial.flatten(-2)
     result = _ChunkedScan.apply(z, taps, r, w, decay, flat, segments.continues)
     assert result is not None
