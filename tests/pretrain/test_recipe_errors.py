@@ -244,6 +244,12 @@ def test_a_position_scheme_that_cannot_serve_the_heads_is_refused(monkeypatch: p
     assert parse("model.at.1.mixer.heads=4", "model.at.1.positions.kind=even").model.layer(1).positions.kind == "even"
 
 
+def test_rotary_positions_need_pairs_of_channels() -> None:
+    message = only("model.at.1.mixer.heads=8", "model.at.1.positions.kind=rope")
+    assert "layer 1 cannot be built: rotary: 1.0 of head_dim=3" in message
+    assert parse("model.at.1.positions.kind=rope").model.layer(1).positions.kind == "rope"
+
+
 def test_braces_in_a_value_are_only_braces() -> None:
     assert '"{x}"' in only("model.mixer.kind='{x}'")
     assert '"{lr}"' in only("optimizer.lr='{lr}'")
