@@ -29,7 +29,7 @@ State = Any
 class Options(BaseModel):
     """The settings of one system in a recipe. Frozen; an unknown key or a wrong type is refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     kind: str
 

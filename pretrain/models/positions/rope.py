@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -14,13 +15,19 @@ from potamos.pretrain.models.registry import register
 class RotaryPositions(AttentionPositions):
     """Rotates pairs of query and key channels by angles proportional to the position."""
 
+    frequencies: Tensor
+
     def __init__(self, head_dim: int, base: float, fraction: float, interleaved: bool) -> None:
         super().__init__()
-        self.head_dim, self.base, self.fraction, self.interleaved = head_dim, base, fraction, interleaved
+        self.interleaved = interleaved
+        # A constant, not a parameter; made here, so that channels which cannot be paired are refused before a run, and
+        # on a real device even while the model is being built without memory.
+        with torch.device("cpu"):
+            frequencies = rotary_frequencies(head_dim, base, fraction)
+        self.register_buffer("frequencies", frequencies, persistent=False)
 
     def rotary(self, query_positions: Tensor, key_positions: Tensor) -> Rotary:
-        frequencies = rotary_frequencies(self.head_dim, self.base, self.fraction).to(query_positions.device)
-        return Rotary(frequencies, query_positions, key_positions, self.interleaved)
+        return Rotary(self.frequencies, query_positions, key_positions, self.interleaved)
 
 
 @register("positions", "rope")
