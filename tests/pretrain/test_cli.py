@@ -388,7 +388,7 @@ def test_faults_of_ours_keep_their_traceback(failing: Callable[..., Ended], faul
 def test_plain_value_errors_count_only_where_this_program_raised_them(
     failing: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file that stands for one of the program's: what it raises speaks to the user, what it stumbles over does not."""
+    """In a file that stands for one of ours: what it raises speaks to the user, what it stumbles over does not."""
     (tmp_path / "ours.py").write_text(
         "def told():\n    raise ValueError('set it to 3')\n\n\ndef stumbled():\n    return int('x')\n"
     )

@@ -215,6 +215,15 @@ def test_excluded_ids_are_never_drawn() -> None:
     assert set(Sampling(1.0).choose(scores, 1).tolist()) == {2, 4}
 
 
+def test_a_draw_takes_the_token_whose_share_it_falls_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shares are half-open, [0, 1/4) first: a draw on a bound belongs to the token that begins there."""
+    from potamos.pretrain import generate as module
+
+    for draw, token in ((0.0, 0), (0.249, 0), (0.25, 1), (0.75, 3), (1.0 - 2.0**-53, 3)):
+        monkeypatch.setattr(module, "uniform", lambda *_, draw=draw: torch.tensor([draw], dtype=torch.float64))
+        assert Sampling(1.0).choose(torch.zeros(1, 4), 0).item() == token
+
+
 def test_draws_are_a_function_of_seed_column_and_row() -> None:
     draws = uniform(1, 20_000, 0)
     assert ((draws >= 0) & (draws < 1)).all()
@@ -312,6 +321,13 @@ def test_pieces_are_whole_characters(tokenizer: Tokenizer, monkeypatch: pytest.M
     assert "".join(pieces) == "\u00e9a\U0001f30ab"
     assert "\ufffd" not in "".join(pieces)
     assert "" not in pieces
+
+
+def test_half_a_character_at_the_end_is_told(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, *rest = tokenizer.encode("\U0001f30a").tolist()
+    assert rest
+    scripted(monkeypatch, [first])
+    assert list(generate(text_model(288), tokenizer, "the", tokens=1)) == ["\ufffd"]
 
 
 def test_end_of_document_stops_or_parts(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
