@@ -165,7 +165,7 @@ def schedule_factor(options: Any, step: int, steps: int) -> float:
         start, end = steps - options.decay, steps
     else:
         start, end = options.warmup, options.decay
-    progress = min(1.0, max(0.0, (step - start) / max(1, end - start)))
+    progress = 1.0 if step >= end else max(0.0, (step - start) / (end - start))
     shape = 0.5 * (1.0 + math.cos(math.pi * progress)) if options.kind == "cosine" else 1.0 - progress
     return options.floor + (1.0 - options.floor) * shape
 
