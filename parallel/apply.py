@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -55,7 +54,7 @@ def apply(system: nn.Module, layout: Layout, rank: Rank, device: torch.device) -
     return wrapped
 
 
-def _sum_bucket(_: object, bucket: Any) -> torch.futures.Future[torch.Tensor]:
+def _sum_bucket(_, bucket):  # torch insists on its own annotations, as objects, or on none
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     assert work is not None
     return work.get_future().then(lambda future: future.value()[0])

@@ -57,7 +57,8 @@ class H3Core(nn.Module):
         """The shift convolution's kernel, (channel, N), tap 0 the current token."""
         states = self.shift_b.shape[1]
         padded = nn.functional.pad(self.shift_c, (0, states - 1))
-        return (padded.unfold(1, states, 1) @ self.shift_b[..., None]).squeeze(-1)
+        # Not a batched product: that would copy the N overlapping windows of every channel first.
+        return (padded.unfold(1, states, 1) * self.shift_b[:, None]).sum(-1)
 
     def arguments(self) -> tuple[Tensor, Diagonal, dict[str, Any]]:
         """What both forms of the kernel take after q, k, v."""
