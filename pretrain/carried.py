@@ -17,8 +17,9 @@ from potamos.pretrain.models.interfaces import State
 
 
 def detach(state: State) -> State:
-    """The same tree without its graph."""
-    return pytree.tree_map_only(Tensor, lambda leaf: leaf.detach(), state)
+    """The same tree without its graph, and with zeros for what is not finite: a step that is skipped because its values
+    overflowed must not hand them to every step after it."""
+    return pytree.tree_map_only(Tensor, lambda leaf: leaf.detach().nan_to_num(0.0, 0.0, 0.0), state)
 
 
 def gather(states: list[State], rank: Rank) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from potamos.parallel import launch
 from potamos.parallel.apply import apply, data_ranks, gradient_sync
 from potamos.parallel.facts import parameter_table
 from potamos.pretrain import carried, setup
-from potamos.pretrain.checkpoint import Checkpoints, Loaded, Snapshot
+from potamos.pretrain.checkpoint import Checkpoints, CheckpointWriteError, Loaded, Snapshot
 from potamos.pretrain.config import Change, parse_recipe, resume_check, to_yaml
 from potamos.pretrain.environment import write_environment
 from potamos.pretrain.evaluate import score
@@ -42,7 +42,12 @@ def train(recipe: Recipe, run: Path) -> int:
     """Train in folder ``run``, going on from its newest checkpoint if it has one; the exit status for the shell."""
     rank = launch.start(setup.pick_device(recipe.train.device).type)
     try:
-        return Trainer(recipe, run, rank).fit()
+        trainer = Trainer(recipe, run, rank)
+        try:
+            return trainer.fit()
+        except BaseException as error:
+            trainer.telemetry.close(f"failed: {type(error).__name__}")
+            raise
     finally:
         launch.stop()
 
@@ -109,6 +114,8 @@ class Trainer:
     def fit(self) -> int:
         """Train to the recipe's last step, or until asked to stop; returns the exit status."""
         recipe, stop = self.recipe, None
+        if self.step >= recipe.train.steps:
+            return self._already_finished()
         with Loader(
             self.stream,
             sequences=recipe.train.sequences,
@@ -200,8 +207,7 @@ class Trainer:
             [result.loss, result.norm, self.guard.skipped.to(result.loss), *result.norms, *result.terms.values()]
         ).tolist()
         (loss, norm, skipped), kinds = values[:3], values[3 : 3 + len(self.norm.kinds)]
-        for step in self.guard.report():
-            self.telemetry.note(f"step {step.step} skipped: samples {step.first} to {step.last}")
+        self._tell_skipped()
         now = time.perf_counter()
         seconds = now - window.began
         tokens = window.steps * self.recipe.train.sequences * self.recipe.data.sequence_length
@@ -222,6 +228,10 @@ class Trainer:
         metrics |= {f"loss/{name}": value for name, value in zip(result.terms, values[3 + len(kinds) :], strict=True)}
         self.telemetry.log(self.step, metrics, next_sample=self.next_sample)
         self.window = Window(began=now, data_wait=data_wait)
+
+    def _tell_skipped(self) -> None:
+        for step in self.guard.report():
+            self.telemetry.note(f"step {step.step} skipped: samples {step.first} to {step.last}")
 
     def validate(self) -> None:
         """Score every held-out dataset and write the result down."""
@@ -277,19 +287,24 @@ class Trainer:
 
     def save(self, *, wait: bool) -> None:
         """Hand the state of this step to the checkpoint writer; with ``wait``, until it is on the disk."""
-        self.checkpoints.save(
-            Snapshot(
-                step=self.step,
-                next_sample=self.next_sample,
-                model={name: p.detach() for name, p in self.parameters.items()},
-                optimizer=self.optimizer.state_tensors()
-                | {f"guard.{name}": t for name, t in self.guard.state_tensors().items()},
-                carried=carried.gather(self.carried, self.rank) if self.carries else {},
-                trainer={"data": self.stream.state_dict(self.next_sample), "tokenizer": self.tokenizer.sha256},
-                recipe=to_yaml(self.recipe),
-            ),
-            wait=wait,
+        self._tell_skipped()  # those before a checkpoint are not trained again, so this is the last chance to name them
+        snapshot = Snapshot(
+            step=self.step,
+            next_sample=self.next_sample,
+            model={name: p.detach() for name, p in self.parameters.items()},
+            optimizer=self.optimizer.state_tensors()
+            | {f"guard.{name}": t for name, t in self.guard.state_tensors().items()},
+            carried=carried.gather(self.carried, self.rank) if self.carries else {},
+            trainer={"data": self.stream.state_dict(self.next_sample), "tokenizer": self.tokenizer.sha256},
+            recipe=to_yaml(self.recipe),
         )
+        failure = None
+        try:
+            self.checkpoints.save(snapshot, wait=wait)
+        except CheckpointWriteError as error:  # only the main rank's
+            failure = error
+        if wait and launch.any_rank(failure is not None):  # or the others would wait for the main rank for ever
+            raise failure or CheckpointWriteError("the main rank could not write the last checkpoint")
 
     def restore(self, loaded: Loaded) -> None:
         """Become what ``loaded`` was; refuses a recipe or data that would not continue it."""
@@ -323,6 +338,14 @@ class Trainer:
             write_stop(self.folder.path, attempt, stop, **place)
         self.telemetry.close("finished" if stop is None else stop.reason)
         return 0 if stop is None else stop.exit_code
+
+    def _already_finished(self) -> int:
+        if self.rank.is_main and not self.folder.done.exists():
+            write_done(self.folder.path, step=self.step, next_sample=self.next_sample)
+        wanted = self.recipe.train.steps
+        self.telemetry.note(f"nothing to do: {self.step} steps are trained, train.steps is {wanted}; raise it to go on")
+        self.telemetry.close("finished")
+        return 0
 
     def _open_telemetry(self) -> Telemetry:
         recipe, folder = self.recipe, self.folder

@@ -89,7 +89,7 @@ def run_ranks() -> Any:
 
 @pytest.fixture(scope="session")
 def trial(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A small corpus and tiny runs of it: see tests/trial.py, which is loaded only for whoever asks (it needs torch)."""
+    """A small corpus and tiny runs of it: see tests/trial.py, loaded only for whoever asks, because it needs torch."""
     return _load("trial").Trial(tmp_path_factory.mktemp("trial"))
 
 

@@ -27,17 +27,18 @@ from potamos.data.loader import Rows
 from potamos.data.prepare import prepare
 from potamos.data.tokenizer import train_bpe
 from potamos.parallel.launch import Rank
-from potamos.pretrain import checkpoint, guard, trainer
+from potamos.pretrain import checkpoint, cli, guard, trainer
 from potamos.pretrain.config import load_recipe
 from potamos.pretrain.recipe import Recipe
 from potamos.pretrain.records import read_metrics
 from potamos.pretrain.run_folder import RunFolder
 
 VOCABULARY, LENGTH, CHUNK = 300, 32, 1024
-WORDS = (
+SENTENCE = (
     "the river runs past quiet mills and old stone bridges while rain falls on far hills and the water keeps its "
     "count of days it carries silt seeds leaves small boats and news from town to town until the sea takes all"
-).split()
+)
+WORDS = SENTENCE.split()
 
 # Metrics that are the same in every execution of one recipe; the others tell of time and memory.
 REPEATABLE = ("step", "next_sample", "tokens", "loss", "loss/causal", "gradient_norm/total", "learning_rate")
@@ -62,6 +63,8 @@ class Attempt:
 
     @classmethod
     def fork(cls, arguments: Sequence[str], run: Path, before: Callable[[], object] = lambda: None) -> Attempt:
+        import torch.utils.tensorboard  # noqa: F401  (or every child would import it)
+
         run.parent.mkdir(parents=True, exist_ok=True)
         log = run.with_name(f"{run.name}.{time.monotonic_ns()}.log")
         sys.stdout.flush()
@@ -124,8 +127,6 @@ class Attempt:
 
 
 def _run_command(arguments: list[str], before: Callable[[], object]) -> int:
-    from potamos.pretrain import cli
-
     guard.clear_stop()
     sys.argv = ["potamos", *arguments]
     try:

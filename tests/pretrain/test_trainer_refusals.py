@@ -1,0 +1,211 @@
+"""What the trainer refuses before it starts, and what it does with damaged checkpoints and full disks."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from potamos.data.errors import DatasetError, StateMismatchError, TokenizerMismatchError
+from potamos.data.prepare import prepare
+from potamos.data.tokenizer import train_bpe
+from potamos.pretrain import checkpoint, setup
+from potamos.pretrain.config import RecipeError
+from potamos.pretrain.trainer import Trainer, check_parameters, micro_batches
+
+FEW = ("train.steps=4", "checkpoint={every: 2, keep: 5}", "validate={every: 100}")
+
+
+@pytest.fixture
+def run(tmp_path):
+    return tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def finished(trial, tmp_path_factory):
+    """A run of four steps saved at each second step."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    assert trial.fit(run, *FEW) == 0
+    return run
+
+
+@pytest.fixture
+def copy(finished, run):
+    """A copy of the finished run, to go on with or to damage."""
+    shutil.copytree(finished, run)
+    return run
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("ranks", "near"), [(3, "use 12"), (16, "use 64"), (4, "use 16")])
+def test_rows_that_do_not_fit_the_ranks_are_refused(trial, ranks, near):
+    recipe = trial.recipe()
+    with pytest.raises(ValueError, match=rf"train.sequences: 8 is not a multiple of {ranks} data ranks x .* 4; {near}"):
+        micro_batches(recipe, ranks)
+    assert micro_batches(recipe, 2) == 1
+    with pytest.raises(RecipeError, match=r"train.sequences: value 8: not a multiple of train.micro_sequences 3"):
+        trial.recipe("train.micro_sequences=3")
+
+
+def test_another_tokenizer_than_the_datas_is_refused(trial, run, tmp_path):
+    other = train_bpe(["other words altogether"] * 9, 280, tmp_path / "other.json")
+    assert other.sha256 != trial.tokenizer.sha256
+    with pytest.raises(TokenizerMismatchError, match="prepare") as caught:
+        trial.trainer(run, f"tokenizer.path={tmp_path / 'other.json'}")
+    assert str(trial.folder / "train") in str(caught.value)
+    assert not (run / "checkpoints").exists(), "refused before anything was written"
+
+
+def test_a_model_with_fewer_ids_than_the_tokenizer_is_refused(trial, run):
+    known = trial.tokenizer.vocabulary
+    with pytest.raises(ValueError, match=rf"model.frontend.vocabulary: {known - 1} is below the {known} ids"):
+        trial.trainer(run, f"model.frontend={{kind: tokens, vocabulary: {known - 1}}}")
+
+
+def test_a_token_beyond_the_vocabulary_is_refused(trial, run, tmp_path):
+    """A dataset that names the right tokenizer but holds an id that it does not have."""
+    shutil.copytree(trial.folder / "train", tmp_path / "train")
+    manifest = tmp_path / "train" / "dataset.json"
+    fields = json.loads(manifest.read_text())
+    fields["max_token"] = trial.tokenizer.vocabulary
+    manifest.write_text(json.dumps(fields))
+    with pytest.raises(DatasetError):
+        trial.trainer(run, f"data.stages=[{{from: 0, mixture: [{{path: {tmp_path / 'train'}}}]}}]")
+
+
+def test_other_data_than_the_runs_is_refused(trial, copy, tmp_path):
+    """The same path, other text: the recipe is equal, the data are not."""
+    source = tmp_path / "other.jsonl"
+    source.write_text(json.dumps({"text": "one bridge and then another " * 400}) + "\n")
+    prepare(source, "all", trial.tokenizer, tmp_path / "other", chunk_tokens=1024)
+    recorded = copy / "checkpoints" / "step-00000004" / "recipe.yaml"
+    loaded = checkpoint.load(recorded.parent)
+    trainer = trial.trainer(copy, *FEW)
+    trainer.telemetry.close("built only")
+    other = trial.recipe(*FEW, f"data.stages=[{{from: 0, mixture: [{{path: {tmp_path / 'other'}}}]}}]")
+    trainer.stream = setup.open_stream(other, trial.tokenizer)
+    with pytest.raises(StateMismatchError, match="the checkpoint's data differ from the recipe's in: stages"):
+        trainer.restore(loaded)
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_every_difference(trial, copy):
+    loaded = trial.newest(copy)
+    model = {name: tensor.clone() for name, tensor in loaded.model.items()}
+    name = "model.frontend.tokens.weight"
+    model["model.extra.weight"] = torch.zeros(2)
+    del model["model.stack.norm.weight"]
+    model[name] = model[name][:-1]
+    with pytest.raises(ValueError, match="holds another model's parameters") as caught:
+        check_parameters(loaded.model, model, loaded.path)
+    shape = tuple(loaded.model[name].shape)
+    assert str(caught.value).splitlines()[1:] == [
+        "  model.extra.weight: only in the checkpoint",
+        f"  {name}: {(shape[0] - 1, shape[1])} stored, {shape} in the model",
+        "  model.stack.norm.weight: only in the model",
+    ]
+
+
+def test_a_run_folder_that_is_a_file_is_refused(trial, run):
+    run.write_text("a letter")
+    attempt = trial.start(run, *FEW)
+    assert attempt.wait() == 2
+    assert str(run) in attempt.output
+    assert "Traceback" not in attempt.output
+    assert run.read_text() == "a letter"
+
+
+# --- damaged checkpoints, full disks --------------------------------------------------------------------------------
+
+
+def damage_tensor(folder: Path) -> None:
+    file = next((folder / "model").glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+
+
+def truncate(folder: Path) -> None:
+    file = next((folder / "optimizer").glob("*.safetensors"))
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def drop_manifest(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize("damage", [damage_tensor, truncate, drop_manifest])
+def test_a_damaged_checkpoint_is_passed_over(trial, finished, copy, caplog, damage):
+    damage(copy / "checkpoints" / "step-00000004")
+    trainer = trial.trainer(copy, *FEW)
+    assert trainer.step == 2
+    assert any("skipping checkpoint step-00000004" in record.message for record in caplog.records)
+    assert trainer.fit() == 0
+    assert trial.differences(finished, copy) == []
+
+
+def test_when_every_checkpoint_is_damaged_the_run_does_not_start_over(trial, copy):
+    for folder in (copy / "checkpoints").iterdir():
+        damage_tensor(folder)
+    with pytest.raises(checkpoint.CheckpointError, match="none of the 2 checkpoints"):
+        trial.trainer(copy, *FEW)
+
+
+def full_disk(monkeypatch, *, full):
+    """Writing a checkpoint's tensors fails while ``full()``."""
+    write = checkpoint.write_tensors
+
+    def failing(folder, tensors):
+        if full():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "partial.safetensors").write_bytes(b"\0" * 100)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+        write(folder, tensors)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", failing)
+
+
+def test_training_outlives_a_full_disk(trial, run, monkeypatch, caplog):
+    steps = []
+
+    class Watched(Trainer):
+        def save(self, *, wait):
+            super().save(wait=wait)
+            self.checkpoints._settle()
+            steps.append((self.step, [path.name for path in sorted((run / "checkpoints").iterdir())]))
+
+    full_disk(monkeypatch, full=lambda: len(steps) == 1)
+    assert trial.fit(run, "train.steps=6", "checkpoint={every: 2, keep: 5}", kind=Watched) == 0
+    assert steps == [
+        (2, ["step-00000002"]),
+        (4, ["step-00000002"]),
+        (6, ["step-00000002", "step-00000006"]),
+    ]
+    assert any("No space left on device" in r.message and "Training goes on" in r.message for r in caplog.records)
+
+
+def test_a_last_save_that_fails_is_an_error(trial, finished, run, tmp_path, monkeypatch):
+    full_disk(monkeypatch, full=lambda: bool(list(run.glob("checkpoints/step-*2"))))
+    attempt = trial.start(run, *FEW)
+    assert attempt.wait() == 2, attempt.output
+    assert "No space left on device" in attempt.output
+    assert "The last one is step-00000002" in attempt.output
+    assert "Traceback" not in attempt.output
+    assert not (run / "done.json").exists()
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002"]
+    assert json.loads((run / "state.json").read_text())["reason"] == "failed: CheckpointWriteError"
+    monkeypatch.undo()
+    attempt = trial.start(run, *FEW)
+    assert attempt.wait() == 0, attempt.output
+    assert trial.newest(run).step == 4
+
+
+def test_a_rank_alone_may_not_be_asked_for_more(trial, run):
+    with pytest.raises(ValueError, match=r"parallel.dp_replicate: 2 does not match 1 processes"):
+        trial.trainer(run, "parallel.dp_replicate=2", rank=None)
