@@ -12,15 +12,7 @@ from pathlib import PurePath
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import (
-    BaseModel,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    WrapValidator,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, WrapValidator, field_validator, model_validator
 from typing_extensions import TypedDict
 
 from potamos.data.errors import MixtureError
@@ -213,9 +205,10 @@ class Stage(Section):
 
 
 class Data(Section):
-    """Rows of ``sequence_length`` tokens. ``boundaries: isolate`` keeps documents of one row apart. A source smaller than
-    its share of one batch is refused unless ``allow_repeat``. ``order: contiguous`` continues each row in the next step,
-    and carries the state of mixers that have one."""
+    """Rows of ``sequence_length`` tokens; ``boundaries: isolate`` keeps documents of one row apart.
+
+    ``order: contiguous`` continues each row in the next step and carries the state of mixers that have one. A source
+    smaller than its share of one batch is refused unless ``allow_repeat``."""
 
     sequence_length: int = Field(ge=2, le=262_144)  # a chunk of the shard format holds 262,144 targets
     boundaries: Literal["isolate", "cross"] = "isolate"
