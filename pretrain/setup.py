@@ -13,7 +13,8 @@ import torch
 from potamos.data.loader import SourceSpec, StageSpec, TokenStream, Windows
 from potamos.data.tokenizer import Tokenizer, load_tokenizer
 from potamos.pretrain.models import registry
-from potamos.pretrain.models.build import materialize
+from potamos.pretrain.models.build import initializer, materialize
+from potamos.pretrain.models.initialize import initialize
 from potamos.pretrain.models.linear import set_compute_dtype
 from potamos.pretrain.models.trunk import Model
 from potamos.pretrain.objectives.base import Objective, System
@@ -45,10 +46,12 @@ def keep_freed_memory() -> None:
 
 def build_system(recipe: Recipe, device: torch.device) -> System:
     """Model and objective, filled from the recipe's seed, computing in the recipe's precision."""
-    model: Model = materialize(
-        recipe.model, recipe.train.seed, sequence_length=recipe.data.sequence_length, device=device
-    )
+    seed, length = recipe.train.seed, recipe.data.sequence_length
+    model: Model = materialize(recipe.model, seed, sequence_length=length, device=device)
     objective: Objective = registry.lookup("objective", recipe.objective.kind)(recipe.objective)
+    with torch.device("meta"):
+        objective.build(recipe.model, length)
+    initialize(objective, initializer(recipe.model), seed, device)
     system = System(model, objective)
     dtype = DTYPES[recipe.train.precision]
     set_compute_dtype(system, None if dtype == torch.float32 else dtype)

@@ -170,7 +170,7 @@ class Trainer:
             norm=norm,
             norms=norms,
             refused=refused,
-            targets=sum(batch.counts["tokens"] for batch in batches),
+            targets=sum(int((batch.scored >= 0).sum()) for batch in batches),
             text_bytes=sum(setup.scored_bytes(batch.scored, self.token_bytes) for batch in batches),
         )
 
@@ -203,10 +203,12 @@ class Trainer:
         window.text_bytes += result.text_bytes
         if not (self._due(self.recipe.telemetry.every) or self.step == self.recipe.train.steps):
             return
+        # With several terms, likelihood is that of the objective's own one.
+        nll = result.terms.get(self.objective.options.kind, result.loss)
         values = torch.stack(
-            [result.loss, result.norm, self.guard.skipped.to(result.loss), *result.norms, *result.terms.values()]
+            [result.loss, nll, result.norm, self.guard.skipped.to(result.loss), *result.norms, *result.terms.values()]
         ).tolist()
-        (loss, norm, skipped), kinds = values[:3], values[3 : 3 + len(self.norm.kinds)]
+        (loss, nats, norm, skipped), kinds = values[:4], values[4 : 4 + len(self.norm.kinds)]
         self._tell_skipped()
         now = time.perf_counter()
         seconds = now - window.began
@@ -214,8 +216,8 @@ class Trainer:
         factor = schedule_factor(self.recipe.schedule, self.step - 1, self.recipe.train.steps)
         metrics = {
             "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),
-            "bits_per_byte": loss / math.log(2) * window.targets / max(1, window.text_bytes),
+            "perplexity": math.exp(min(nats, 700.0)),
+            "bits_per_byte": nats / math.log(2) * window.targets / max(1, window.text_bytes),
             "learning_rate": self.recipe.optimizer.lr * factor,
             "gradient_norm/total": norm,
             "tokens_per_second": tokens / seconds,
@@ -225,7 +227,7 @@ class Trainer:
             "skipped_steps": skipped,
         }
         metrics |= {f"gradient_norm/{kind}": value for kind, value in zip(self.norm.kinds, kinds, strict=True)}
-        metrics |= {f"loss/{name}": value for name, value in zip(result.terms, values[3 + len(kinds) :], strict=True)}
+        metrics |= {f"loss/{name}": value for name, value in zip(result.terms, values[4 + len(kinds) :], strict=True)}
         self.telemetry.log(self.step, metrics, next_sample=self.next_sample)
         self.window = Window(began=now, data_wait=data_wait)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from potamos.data.loader import Rows
+from potamos.pretrain.models.build import ModelSettings
 from potamos.pretrain.models.interfaces import Options, Seq, State
 from potamos.pretrain.models.trunk import Model
 
@@ -88,6 +89,11 @@ class Objective(nn.Module):
     def __init__(self, options: Any) -> None:
         super().__init__()
         self.options = options
+
+    def build(self, settings: ModelSettings, sequence_length: int) -> None:
+        """Make what the objective owns beside the model: a second trunk, a head. Called once, on the meta device; every
+        parameter is then filled like the model's, from (seed, its name). ``settings``: the model's."""
+        del settings, sequence_length
 
     def prepare(self, rows: Rows, *, seed: int, step: int, carried: bool = False) -> Batch:
         """Turn rows into a batch, on the host. Random choices are keyed by (seed, step, sample) alone.
