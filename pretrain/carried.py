@@ -33,10 +33,11 @@ def gather(states: list[State], rank: Rank) -> dict[str, Tensor]:
 def _all_slots(own: Tensor, rank: Rank) -> Tensor:
     if rank.world == 1:
         return own
-    # Each rank adds its rows to zeros: exact, and one collective that every backend has.
-    whole = own.new_zeros(len(own) * rank.world, *own.shape[1:])
-    whole[rank.rank * len(own) : (rank.rank + 1) * len(own)] = own
-    return all_sum(whole)
+    # Each rank adds its rows to zeros: one collective that every backend has. As bytes, because -0.0 + 0.0 is 0.0.
+    raw = own.contiguous().view(torch.uint8)
+    whole = raw.new_zeros(len(raw) * rank.world, *raw.shape[1:])
+    whole[rank.rank * len(raw) : (rank.rank + 1) * len(raw)] = raw
+    return all_sum(whole).view(own.dtype)
 
 
 def scatter(
