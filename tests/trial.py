@@ -63,7 +63,8 @@ class Attempt:
 
     @classmethod
     def fork(cls, arguments: Sequence[str], run: Path, before: Callable[[], object] = lambda: None) -> Attempt:
-        import torch.utils.tensorboard  # noqa: F401  (or every child would import it)
+        import torch.distributed.checkpoint
+        import torch.utils.tensorboard  # noqa: F401  (or every child would import them)
 
         run.parent.mkdir(parents=True, exist_ok=True)
         log = run.with_name(f"{run.name}.{time.monotonic_ns()}.log")

@@ -59,16 +59,22 @@ def kill_while_saving(attempt, run):
 
 def test_kills_leave_no_trace(trial, whole, rng, tmp_path):
     run = tmp_path / "run"
-    for _ in range(3):
+    for saved in (False, True, True):  # at any moment, then at moments when there is something new to go on from
+        before = folders(run, "step-")
         goal = records(run) + rng.randint(0, 4)  # the first is the attempt's own "start"; 0 is a kill before anything
         attempt = trial.start(run, *CHANGES)
-        assert attempt.until(lambda goal=goal: records(run) >= goal), attempt.output
+        assert attempt.until(
+            lambda goal=goal, saved=saved, before=before: (
+                records(run) >= goal and not (saved and folders(run, "step-") == before)
+            )
+        ), attempt.output
         time.sleep(rng.uniform(0, 0.1))
         attempt.signal(signal.SIGKILL)
         assert attempt.wait() == 128 + signal.SIGKILL, attempt.output
         print(f"killed after {records(run)} records, {[f.name for f in folders(run, '')]}")
     partial = kill_while_saving(trial.start(run, *CHANGES), run)
     assert partial == folders(run, ".tmp-step-"), "the kill came in the middle of a save"
+    assert folders(run, "step-"), "and there is an earlier one"
 
     attempt = trial.start(run, *CHANGES)
     assert attempt.wait() == 0, attempt.output
