@@ -312,6 +312,12 @@ class Trainer:
         """Become what ``loaded`` was; refuses a recipe or data that would not continue it."""
         before = parse_recipe(loaded.recipe, str(loaded.path / "recipe.yaml"))
         self.changes = resume_check(before, self.recipe, loaded.next_sample)
+        rows, wanted = before.train.sequences, self.recipe.train.sequences
+        if self.carries and rows != wanted:
+            raise ValueError(
+                f"train.sequences: {wanted}: the run was started with {rows}, and in contiguous order each row of a "
+                "batch goes on in the next, so their number cannot change; set it back, or start a new run folder"
+            )
         self.stream.check_state(loaded.trainer["data"])
         check_parameters(self.parameters, loaded.model, loaded.path)
         with torch.no_grad():

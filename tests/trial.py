@@ -245,6 +245,7 @@ class Trial:
             "model.layers=2",
             f"model.frontend={{kind: tokens, vocabulary: {self.tokenizer.vocabulary}, embedding_dropout: 0.1}}",
             "model.mixer={kind: h3, state: 8, shift_state: 8}",
+            "model.channel={kind: mlp, ratio: 4, activation: gelu_tanh}",
             f"model.at={{1: {attention}}}",
             "model.residual_dropout=0.1",
             f"tokenizer.path={self.folder / 'tokenizer.json'}",

@@ -287,3 +287,22 @@ def test_changes_that_may_not_be_made_are_all_named(trial, copy):
         assert part in message
     assert "train.steps" not in message
     assert trial.newest(copy).step == 4
+
+
+def test_larger_batches_go_on_with_the_next_row(trial, copy, capsys):
+    read = []
+
+    class Reading(Trainer):
+        def prepare(self, rows):
+            read.extend(rows.samples.tolist())
+            return super().prepare(rows)
+
+    assert trial.fit(copy, *FEW, "train.steps=6", "train.sequences=16", kind=Reading) == 0
+    assert read == list(range(32, 64))
+    assert "resumed with train.sequences: 16 (was 8)" in capsys.readouterr().out
+
+
+def test_rows_that_carry_state_keep_their_number(trial, run):
+    assert trial.fit(run, *FEW, "data.order=contiguous") == 0
+    with pytest.raises(ValueError, match=r"train.sequences: 16: the run was started with 8, and in contiguous order"):
+        trial.fit(run, *FEW, "data.order=contiguous", "train.steps=6", "train.sequences=16")

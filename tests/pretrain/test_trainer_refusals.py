@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from potamos.data.errors import DatasetError, StateMismatchError, TokenizerMismatchError
+from potamos.data.manifest import MANIFEST, make_manifest, read_manifest
 from potamos.data.prepare import prepare
 from potamos.data.tokenizer import train_bpe
 from potamos.pretrain import checkpoint, setup
@@ -71,12 +73,11 @@ def test_a_model_with_fewer_ids_than_the_tokenizer_is_refused(trial, run):
 
 def test_a_token_beyond_the_vocabulary_is_refused(trial, run, tmp_path):
     """A dataset that names the right tokenizer but holds an id that it does not have."""
+    known = trial.tokenizer.vocabulary
     shutil.copytree(trial.folder / "train", tmp_path / "train")
-    manifest = tmp_path / "train" / "dataset.json"
-    fields = json.loads(manifest.read_text())
-    fields["max_token"] = trial.tokenizer.vocabulary
-    manifest.write_text(json.dumps(fields))
-    with pytest.raises(DatasetError):
+    written = {k: v for k, v in read_manifest(tmp_path / "train").fields.items() if k not in ("format", "version")}
+    (tmp_path / "train" / MANIFEST).write_bytes(make_manifest({**written, "max_token": known}).to_bytes())
+    with pytest.raises(DatasetError, match=rf"train holds token id {known}, .* vocabulary ends at {known - 1}"):
         trial.trainer(run, f"data.stages=[{{from: 0, mixture: [{{path: {tmp_path / 'train'}}}]}}]")
 
 
@@ -188,6 +189,17 @@ def test_training_outlives_a_full_disk(trial, run, monkeypatch, caplog):
         (6, ["step-00000002", "step-00000006"]),
     ]
     assert any("No space left on device" in r.message and "Training goes on" in r.message for r in caplog.records)
+
+
+def test_the_systems_own_refusal_is_survived_and_then_told(trial, run):
+    """No double of a full disk: the kernel refuses to let any file grow beyond a size that only a model reaches."""
+    attempt = trial.start(run, *FEW, before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)))
+    assert attempt.wait() == 2, attempt.output
+    assert "File too large" in attempt.output
+    assert "Traceback" not in attempt.output
+    assert trial.losses(run)[-1] < trial.losses(run)[0]
+    assert len(trial.losses(run)) == 4, "the failed save at step 2 did not end the run"
+    assert list((run / "checkpoints").iterdir()) == []
 
 
 def test_a_last_save_that_fails_is_an_error(trial, finished, run, tmp_path, monkeypatch):
