@@ -177,3 +177,8 @@ def contiguous(draw: np.ndarray, n: int, slots: int) -> np.ndarray:
         raise MixtureError(f"{slots} slots need at least as many rows; the source has {n}")
     draw = np.asarray(draw, np.int64)
     return draw % slots * share + draw // slots % share
+
+
+def laps(draw: np.ndarray, n: int, slots: int) -> np.ndarray:
+    """How often, at each draw of `contiguous`, its slot has walked its whole share before."""
+    return np.asarray(draw, np.int64) // slots // (n // slots)

@@ -14,7 +14,9 @@ class Rows:
     Attributes:
         tokens: (n, L + 1) int32.
         document_ids: (n, L + 1) int32, the number of the document in its source's stream; the end-of-document token
-            belongs to the document it closes; -1 is padding. A target counts where its id equals its input's.
+            belongs to the document it closes; -1 is padding. A target counts where its id equals its input's. In
+            contiguous order an offset is added that keeps datasets, and a slot's lap and the next, apart: ids of rows
+            that follow each other in a slot are equal exactly where the text goes on (see `TokenStream`).
         positions: (n, L + 1) int32, restart at 0 with each document. For a document cut by the row's start they count
             from the row's start; in contiguous order they are the true place in the document.
         samples: (n,) int64, global sample indices.

@@ -16,11 +16,13 @@ import numpy as np
 
 from potamos.data.dataset import TokenDataset, read_rows
 from potamos.data.errors import DatasetError, MixtureError, StateMismatchError, TokenizerMismatchError
-from potamos.data.order import Mixture, check_weights, contiguous, derive_key, shuffled
+from potamos.data.order import Mixture, check_weights, contiguous, derive_key, laps, shuffled
 from potamos.data.rows import Rows
 
+_Places = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 STATE_VERSION = 1
 PLAN = 4096  # samples whose places are worked out at once when samples are read in order
+LAPS = 2  # sets of document ids that a dataset has in contiguous order; laps of a slot take them in turn
 _PARTS = ("tokenizer", "seed", "sequence_length", "boundaries", "order", "stages")
 
 
@@ -76,6 +78,13 @@ class TokenStream:
     by a fresh permutation per epoch (``shuffled``), or by letting slot = g mod slots walk its own share
     (``contiguous``). Nothing depends on a batch size, a rank or a world size; a later stage changes no earlier sample.
 
+    In contiguous order a model carries state from a row to the next row of its slot, and only a changed document id
+    tells it to begin anew. So an id there is the document's number, plus its dataset's document count on every other
+    lap of the slot, plus twice the documents of the datasets that earlier stages brought in. The ids of two rows that
+    follow each other in a slot are then equal exactly where the text goes on: not where the slot begins its share
+    again, even inside one huge document, nor where a stage changes the dataset. Ids repeat after two laps, so what a
+    model looks back on should be shorter than a slot's share.
+
     Args:
         stages: the first begins at sample 0, starts rise.
         sequence_length: L; rows hold L + 1 tokens and never cross a chunk.
@@ -87,7 +96,7 @@ class TokenStream:
 
     Raises:
         MixtureError, DatasetError, CorruptShardError, TokenizerMismatchError: see `TokenDataset`; all are raised here,
-            before the first row.
+            before the first row. In contiguous order also a DatasetError where document ids would not fit in int32.
     """
 
     def __init__(
@@ -120,7 +129,8 @@ class TokenStream:
         self._rows = [dataset.rows(sequence_length) for dataset in self.datasets]
         for dataset, rows in zip(self.datasets, self._rows, strict=True):
             self._check_length(dataset, rows)
-        self._plans: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._first_id = self._first_ids()
+        self._plans: dict[int, _Places] = {}
         self._lock = threading.Lock()
 
     def _open_stages(
@@ -193,6 +203,20 @@ class TokenStream:
                 f"dataset {dataset.path} has {rows} rows of {length} tokens, fewer than slots {self.slots}"
             )
 
+    def _first_ids(self) -> np.ndarray:
+        """Where each dataset's document ids begin. Datasets count in the order in which stages first name them, so that
+        a stage added later changes no id before it."""
+        if self.slots is None:
+            return np.zeros(len(self.datasets), np.int64)
+        ends = np.cumsum([LAPS * dataset.manifest.documents for dataset in self.datasets])
+        if ends[-1] > 2**31:
+            raise DatasetError(
+                f"contiguous order gives every document {LAPS} int32 ids, and the {len(ends)} datasets from "
+                f"{self.datasets[0].path} on hold {ends[-1] // LAPS} documents, more than {2**31 // LAPS}; use fewer or "
+                f"smaller datasets, or shuffled order"
+            )
+        return np.concatenate([[0], ends[:-1]])
+
     def read(self, first: int, count: int) -> Rows:
         """Rows of global samples ``first`` to ``first + count - 1``."""
         samples = np.arange(first, first + count)
@@ -211,7 +235,7 @@ class TokenStream:
         samples = np.asarray(samples, np.int64)
         return self._cut(samples, *self._places(samples))
 
-    def _plan(self, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _plan(self, block: int) -> _Places:
         plan = self._plans.get(block)
         if plan is None:
             plan = self._places(np.arange(block * PLAN, (block + 1) * PLAN))
@@ -221,11 +245,11 @@ class TokenStream:
                 self._plans[block] = plan
         return plan
 
-    def _places(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(dataset, chunk, first token in the chunk) of each sample."""
+    def _places(self, samples: np.ndarray) -> _Places:
+        """(dataset, chunk, first token in the chunk, what is added to document numbers) of each sample."""
         if samples.size and samples.min() < 0:
             raise ValueError(f"sample {samples.min()} is negative")
-        source, chunk, start = (np.empty(samples.shape, np.int64) for _ in range(3))
+        source, chunk, start, shift = (np.empty(samples.shape, np.int64) for _ in range(4))
         stage_of = np.searchsorted(self._starts, samples, side="right") - 1
         for number in np.unique(stage_of):
             stage = self._stages[number]
@@ -236,24 +260,30 @@ class TokenStream:
                 here = in_stage[member == m]
                 dataset = stage.sources[m]
                 source[here] = dataset
-                chunk[here], start[here] = self._place(dataset, draw[member == m])
-        return source, chunk, start
+                chunk[here], start[here], shift[here] = self._place(dataset, draw[member == m])
+        return source, chunk, start, shift
 
-    def _place(self, number: int, draw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _place(self, number: int, draw: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         dataset, rows = self.datasets[number], self._rows[number]
         if self.slots is not None:
             row = contiguous(draw, rows, self.slots)
+            shift = self._first_id[number] + laps(draw, rows, self.slots) % LAPS * dataset.manifest.documents
         else:
             row = shuffled(draw, rows, derive_key("rows", self.seed, dataset.fingerprint))
-        return dataset.place(row, self.sequence_length)
+            shift = np.zeros_like(row)
+        return *dataset.place(row, self.sequence_length), shift
 
-    def _cut(self, samples: np.ndarray, source: np.ndarray, chunk: np.ndarray, start: np.ndarray) -> Rows:
+    def _cut(
+        self, samples: np.ndarray, source: np.ndarray, chunk: np.ndarray, start: np.ndarray, shift: np.ndarray
+    ) -> Rows:
         width = self.sequence_length + 1
         tokens, document_ids, positions = read_rows(
             self.datasets, source, chunk, start, width, true_positions=self.slots is not None
         )
         if self.boundaries == "cross":
             document_ids, positions = crossing(len(tokens), width)
+        elif self.slots is not None:
+            document_ids += shift.astype(np.int32)[:, None]  # rows of a stream are whole: no id is the -1 of padding
         return Rows(tokens, document_ids, positions, samples, source.astype(np.int32))
 
     def describe(self) -> list[SourceSummary]:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from potamos.data.errors import MixtureError
-from potamos.data.order import BLOCK, Mixture, check_weights, contiguous, derive_key, permute, quota, shuffled
+from potamos.data.order import BLOCK, Mixture, check_weights, contiguous, derive_key, laps, permute, quota, shuffled
 
 keys = st.integers(0, 2**64 - 1)
 
@@ -149,6 +149,7 @@ def test_contiguous_slots_walk_their_share() -> None:
     rows = contiguous(np.arange(3 * 8), 14, 3).reshape(8, 3)
     assert rows[:, 0].tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
     assert rows[:, 2].tolist() == [8, 9, 10, 11, 8, 9, 10, 11]
+    assert laps(np.arange(3 * 9), 14, 3).tolist() == 12 * [0] + 12 * [1] + 3 * [2]
     with pytest.raises(MixtureError, match="15 slots"):
         contiguous(np.arange(3), 14, 15)
 

@@ -229,7 +229,7 @@ def test_any_flipped_payload_byte_is_found_on_first_read_and_by_verify(dataset: 
 
 
 def _touches(stream: TokenStream, sample: int, first_row: int) -> bool:
-    _, chunk, _ = stream._places(np.array([sample]))
+    _, chunk, *_ = stream._places(np.array([sample]))
     return chunk[0] * (CHUNK // 64) == first_row
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from potamos.data.errors import DatasetError, MixtureError, StateMismatchError, TokenizerMismatchError
 from potamos.data.loader import Rows, SourceSpec, StageSpec, TokenStream, Windows
+from potamos.data.manifest import make_manifest
 
 ONE: dict[str, Any] = {"sequence_length": 8, "seed": 3}
 
@@ -118,7 +119,65 @@ def test_contiguous_rows_continue_where_the_last_ended(
         rows = stream.read(0, 2 * share * slots)
         for g in range(len(rows)):
             tokens, documents, _, true = expected[g % slots * share + g // slots % share]
-            assert as_lists(rows, g) == (tokens, documents, true)
+            lap = g // slots // share
+            assert as_lists(rows, g) == (tokens, [d + lap * len(lengths) for d in documents], true)
+
+
+def contiguous_stream(slots: int, *stages: StageSpec) -> TokenStream:
+    return TokenStream(list(stages), **ONE, order="contiguous", slots=slots)
+
+
+def test_contiguous_ids_are_equal_exactly_where_the_text_goes_on(
+    write_ids: Any, plain_stream: Any, tmp_path: Path
+) -> None:
+    """Over wraps inside one huge document, other datasets, stages of one dataset, and a dataset that comes back."""
+    slots, sizes = 2, {"a": [200], "b": [150], "c": [90, 70, 3]}
+    paths = {name: write_ids(tmp_path / name, sizes[name], chunk_tokens=64, seed=ord(name)) for name in sizes}
+    oracles = {name: plain_stream(sizes[name], seed=ord(name)) for name in sizes}
+    shown = [("a", 0), ("b", 32), ("a", 36), ("a", 40), ("c", 64)]
+    stream = contiguous_stream(slots, *(stage(paths[name], start=start) for name, start in shown))
+    rows = stream.read(0, 120)
+    drawn = dict.fromkeys(sizes, 0)
+    before: dict[int, tuple[str, int, int]] = {}  # by slot: dataset, first token, last id
+    first_lap, wraps, changes, goes_on = {}, 0, 0, 0
+    for g in range(len(rows)):
+        name = next(n for n, start in reversed(shown) if start <= g)
+        share = (len(oracles[name][0]) - 1) // 8 // slots
+        at = 8 * (g % slots * share + drawn[name] // slots % share)
+        drawn[name] += 1
+        assert rows.tokens[g].tolist() == oracles[name][0][at : at + 9]
+        ids = rows.document_ids[g]
+        assert np.diff(ids).tolist() == np.diff(oracles[name][1][at : at + 9]).tolist()
+        assert first_lap.setdefault((name, at), ids[0]) <= ids[0] < 2**31
+        if g >= slots:
+            then, place, last = before[g % slots]
+            continues = then == name and place + 8 == at
+            # a row's last token is the next row's first
+            assert (last == ids[0]) == continues, f"sample {g}: {then} {place} then {name} {at}"
+            wraps += then == name and not continues
+            changes += then != name
+            goes_on += continues
+        before[g % slots] = (name, at, ids[-1])
+    assert (wraps > 4, changes, goes_on > 50) == (True, 3 * slots, True)
+    for count in range(1, len(shown)):
+        earlier = contiguous_stream(slots, *(stage(paths[name], start=start) for name, start in shown[:count]))
+        assert equal(earlier.read(0, shown[count][1]), rows.slice(0, shown[count][1])), "a later stage changes no id"
+
+
+def test_contiguous_ids_that_do_not_fit_are_refused(write_ids: Any, tmp_path: Path) -> None:
+    path, other = (write_ids(tmp_path / name, [90], chunk_tokens=64, seed=ord(name)) for name in "ab")
+    for documents, fits in [(2**30 - 1, True), (2**30, False)]:
+        fields = json.loads((path / "dataset.json").read_text())
+        del fields["fingerprint"]
+        manifest = make_manifest({**fields, "documents": documents})
+        (path / "dataset.json").write_bytes(manifest.to_bytes())
+        both = [stage(other), stage(path, start=4)]
+        if fits:
+            assert contiguous_stream(2, *both).read(4, 16).document_ids.max() == 2 + documents < 2**31
+            continue
+        with pytest.raises(DatasetError, match=r"2 datasets from .*hold 1073741825 documents, more than 1073741824"):
+            contiguous_stream(2, *both)
+        TokenStream(both, **ONE)
 
 
 def test_cross_boundaries_gives_one_document_per_row(write_ids: Any, tmp_path: Path) -> None:
