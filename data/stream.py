@@ -91,7 +91,8 @@ class TokenStream:
         seed: of the permutations.
         order: ``shuffled`` or ``contiguous`` (one source a stage, stages begin at multiples of ``slots``).
         slots: number of walks of the contiguous order.
-        boundaries: ``isolate`` gives true document ids; ``cross`` gives id 0 and positions 0..L in every row.
+        boundaries: ``isolate`` gives true document ids; ``cross`` gives id 0 and positions 0..L in every row, which
+            contiguous order, whose rows go on, does not take.
         tokenizer_sha256, vocabulary: what the model expects; checked against every dataset.
 
     Raises:
@@ -117,6 +118,11 @@ class TokenStream:
             raise MixtureError(f"order {order!r} is unknown; known orders: shuffled, contiguous")
         if boundaries not in ("isolate", "cross"):
             raise MixtureError(f"boundaries {boundaries!r} is unknown; known: isolate, cross")
+        if order == "contiguous" and boundaries == "cross":
+            raise MixtureError(
+                "order contiguous with boundaries cross: rows go on where the last ended, but positions without "
+                "documents begin anew in every row; use boundaries isolate, or order shuffled"
+            )
         if (order == "contiguous") != (slots is not None) or (slots is not None and slots < 1):
             raise MixtureError(
                 f"slots {slots} with order {order}: contiguous order needs slots >= 1, shuffled takes none"
@@ -212,8 +218,8 @@ class TokenStream:
         if ends[-1] > 2**31:
             raise DatasetError(
                 f"contiguous order gives every document {LAPS} int32 ids, and the {len(ends)} datasets from "
-                f"{self.datasets[0].path} on hold {ends[-1] // LAPS} documents, more than {2**31 // LAPS}; use fewer or "
-                f"smaller datasets, or shuffled order"
+                f"{self.datasets[0].path} on hold {ends[-1] // LAPS} documents, more than {2**31 // LAPS}; "
+                f"use fewer or smaller datasets, or shuffled order"
             )
         return np.concatenate([[0], ends[:-1]])
 
@@ -282,7 +288,7 @@ class TokenStream:
         )
         if self.boundaries == "cross":
             document_ids, positions = crossing(len(tokens), width)
-        elif self.slots is not None:
+        if self.slots is not None:
             document_ids += shift.astype(np.int32)[:, None]  # rows of a stream are whole: no id is the -1 of padding
         return Rows(tokens, document_ids, positions, samples, source.astype(np.int32))
 

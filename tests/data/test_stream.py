@@ -321,6 +321,11 @@ def test_bad_arguments_are_refused_before_the_first_row(three: list[Path], write
         ("order 'random'", [stage(three[0])], {"order": "random"}),
         ("boundaries 'none'", [stage(three[0])], {"boundaries": "none"}),
         ("slots None", [stage(three[0])], {"order": "contiguous"}),
+        (
+            "order contiguous with boundaries cross.*use boundaries isolate, or order shuffled",
+            [stage(three[0])],
+            {"order": "contiguous", "slots": 2, "boundaries": "cross"},
+        ),
         ("takes none", [stage(three[0])], {"slots": 2}),
         (r"start at \[\]", [], {}),
         (r"start at \[5\]", [stage(three[0], start=5)], {}),
