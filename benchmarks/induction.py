@@ -71,8 +71,8 @@ def sequences(count: int, seed: int) -> tuple[Tensor, Tensor]:
     return tokens, tokens.gather(1, place + 1)[:, 0]
 
 
-def learn(mixer: str, budget: Budget, seed: int = 0) -> Iterator[tuple[Model, float]]:
-    """Train one mixer; after each epoch, the model and its share of right answers."""
+def build(mixer: str, seed: int = 0) -> Model:
+    """Two layers of width 32."""
     settings = {
         "width": 32,
         "layers": 2,
@@ -80,7 +80,12 @@ def learn(mixer: str, budget: Budget, seed: int = 0) -> Iterator[tuple[Model, fl
         "channel": {"kind": "mlp", "ratio": 4},
         **MIXERS[mixer],
     }
-    model = materialize(ModelSection.model_validate(settings), seed, sequence_length=LENGTH)
+    return materialize(ModelSection.model_validate(settings), seed, sequence_length=LENGTH)
+
+
+def learn(mixer: str, budget: Budget, seed: int = 0) -> Iterator[tuple[Model, float]]:
+    """Train one mixer; after each epoch, the model and its share of right answers."""
+    model = build(mixer, seed)
     parameters, table = dict(model.named_parameters()), parameter_table(model)
     options = AdamW.model_validate({"lr": budget.lr, "weight_decay": budget.weight_decay})
     optimizer, norm = Optimizer(parameters, table, options), GradientNorm(parameters, table)

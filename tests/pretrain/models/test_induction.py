@@ -38,14 +38,14 @@ def test_answers_follow_the_special_token(induction: ModuleType) -> None:
 
 
 def test_accuracy_counts_right_answers(induction: ModuleType) -> None:
-    """An untrained model is right by chance, 1 in 19."""
-    model, _ = next(induction.learn("h3", induction.Budget(epochs=1, lr=1e-9)))
-    found = induction.accuracy(model, *induction.sequences(2000, seed=3))
-    assert 0.02 < found < 0.10
-    tokens, _ = induction.sequences(50, seed=4)
-    scores = model.frontend.logits(model({"tokens": tokens}, induction.places(50)).hidden[:, -1])
-    assert induction.accuracy(model, tokens, scores.argmax(-1)) == 1.0
-    assert induction.accuracy(model, tokens, (scores.argmax(-1) + 1) % 20) == 0.0
+    model = induction.build("h3")
+    tokens, answers = induction.sequences(400, seed=4)
+    said = model.frontend.logits(model({"tokens": tokens}, induction.places(400)).hidden[:, -1]).argmax(-1)
+    assert induction.accuracy(model, tokens, said) == 1.0
+    assert induction.accuracy(model, tokens, (said + 1) % induction.VOCABULARY) == 0.0
+    half = torch.cat([said[:100], (said[100:] + 1) % induction.VOCABULARY])
+    assert induction.accuracy(model, tokens, half) == 0.25
+    assert induction.accuracy(model, tokens, answers) < 0.15  # it has learned nothing yet
 
 
 @pytest.mark.slow
