@@ -19,18 +19,25 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 DEFAULT_TIMEOUT_SECONDS = 600.0
 
 # Whether the process group is ours to destroy: a caller may have made it before `start`.
 _owns_group = False
+
+# The group of the collectives below on CPU tensors; None is the default group. It is one of their own because nothing
+# else holds it, so `stop` really ends its threads. DDP never lets go of the group that it was given, and a gloo thread
+# that frees a tensor while the interpreter shuts down aborts the process.
+_control: dist.ProcessGroup | None = None
 
 
 class LaunchError(ValueError):
@@ -104,7 +111,7 @@ def start(device: str | torch.device = "cpu", *, timeout: float = DEFAULT_TIMEOU
         LaunchError: see `Rank.from_environment`; also no CUDA device for this local rank, a device of another kind,
             or an existing group of another size than the environment says.
     """
-    global _owns_group
+    global _owns_group, _control
     kind = torch.device(device).type
     if kind not in ("cpu", "cuda"):
         raise LaunchError(f"device {str(device)!r} is not supported: choose 'cpu' or 'cuda'")
@@ -126,13 +133,17 @@ def start(device: str | torch.device = "cpu", *, timeout: float = DEFAULT_TIMEOU
             device_id=torch.device("cuda", rank.local_rank) if kind == "cuda" else None,
         )
         _owns_group = True
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        assert isinstance(group, dist.ProcessGroup)
+        _control = group
     return rank
 
 
 def stop() -> None:
     """Leave the process group that `start` joined. Does nothing if it joined none."""
-    global _owns_group
+    global _owns_group, _control
     if _owns_group:
+        _control = None
         dist.destroy_process_group()
         _owns_group = False
 
@@ -165,8 +176,12 @@ def _all_reduce(tensor: torch.Tensor, operation: Any) -> torch.Tensor:
         return tensor
     # A strided tensor would be reduced in memory order on each rank, which need not be the same order everywhere.
     result = tensor.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(result, op=operation)
+    dist.all_reduce(result, op=operation, group=_group(result))
     return result
+
+
+def _group(tensor: torch.Tensor) -> dist.ProcessGroup | None:
+    return _control if tensor.device.type == "cpu" else None
 
 
 def any_rank(flag: bool) -> bool:
@@ -174,10 +189,25 @@ def any_rank(flag: bool) -> bool:
     return bool(all_max(torch.tensor([int(bool(flag))])).item())
 
 
+def together(action: Callable[[], T]) -> T:
+    """`action()` on every rank; where it raises on some, it raises on all, so that none waits for one that has left.
+
+    The rank that failed raises its own error, the others a `LaunchError` that says so.
+    """
+    result, error = None, None
+    try:
+        result = action()
+    except Exception as caught:
+        error = caught
+    if any_rank(error is not None):
+        raise error or LaunchError("another rank failed; its own message says why")
+    return cast(T, result)
+
+
 def barrier() -> None:
     """Return once every rank has called this. Waits on the host; no CUDA stream is involved."""
     if world_size() > 1:
-        dist.all_reduce(torch.zeros(1))  # a CPU tensor, hence gloo: dist.barrier would enqueue work on the GPU
+        all_sum(torch.zeros(1))  # a CPU tensor, hence gloo: dist.barrier would enqueue work on the GPU
 
 
 def broadcast_object(value: Any, source: int = 0) -> Any:
@@ -211,9 +241,9 @@ def broadcast_object(value: Any, source: int = 0) -> Any:
 def _broadcast_text(text: str | None, source: int) -> str:
     content = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) if text is not None else None
     length = torch.tensor([0 if content is None else content.numel()])
-    dist.broadcast(length, source)
+    dist.broadcast(length, source, group=_control)
     buffer = torch.empty(int(length), dtype=torch.uint8) if content is None else content
-    dist.broadcast(buffer, source)
+    dist.broadcast(buffer, source, group=_control)
     return bytes(buffer.tolist()).decode()
 
 

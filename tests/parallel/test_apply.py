@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -394,6 +395,36 @@ def test_one_process_is_not_wrapped():
     system = torch.nn.Linear(2, 2)
     assert apply(system, Layout(), Rank(), torch.device("cpu")) is system
     assert data_ranks(Layout(), 4) == data_ranks(Layout(dp_replicate=4), 4) == 4
+
+
+# --- leaving --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_the_threads_of_the_last_collectives_end_with_the_run(run_ranks):
+    """One that frees a tensor while the interpreter shuts down aborts the process. DDP's linger, idle since long."""
+
+    def threads(expected):
+        """How many there are, once they are as many as expected, or at last: a new thread has no name at first."""
+        deadline = time.monotonic() + 5
+        while True:
+            names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+            found = names.count("pt_gloo_runloop")
+            if found == expected or time.monotonic() > deadline:
+                return found
+
+    def work(rank, world, wrapped):
+        launch.start()
+        if wrapped:
+            system = apply(torch.nn.Linear(2, 2), Layout(), Rank(rank, world), torch.device("cpu"))
+            system(torch.ones(1, 2)).sum().backward()
+        launch.barrier()
+        running = threads(4)
+        launch.stop()
+        return running, threads(2 if wrapped else 0)
+
+    assert run_ranks(2, work, False, init=False) == [(4, 0)] * 2
+    assert run_ranks(2, work, True, init=False) == [(4, 2)] * 2
 
 
 # --- torchrun -------------------------------------------------------------------------------------------------------
