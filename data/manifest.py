@@ -155,7 +155,7 @@ def verify(path: str | os.PathLike[str], deep: bool = False) -> VerifyReport:
         return VerifyReport(folder, deep, problems=(str(error),))
     problems: list[str] = []
     chunks = tokens = 0
-    next_document = 0
+    next_document: int | None = 0
     for entry in manifest.shards:
         try:
             index = open_index(folder, entry)
@@ -164,6 +164,7 @@ def verify(path: str | os.PathLike[str], deep: bool = False) -> VerifyReport:
             chunks, tokens = chunks + len(index.chunks), tokens + int(index.chunks["tokens"].sum())
         except CorruptShardError as error:
             problems.append(str(error))
+            next_document = None  # a sound shard after a damaged one is no problem of its own
     known = {entry["name"] for entry in manifest.shards}
     problems += [
         f"shard {extra} is not listed in {MANIFEST}; remove it"
@@ -175,8 +176,13 @@ def verify(path: str | os.PathLike[str], deep: bool = False) -> VerifyReport:
     return VerifyReport(folder, deep, len(manifest.shards), chunks, tokens, tuple(problems))
 
 
-def _verify_shard(shard: Path, index: ShardIndex, entry: dict[str, Any], manifest: Manifest, next_document: int) -> int:
-    """Compare a shard with its index byte for byte, and its ids with what the manifest promises of them."""
+def _verify_shard(
+    shard: Path, index: ShardIndex, entry: dict[str, Any], manifest: Manifest, next_document: int | None
+) -> int:
+    """Compare a shard with its index byte for byte, and its ids with what the manifest promises of them.
+
+    ``next_document`` is what the shard should begin with, None where that is not known; the next one's is returned.
+    """
     rebuilt = build_index(shard)
     content = rebuilt.to_bytes()
     if shard_entry(shard.name, rebuilt, content) != entry or content != index.to_bytes():
@@ -194,7 +200,7 @@ def _verify_shard(shard: Path, index: ShardIndex, entry: dict[str, Any], manifes
         closing = np.flatnonzero(tokens == manifest.tokenizer["end_of_document"]) + 1
         if not np.array_equal(closing, ends):
             raise CorruptShardError(f"{place}: document ends do not match the end-of-document tokens")
-        if chunk["first_document"] != next_document:
+        if next_document is not None and chunk["first_document"] != next_document:
             raise CorruptShardError(f"{place}: begins with document {chunk['first_document']}, not {next_document}")
         next_document = int(chunk["first_document"]) + int((ends < len(tokens)).sum())
     return next_document

@@ -80,6 +80,8 @@ class ShardIndex:
         if zlib.crc32(content[:-4]) != struct.unpack("<I", content[-4:])[0] or block != CRC_BLOCK:
             raise CorruptShardError(f"{place} is truncated or damaged (its own checksum does not hold); {remedy}")
         table_end = _HEADER.size + count * CHUNK.itemsize
+        if itemsize not in (2, 4) or table_end > len(content) - 4 or (len(content) - 4 - table_end) % 4:
+            raise CorruptShardError(f"{place}: {count} chunks of {itemsize}-byte tokens do not fit the file; {remedy}")
         chunks = np.frombuffer(content, CHUNK, count, _HEADER.size)
         crcs = np.frombuffer(content[table_end:-4], "<u4")
         return cls(tar_bytes, sha256.hex(), np.dtype(f"<u{itemsize}"), chunks, crcs)
@@ -245,7 +247,7 @@ def _parse_header(header: bytes, place: str) -> tuple[str, int]:
         length = int(header[124:136].rstrip(b" \0"), 8)
     except ValueError:
         raise CorruptShardError(f"{place}: no tar header") from None
-    if stored != sum(header) - sum(header[148:156]) + 8 * 32 or header[257:262] != b"ustar":
+    if length < 0 or stored != sum(header) - sum(header[148:156]) + 8 * 32 or header[257:262] != b"ustar":
         raise CorruptShardError(f"{place}: the tar header's checksum does not hold")
     if header[156:157] not in (b"0", b"\0"):
         raise CorruptShardError(f"{place}: a member that is not a plain file")
@@ -270,9 +272,11 @@ def build_index(shard: Path) -> ShardIndex:
             raise CorruptShardError(f"{place}: chunk {key} has members {sorted(parts)}, not tok.npy, doc.npy and json")
         tokens, token_offset = _read_npy(content, *parts["tok.npy"], f"{place}: {key}.tok.npy")
         ends, end_offset = _read_npy(content, *parts["doc.npy"], f"{place}: {key}.doc.npy")
-        about = json.loads(content[parts["json"][0] : sum(parts["json"])])
+        if ends.dtype != np.dtype("<i4"):
+            raise CorruptShardError(f"{place}: {key}.doc.npy holds {ends.dtype}, expected int32")
+        about = _read_about(content, *parts["json"], f"{place}: {key}.json")
         dtypes.add(tokens.dtype)
-        first = (about["first_document"], about["first_position"], len(crcs))
+        first = (*about, len(crcs))
         records.append((token_offset, len(tokens), len(ends), end_offset, *first))
         crcs += block_crcs(view[token_offset : token_offset + tokens.nbytes])
         crcs += block_crcs(view[end_offset : end_offset + ends.nbytes])
@@ -287,6 +291,18 @@ def block_crcs(payload: memoryview) -> list[int]:
     return [zlib.crc32(payload[i : i + CRC_BLOCK]) for i in range(0, len(payload), CRC_BLOCK)]
 
 
+def _read_about(content: mmap.mmap, offset: int, length: int, place: str) -> tuple[int, int]:
+    """``first_document`` and ``first_position`` of a chunk's description."""
+    try:
+        about = json.loads(content[offset : offset + length])
+    except (ValueError, RecursionError) as error:  # also what is not UTF-8
+        raise CorruptShardError(f"{place} is not JSON: {error}") from None
+    values = [about.get(key) if isinstance(about, dict) else None for key in ("first_document", "first_position")]
+    if not all(type(value) is int and 0 <= value < 2**63 for value in values):
+        raise CorruptShardError(f"{place} gives first_document and first_position as {values}, not as whole numbers")
+    return values[0], values[1]
+
+
 def _read_npy(content: mmap.mmap, offset: int, length: int, place: str) -> tuple[np.ndarray, int]:
     """A one-dimensional array of a member and the byte offset of its payload."""
     # The header of format 1.0 is the magic string, two version bytes and a length; the array follows it.
@@ -297,8 +313,10 @@ def _read_npy(content: mmap.mmap, offset: int, length: int, place: str) -> tuple
     np.lib.format.read_magic(file)
     try:
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    except ValueError as error:
-        raise CorruptShardError(f"{place}: {error}") from None
+    except (
+        Exception
+    ) as error:  # NumPy parses it as Python: a damaged one meets errors of the tokenizer, of sorting, ...
+        raise CorruptShardError(f"{place}: no .npy header: {error}") from None
     if len(shape) != 1 or shape[0] * dtype.itemsize != length - start or dtype.hasobject:
         raise CorruptShardError(f"{place}: shape {shape} of {dtype} does not fill its {length - start} bytes")
     return np.frombuffer(content, dtype, shape[0], offset + start), offset + start

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import shutil
+import struct
 import tarfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -263,6 +266,112 @@ def test_scanner_refuses_damaged_archives(dataset: Path) -> None:
     ]:
         with pytest.raises(CorruptShardError, match=says):
             list(scan_tar(content, "x.tar"))
+
+
+# Where the fields of a USTAR header begin: name, mode, uid, gid, size, mtime, checksum, type, link name, magic,
+# version, owner, group, device numbers, prefix, filling.
+HEADER_FIELDS = (0, 100, 108, 116, 124, 136, 148, 156, 157, 257, 263, 265, 297, 329, 337, 345, 500)
+
+
+@pytest.mark.filterwarnings("ignore:Reading `.npy`")  # NumPy takes a damaged header for one of Python 2
+def test_any_flipped_byte_of_a_dataset_is_reported_and_named(write_ids: Any, tmp_path: Path) -> None:
+    """Every byte but the fillings of tar headers, of which both ends are flipped; nothing is ever an uncaught error."""
+    path = write_ids(tmp_path / "d", [9, 30, 12, 40], chunk_tokens=64, shard_chunks=1)
+    shard = path / "shard-00000.tar"
+    members = list(scan_tar(shard.read_bytes(), "x"))
+    places = set(range(members[-1][1] + members[-1][2] - 2, shard.stat().st_size, 61))  # padding, end blocks
+    for _, offset, size in members:
+        fields = [offset - 512 + field for field in HEADER_FIELDS]
+        places |= {*fields, *(field - 1 for field in fields[1:]), offset - 1}
+        places |= {*range(offset, offset + size), offset + size, offset + size + -size % 512 - 1}
+    for file, where in [(shard, places), (index_path(shard), range(index_path(shard).stat().st_size))]:
+        sound = file.read_bytes()
+        for at in sorted(where):
+            for flip in (0x01, 0x42):
+                file.write_bytes(sound[:at] + bytes([sound[at] ^ flip]) + sound[at + 1 :])
+                report = verify(path, deep=True)
+                assert len(report.problems) == 1, (at, flip)
+                assert file.name in report.problems[0], (at, flip)
+        file.write_bytes(sound)
+    assert verify(path, deep=True).ok
+
+
+def test_any_flipped_byte_of_dataset_json_is_reported_or_only_layout(write_ids: Any, tmp_path: Path) -> None:
+    path = write_ids(tmp_path / "d", [9, 30], chunk_tokens=64, shard_chunks=1)
+    file = path / "dataset.json"
+    sound = file.read_bytes()
+    harmless = 0
+    for at in range(len(sound)):
+        for flip in (0x01, 0x20, 0x2A):  # the last makes a space a line's end
+            file.write_bytes(sound[:at] + bytes([sound[at] ^ flip]) + sound[at + 1 :])
+            if verify(path).ok:
+                harmless += 1
+                assert json.loads(file.read_bytes()) == json.loads(sound)
+            else:
+                with pytest.raises(DatasetError, match=r"dataset\.json"):
+                    open_stream(path, 8)
+    assert 0 < harmless < len(sound)
+
+
+ABOUT = {"chunk": 0, "documents": 1, "first_document": 0, "first_position": 0, "source": "x", "tokens": 3}
+SOUND = {"tok.npy": np.array([4, 5, 0], "<u2"), "doc.npy": np.array([3], "<i4"), "json": json.dumps(ABOUT).encode()}
+HEADER = {"descr": "<u2", "fortran_order": False, "shape": (3,)}
+
+
+def npy(header: str, payload: bytes = bytes(6)) -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + payload
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content", "says"),
+    [
+        ("json", b'{"first_document": 0,', "is not JSON"),
+        ("json", b"\xff", "is not JSON"),
+        ("json", b"[" * 100_000, "is not JSON"),
+        ("json", b"[0, 0]", r"first_position as \[None, None\]"),
+        ("json", json.dumps({"first_document": 0}).encode(), r"\[0, None\]"),
+        ("json", json.dumps({**ABOUT, "first_position": "0"}).encode(), r"\[0, '0'\]"),
+        ("json", json.dumps({**ABOUT, "first_document": -1}).encode(), r"\[-1, 0\]"),
+        ("json", json.dumps({**ABOUT, "first_document": 2**63}).encode(), "as"),
+        ("tok.npy", b"not an array", "not a version 1.0"),
+        ("tok.npy", npy("{'descr': '<u2'"), "no .npy header"),
+        ("tok.npy", npy(str(HEADER).replace(", 'f", ",b'f")), "no .npy header"),
+        ("tok.npy", npy(str(HEADER).replace("(3,)", "(4,)")), "does not fill"),
+        ("tok.npy", np.array([4, 5, 0], "<i8"), "token types"),
+        ("doc.npy", np.array([3.0], "<f4"), "holds float32, expected int32"),
+    ],
+)
+def test_a_damaged_member_is_named(tmp_path: Path, suffix: str, content: Any, says: str) -> None:
+    """Sound checksums around it, as from a faulty writer: the shard is scanned without an index to compare with."""
+    shard = tmp_path / "shard-00000.tar"
+    for parts, fails in [(SOUND, False), ({**SOUND, suffix: content}, True)]:
+        with tarfile.open(shard, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for name, part in parts.items():
+                file = io.BytesIO()
+                if isinstance(part, bytes):
+                    file.write(part)
+                else:
+                    np.lib.format.write_array(file, part, version=(1, 0))
+                info = tarfile.TarInfo(f"00000000.{name}")
+                info.size = file.tell()
+                file.seek(0)
+                tar.addfile(info, file)
+        if not fails:
+            assert build_index(shard).chunks["tokens"].tolist() == [3]
+            continue
+        with pytest.raises(CorruptShardError, match=says) as caught:
+            build_index(shard)
+        assert "shard-00000.tar" in str(caught.value)
+        assert says == "token types" or f"00000000.{suffix}" in str(caught.value)
+
+
+def test_an_index_whose_table_does_not_fit_is_refused(dataset: Path) -> None:
+    """Its own checksum holds, as after a faulty writer."""
+    sound = (dataset / "shard-00000.tar.idx").read_bytes()
+    for at, value in [(12, 3), (12, 2**31), (20, 9999)]:  # bytes of a token; chunks
+        body = sound[:at] + struct.pack("<I", value) + sound[at + 4 : -4]
+        with pytest.raises(CorruptShardError, match=r"x\.idx: .* do not fit the file"):
+            ShardIndex.from_bytes(body + struct.pack("<I", zlib.crc32(body)), "x.idx")
 
 
 def test_verify_finds_ids_above_what_dataset_json_promises(write_ids: Any, tmp_path: Path) -> None:
