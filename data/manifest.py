@@ -18,6 +18,23 @@ FORMAT = "potamos-tokens"
 VERSION = 1
 MANIFEST = "dataset.json"
 _PREPARE = "prepare it with `potamos data prepare`"
+# What readers rely on: the type of each field, numbers being whole and not negative.
+_FIELDS = {
+    "source": dict,
+    "tokenizer": dict,
+    "dtype": str,
+    "chunk_tokens": int,
+    "shards": list,
+    "tokens": int,
+    "documents": int,
+    "text_bytes": int,
+    "max_token": int,
+    "blank": int,
+    "rejected": int,
+    "mended": int,
+}
+_TOKENIZER_FIELDS = {"kind": str, "sha256": str, "vocabulary": int, "end_of_document": int}
+_SHARD_FIELDS = {"name": str, "bytes": int, "sha256": str, "index_sha256": str, "chunks": int, "tokens": int}
 
 
 @dataclass(frozen=True)
@@ -92,10 +109,42 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
         raise DatasetError(
             f"{path} has format version {fields.get('version')}; this program reads {VERSION}; {_PREPARE}"
         )
+    _check_fields(fields, path)
     stored = fields.pop("fingerprint", None)
     if stored != _fingerprint(fields):
         raise DatasetError(f"{path} was changed after it was written (its fingerprint does not hold); {_PREPARE} again")
     return Manifest(fields, stored)
+
+
+def _check_fields(fields: dict[str, Any], path: Path) -> None:
+    _check_types(fields, _FIELDS, path)
+    _check_types(fields["tokenizer"], _TOKENIZER_FIELDS, path, "tokenizer.")
+    for number, shard in enumerate(fields["shards"]):
+        _check_types(shard, _SHARD_FIELDS, path, f"shards[{number}].")
+    for key, sound, wanted in [
+        ("dtype", fields["dtype"] in ("<u2", "<u4"), "'<u2' or '<u4'"),
+        ("chunk_tokens", fields["chunk_tokens"] >= 1, "at least 1"),
+        ("shards", len(fields["shards"]) >= 1, "at least one shard"),
+    ]:
+        if not sound:
+            raise DatasetError(f"{path}: field {key!r} is {fields[key]!r}, not {wanted}; {_PREPARE} again")
+    for number, shard in enumerate(fields["shards"]):
+        if Path(shard["name"]).name != shard["name"]:  # a shard lies in its dataset's folder
+            raise DatasetError(
+                f"{path}: field 'shards[{number}].name' is {shard['name']!r}, not a file name; {_PREPARE} again"
+            )
+
+
+def _check_types(fields: Any, types: dict[str, type], path: Path, within: str = "") -> None:
+    if not isinstance(fields, dict):
+        raise DatasetError(f"{path}: field {within[:-1]!r} is {fields!r}, not a table; {_PREPARE} again")
+    for key, wanted in types.items():
+        if key not in fields:
+            raise DatasetError(f"{path}: field {within + key!r} is missing; {_PREPARE} again")
+        value = fields[key]
+        if type(value) is not wanted or (wanted is int and value < 0):  # a bool is no number here
+            kind = "a whole number from 0 on" if wanted is int else wanted.__name__
+            raise DatasetError(f"{path}: field {within + key!r} is {value!r}, not {kind}; {_PREPARE} again")
 
 
 def _fingerprint(fields: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -18,7 +19,7 @@ import pytest
 
 from potamos.data.errors import CorruptShardError, DatasetError
 from potamos.data.loader import SourceSpec, StageSpec, TokenStream
-from potamos.data.manifest import read_manifest, verify
+from potamos.data.manifest import make_manifest, read_manifest, verify
 from potamos.data.shards import CHUNK_TOKENS, ShardIndex, build_index, index_path, scan_tar, token_dtype
 
 LENGTHS = [7, 64, 3000, 5, 1, 9000, 2, 700, 4096, 12, 8000]
@@ -311,6 +312,64 @@ def test_any_flipped_byte_of_dataset_json_is_reported_or_only_layout(write_ids: 
                 with pytest.raises(DatasetError, match=r"dataset\.json"):
                     open_stream(path, 8)
     assert 0 < harmless < len(sound)
+
+
+def rewrite_manifest(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """dataset.json edited by someone who also mends its fingerprint."""
+    fields = json.loads((path / "dataset.json").read_text())
+    del fields["fingerprint"]
+    change(fields)
+    (path / "dataset.json").write_bytes(make_manifest(fields).to_bytes())
+
+
+REQUIRED = (
+    "source", "tokenizer", "dtype", "chunk_tokens", "shards", "tokens", "documents", "text_bytes", "max_token",
+    "blank", "rejected", "mended",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("field", REQUIRED)
+def test_a_field_missing_from_dataset_json_is_named(copy: Path, field: str) -> None:
+    rewrite_manifest(copy, lambda fields: fields.pop(field))
+    with pytest.raises(DatasetError, match=rf"dataset\.json: field '{field}' is missing"):
+        open_stream(copy)
+    rewrite_manifest(copy, lambda fields: fields.update({field: None}))
+    with pytest.raises(DatasetError, match=rf"dataset\.json: field '{field}' is None, not"):
+        open_stream(copy)
+    assert not verify(copy).ok
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda fields: fields["tokenizer"].pop("sha256"), r"'tokenizer\.sha256' is missing"),
+        (lambda fields: fields["tokenizer"].update(end_of_document="0"), r"'tokenizer\.end_of_document' is '0', not"),
+        (lambda fields: fields["shards"][1].pop("index_sha256"), r"'shards\[1\]\.index_sha256' is missing"),
+        (lambda fields: fields["shards"].append("x.tar"), r"'shards\[4\]' is 'x\.tar', not a table"),
+        (lambda fields: fields["shards"][0].update(name="../d/shard-00000.tar"), r"'shards\[0\]\.name' is .*file name"),
+        (lambda fields: fields.update(shards=[]), "'shards' is .*at least one"),
+        (lambda fields: fields.update(chunk_tokens=0), "'chunk_tokens' is 0, not at least 1"),
+        (lambda fields: fields.update(documents=True), "'documents' is True, not a whole number"),
+        (lambda fields: fields.update(tokens=-1), "'tokens' is -1, not a whole number"),
+        (lambda fields: fields.update(dtype="<f4"), "'dtype' is '<f4', not '<u2' or '<u4'"),
+    ],
+)
+def test_a_wrong_field_of_dataset_json_is_named(copy: Path, change: Callable[[dict[str, Any]], Any], says: str) -> None:
+    rewrite_manifest(copy, change)
+    with pytest.raises(DatasetError, match=rf"dataset\.json: field {says}"):
+        open_stream(copy)
+    assert not verify(copy).ok
+
+
+def test_another_index_of_the_same_shard_is_refused(copy: Path) -> None:
+    """Sound in itself and made for these very bytes, but not what prepare wrote: only dataset.json's hash tells."""
+    file = copy / "shard-00001.tar.idx"
+    index = ShardIndex.from_bytes(file.read_bytes(), "x")
+    chunks = index.chunks.copy()
+    chunks["first_document"] += 1
+    file.write_bytes(dataclasses.replace(index, chunks=chunks).to_bytes())
+    with pytest.raises(CorruptShardError, match=r"shard-00001\.tar\.idx is stale"):
+        open_stream(copy)
 
 
 ABOUT = {"chunk": 0, "documents": 1, "first_document": 0, "first_position": 0, "source": "x", "tokens": 3}
