@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -18,7 +19,7 @@ from potamos.data.prepare import prepare
 from potamos.data.tokenizer import train_bpe
 from potamos.pretrain import checkpoint, setup
 from potamos.pretrain.config import RecipeError
-from potamos.pretrain.trainer import Trainer, check_parameters, micro_batches
+from potamos.pretrain.trainer import Trainer, micro_batches
 
 FEW = ("train.steps=4", "checkpoint={every: 2, keep: 5}", "validate={every: 100}")
 
@@ -103,8 +104,10 @@ def test_a_checkpoint_of_another_model_is_refused_with_every_difference(trial, c
     model["model.extra.weight"] = torch.zeros(2)
     del model["model.stack.norm.weight"]
     model[name] = model[name][:-1]
+    trainer = trial.trainer(copy, *FEW)
+    trainer.telemetry.close("built only")
     with pytest.raises(ValueError, match="holds another model's parameters") as caught:
-        check_parameters(loaded.model, model, loaded.path)
+        trainer.restore(dataclasses.replace(loaded, model=model))
     shape = tuple(loaded.model[name].shape)
     assert str(caught.value).splitlines()[1:] == [
         "  model.extra.weight: only in the checkpoint",
