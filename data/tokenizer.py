@@ -29,9 +29,10 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s
 SLICE_CHARACTERS = 4_000_000
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
-# A lone white-space character between two others always begins a pre-token of the byte-level pattern, so a text may be
-# cut in front of it without changing any id.
-_SAFE_CUT = re.compile(r"(?<=\S)\s(?=\S)")
+# A lone white-space character between two others always begins a pre-token of GPT-2's pattern, so a text may be cut in
+# front of it without changing any id. Not so in other patterns, which join a line's end to the mark before it. (Only
+# what Unicode calls white space: for Python U+001C to U+001F are too, for the patterns' engines they are marks.)
+_SAFE_CUT = re.compile(r"(?<=\S)[ \t\n\r](?=\S)")
 
 
 def replace_surrogates(text: str) -> str:
@@ -47,7 +48,10 @@ def byte_to_character() -> dict[int, str]:
 
 
 class _Backend(Protocol):
-    """What a tokenizer library must offer; ``pieces`` are the bytes of each id, None where an id has no fixed bytes."""
+    """What a tokenizer library must offer.
+
+    ``pieces`` are the bytes of each id; ``separable`` says that a text cut as `_slices` does gives the same ids.
+    """
 
     kind: str
     sha256: str
@@ -55,6 +59,7 @@ class _Backend(Protocol):
     special_ids: frozenset[int]
     pieces: list[bytes]
     byte_level: bool
+    separable: bool
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
@@ -90,7 +95,7 @@ class Tokenizer:
         """Ids of several texts, int32 arrays; the libraries may use several threads."""
         slices, counts = [], []
         for text in texts:
-            parts = list(_slices(replace_surrogates(text), SLICE_CHARACTERS if self.exact_bytes else None))
+            parts = list(_slices(replace_surrogates(text), SLICE_CHARACTERS if self._backend.separable else None))
             slices += parts
             counts.append(len(parts))
         encoded = iter(self._backend.encode_batch(slices))
@@ -223,6 +228,7 @@ class _JsonBackend:
         self.byte_level, prefix = _is_byte_level(self._spec)
         self.pieces = self._bytes_of(vocabulary)
         self.byte_level = self.byte_level and not prefix
+        self.separable = self.byte_level and _is_separable(self._spec)
 
     def _find_end(self, vocabulary: dict[str, int], place: str, wanted: str | None) -> int:
         names = (wanted,) if wanted is not None else END_OF_DOCUMENT
@@ -273,7 +279,7 @@ class _TiktokenBackend:
     """GPT-2's ranks, run by ``tiktoken`` (six times as fast as a tokenizer.json of the same vocabulary)."""
 
     kind = "gpt2"
-    byte_level = True
+    byte_level = separable = True
 
     def __init__(self, ranks: dict[bytes, int]):
         import tiktoken
@@ -316,6 +322,14 @@ def _is_byte_level(spec: dict[str, Any]) -> tuple[bool, bool]:
     levels = [p for p in parts(spec.get("pre_tokenizer")) if p.get("type") == "ByteLevel"]
     exact = bool(levels) and (spec.get("model") or {}).get("type") == "BPE" and not spec.get("normalizer")
     return exact, any(p.get("add_prefix_space") for p in levels)
+
+
+def _is_separable(spec: dict[str, Any]) -> bool:
+    """Whether the text is split by GPT-2's pattern and nothing else: no pattern of its own, and no added token that is
+    looked for in the text first (special ones are not, see `_JsonBackend`)."""
+    splitter = spec["pre_tokenizer"]
+    plain = splitter["type"] == "ByteLevel" and splitter.get("use_regex", True)
+    return plain and all(token.get("special") for token in spec.get("added_tokens", []))
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -87,6 +88,58 @@ def test_long_texts_are_cut_where_no_id_changes(
     assert np.array_equal(tokenizer.encode(text), whole)
     monkeypatch.setattr(module, "SLICE_CHARACTERS", 4)
     assert np.array_equal(tokenizer.encode("x" * 50), tokenizer.encode_batch(["x" * 50])[0])
+
+
+LLAMA3_PATTERN = (  # as published with Llama 3 (Dubey et al. 2024)
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def train_split(tokenizer_path: Path, texts: list[str], pattern: str | None, added: str = "") -> Tokenizer:
+    """A byte-level tokenizer with a pattern of its own, or with GPT-2's and a token looked for before it."""
+    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as HuggingFaceTokenizer
+
+    made: Any = HuggingFaceTokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+    if pattern is not None:
+        split = pre_tokenizers.Split(Regex(pattern), "isolated")
+        made.pre_tokenizer = pre_tokenizers.Sequence([split, made.pre_tokenizer])
+    made.decoder = decoders.ByteLevel()
+    alphabet = sorted(module.byte_to_character().values())
+    special = ["<|endoftext|>"]
+    made.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=600, special_tokens=special, initial_alphabet=alphabet)
+    )
+    if added:
+        made.add_tokens([AddedToken(added, normalized=False)])
+    made.save(str(tokenizer_path))
+    return load_tokenizer("json", tokenizer_path)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "added"), [(LLAMA3_PATTERN, ""), (r"\n|[^\n]+", ""), (None, "past quiet mills")], ids=str
+)
+def test_texts_that_no_cut_suits_are_encoded_whole(
+    texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str | None, added: str
+) -> None:
+    text = "!\n".join(f"{part} past quiet mills" for part in texts)
+    tokenizer = train_split(tmp_path / "tokenizer.json", [text], pattern, added)
+    whole = tokenizer.encode(text)
+    assert tokenizer.exact_bytes
+    in_parts = [tokenizer.encode(part) for part in module._slices(text, 37)]
+    assert not np.array_equal(np.concatenate(in_parts), whole), "a cut that changes nothing would prove nothing"
+    monkeypatch.setattr(module, "SLICE_CHARACTERS", 37)
+    assert np.array_equal(tokenizer.encode(text), whole)
+
+
+def test_no_cut_at_what_only_python_takes_for_white_space(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    text = "river!\x1cmills\x1f" * 30
+    tokenizer = train_bpe([text], 300, tmp_path / "separators.json")
+    whole = tokenizer.encode(text)
+    monkeypatch.setattr(module, "SLICE_CHARACTERS", 5)
+    assert np.array_equal(tokenizer.encode(text), whole)
 
 
 def test_training_gives_the_same_bytes_in_another_process(
