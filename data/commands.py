@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from potamos.data.dataset import TokenDataset, read_rows
-from potamos.data.errors import DatasetError
+from potamos.data.errors import DatasetError, SourceError
 from potamos.data.manifest import Manifest, VerifyReport, verify
 from potamos.data.prepare import Progress, prepare
 from potamos.data.shards import CHUNK_TOKENS
@@ -78,7 +79,11 @@ class Excerpt:
 def train(
     source: str, vocabulary: int, out: str | os.PathLike[str], *, split: str = "all"
 ) -> tuple[Tokenizer, TokenizerSummary]:
-    """Train a byte-level BPE tokenizer on a corpus; hold-out text stays out of it when ``split`` is ``train``."""
+    """Train a byte-level BPE tokenizer on a corpus; hold-out text stays out of it when ``split`` is ``train``.
+
+    Raises:
+        SourceError: the corpus cannot be read, too much of it is bad, or it holds no text.
+    """
     documents = open_source(source, split)
     size = 0
 
@@ -88,7 +93,14 @@ def train(
             size += len(document.text.encode())
             yield document.text
 
-    tokenizer = train_bpe(texts(), vocabulary, out)
+    read = texts()
+    first = next(read, None)
+    if first is None:
+        raise SourceError(
+            f"source {source!r}: no document with text ({documents.counts.blank} blank), so there is nothing to train a "
+            f"tokenizer on; choose another source"
+        )
+    tokenizer = train_bpe(itertools.chain([first], read), vocabulary, out)
     count = documents.counts.documents
     return tokenizer, TokenizerSummary(Path(out), tokenizer.vocabulary, tokenizer.sha256, count, size)
 

