@@ -143,11 +143,12 @@ class Checkpoints:
     def latest(self) -> Loaded | None:
         """The newest checkpoint that verifies, or None if there is none at all. A worse one is skipped with a warning.
 
+        Asked on one rank: the ranks must agree on one step, and two that look by themselves may see different disks.
+
         Raises:
             CheckpointError: there are checkpoints, but none can be loaded. A run never starts over by itself.
         """
         self._settle()
-        self._barrier()
         paths = step_folders(self.folder)
         reasons = []
         for step, path in sorted(paths.items(), reverse=True):
@@ -164,6 +165,10 @@ class Checkpoints:
             + "\n  ".join(reasons)
             + "\nRestore one from a copy, or move the folder away to train from the first step."
         )
+
+    def at(self, step: int) -> Loaded:
+        """The checkpoint of one step; CheckpointError where it is missing or corrupt."""
+        return load(self.folder / _name(step))
 
     def _settle(self) -> None:
         """Wait for the save under way; its failure was logged when it happened."""

@@ -70,6 +70,8 @@ def train(
     Ctrl-C finishes the step, saves and exits with 130; the same command goes on from there.
 
     Example: potamos train h3_hybrid_tiny train.steps=200 --run runs/trial
+
+    On several processes (mind the --): torchrun --nproc-per-node 2 -- potamos train h3_hybrid_tiny --run runs/trial
     """
     from potamos.pretrain.guard import install_signal_handlers
 

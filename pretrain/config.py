@@ -259,7 +259,7 @@ Change = tuple[str, Any, Any]
 
 # What may change when a run is continued. Nothing else may: it would make the finished part another run's.
 FREE_SECTIONS = ("name", "family", "description", "parallel", "slurm", "checkpoint", "validate", "telemetry")
-FREE_TRAIN = ("steps", "sequences", "micro_sequences", "threads", "device")
+FREE_TRAIN = ("steps", "sequences", "micro_sequences")
 
 
 def differences(old: Recipe, new: Recipe) -> list[Change]:
@@ -271,8 +271,7 @@ def resume_check(old: Recipe, new: Recipe, next_sample: int) -> list[Change]:
     """Whether a run of ``old`` that has drawn ``next_sample`` samples may continue as ``new``.
 
     Free to change are how the run is spread, submitted, saved, scored and logged, its labels, ``train.steps``,
-    ``sequences``, ``micro_sequences``, ``threads`` and ``device``, and data stages that start at or after
-    ``next_sample``.
+    ``sequences`` and ``micro_sequences``, and data stages that start at or after ``next_sample``.
 
     Returns:
         The changes, for the log.

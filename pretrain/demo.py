@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -122,10 +123,16 @@ def demo(out: Path, overrides: Sequence[str] = ()) -> int:
 def paths_below(out: Path) -> list[str]:
     """Overrides that move the recipe's files into another folder."""
     return [
-        f"tokenizer.path={out / 'tokenizer.json'}",
-        f"data.stages.0.mixture.0.path={out / 'train'}",
-        f"data.validation.0.path={out / 'validation'}",
+        f"tokenizer.path={_quoted(out / 'tokenizer.json')}",
+        f"data.stages.0.mixture.0.path={_quoted(out / 'train')}",
+        f"data.validation.0.path={_quoted(out / 'validation')}",
     ]
+
+
+def _quoted(path: Path) -> str:
+    """The path, as YAML text where it has to be: overrides follow YAML's rules, in which `#` and `:` mean much."""
+    text = str(path)
+    return text if re.fullmatch(r"[\w./-]+", text) else json.dumps(text)
 
 
 def say_command(command: Sequence[str]) -> None:

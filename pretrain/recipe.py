@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-import torch
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, WrapValidator, field_validator, model_validator
 from typing_extensions import TypedDict
 
@@ -19,8 +18,7 @@ from potamos.data.errors import MixtureError
 from potamos.data.order import check_weights
 from potamos.parallel.facts import Layout
 from potamos.pretrain.component import STRICT, Component, Location, Section, merge, problem, unknown
-from potamos.pretrain.models import registry
-from potamos.pretrain.models.build import build
+from potamos.pretrain.fit import check_component, check_components
 from potamos.pretrain.models.interfaces import Options
 from potamos.pretrain.models.linear import NORMS, NormOptions
 
@@ -113,52 +111,6 @@ class ModelSection(Section):
             for name, options in layer.items():
                 if isinstance(options, Options):
                     yield ("at", index, name), name, options
-
-
-def check_components(model: ModelSection, sequence_length: int) -> list[ValidationError]:
-    """What the components themselves refuse, given the width and the row length.
-
-    Two ways for a system to speak, both optional: a classmethod ``check(options, width, sequence_length)`` that raises
-    ValueError, and its constructor, tried on the meta device once for each kind of layer (a position scheme learns only
-    there how many channels a head has).
-    """
-    problems = []
-    for place, room, options in model.components():
-        problems += check_component(room, options, ("model", *place), model.width, sequence_length)
-    return problems or _check_layers(model, sequence_length)
-
-
-def check_component(
-    room: str, options: Options, place: Location, width: int, sequence_length: int
-) -> list[ValidationError]:
-    """What the ``check`` of one component says, if it has one."""
-    check = getattr(registry.lookup(room, options.kind), "check", None)
-    try:
-        if check is not None:
-            check(options, width, sequence_length)
-    except ValueError as error:
-        setting = str(error).partition(" ")[0]
-        if setting in type(options).model_fields:  # "heads 5 does not divide ...": point at heads
-            return [problem(str(error), (*place, setting), getattr(options, setting), absolute=True)]
-        return [problem(str(error), place, absolute=True)]
-    return []
-
-
-def _check_layers(model: ModelSection, sequence_length: int) -> list[ValidationError]:
-    problems, tried = [], []
-    for index in [*(i for i in range(model.layers) if i not in model.at)][:1] + sorted(model.at):
-        layer = model.layer(index)
-        if layer in tried:
-            continue
-        tried.append(layer)
-        alone = model.model_copy(update={"layers": 1, "at": {0: model.at[index]} if index in model.at else {}})
-        try:
-            with torch.device("meta"):
-                build(alone, sequence_length=sequence_length)
-        except ValueError as error:
-            place = ("model", "at", index) if index in model.at else ("model",)
-            problems.append(problem(f"layer {index} cannot be built: {error}", place, absolute=True))
-    return problems
 
 
 # --- data ------------------------------------------------------------------------------------------------

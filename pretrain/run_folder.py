@@ -48,6 +48,11 @@ class RunFolder:
         return self.path / "tensorboard"
 
     @property
+    def lock(self) -> Path:
+        """Held by the process that trains here."""
+        return self.path / "lock"
+
+    @property
     def state(self) -> Path:
         """Where the run stands, rewritten atomically by rank 0."""
         return self.path / "state.json"

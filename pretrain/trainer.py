@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +20,12 @@ from potamos.data.loader import Loader, Rows
 from potamos.parallel import launch
 from potamos.parallel.apply import apply, data_ranks, gradient_sync
 from potamos.parallel.facts import parameter_table
-from potamos.pretrain import carried, setup
-from potamos.pretrain.checkpoint import Checkpoints, CheckpointWriteError, Loaded, Snapshot
+from potamos.pretrain import carried, resume, setup
+from potamos.pretrain.checkpoint import CheckpointError, Checkpoints, CheckpointWriteError, Loaded, Snapshot
 from potamos.pretrain.config import Change, parse_recipe, resume_check, to_yaml
 from potamos.pretrain.environment import write_environment
 from potamos.pretrain.evaluate import score
-from potamos.pretrain.generate import generate
+from potamos.pretrain.generate import GenerationError, generate
 from potamos.pretrain.guard import Stop, remove_done, stop_requested, write_done, write_stop
 from potamos.pretrain.models.interfaces import State
 from potamos.pretrain.objectives.base import Batch
@@ -61,8 +61,7 @@ class StepResult:
     norm: Tensor
     norms: Tensor
     refused: Tensor
-    targets: int
-    text_bytes: int
+    tokens_per_byte: float
 
 
 class Trainer:
@@ -89,10 +88,16 @@ class Trainer:
         self.optimizer = Optimizer(self.parameters, table, recipe.optimizer)
         self.guard = SpikeGuard(recipe.optimizer.window, recipe.optimizer.spike, self.device)
         self.carries = recipe.data.order == "contiguous"
+        if self.carries and self.model.frontend.max_positions is not None:
+            raise ValueError(
+                "data.order: contiguous gives a token its place in the whole document, but model.positions has only "
+                f"{self.model.frontend.max_positions}; choose positions without an end, or data.order: shuffled"
+            )
         self.carried: list[State] = [None] * self.micro_batches
         self.step = self.next_sample = 0
         self.changes: list[Change] = []
 
+        self.lock = launch.together(lambda: resume.hold(self.folder) if rank.is_main else None)
         self.checkpoints = Checkpoints(
             self.folder.checkpoints,
             keep=recipe.checkpoint.keep,
@@ -100,7 +105,7 @@ class Trainer:
             main=rank.is_main,
             barrier=launch.barrier,
         )
-        loaded = self.checkpoints.latest()
+        loaded = resume.newest(self.checkpoints, rank)
         if loaded is not None:
             self.restore(loaded)
         self.parallel = apply(self.system, recipe.parallel.layout(), rank, self.device)
@@ -142,7 +147,7 @@ class Trainer:
     def train_step(self, rows: Rows) -> StepResult:
         """One optimizer step on this rank's rows of a global batch. Nothing here waits for the device."""
         batches = self.prepare(rows)
-        counts = self.total_counts(batches)
+        counts, text = self.total_counts(batches)
         terms: dict[str, Tensor] = {}
         loss = torch.zeros((), device=self.device)
         for index, batch in enumerate(batches):
@@ -170,8 +175,7 @@ class Trainer:
             norm=norm,
             norms=norms,
             refused=refused,
-            targets=sum(int((batch.scored >= 0).sum()) for batch in batches),
-            text_bytes=sum(setup.scored_bytes(batch.scored, self.token_bytes) for batch in batches),
+            tokens_per_byte=text,
         )
 
     def prepare(self, rows: Rows) -> list[Batch]:
@@ -184,11 +188,17 @@ class Trainer:
             for begin in range(0, len(rows), size)
         ]
 
-    def total_counts(self, batches: list[Batch]) -> dict[str, float]:
-        """Targets of each kind in the whole global batch: over micro-batches and ranks, before the first backward."""
+    def total_counts(self, batches: list[Batch]) -> tuple[dict[str, float], float]:
+        """Targets of each kind in the whole global batch, and its scored tokens per byte of text.
+
+        Over micro-batches and ranks, before the first backward; host numbers, so no device is waited for.
+        """
         names = sorted({name for batch in batches for name in batch.counts})
-        own = torch.tensor([sum(batch.counts.get(name, 0) for batch in batches) for name in names], dtype=torch.float64)
-        return {name: max(1.0, count) for name, count in zip(names, launch.all_sum(own).tolist(), strict=True)}
+        own = [sum(batch.counts.get(name, 0) for batch in batches) for name in names]
+        own.append(sum(int((batch.scored >= 0).sum()) for batch in batches))
+        own.append(sum(setup.scored_bytes(batch.scored, self.token_bytes) for batch in batches))
+        *totals, scored, text_bytes = launch.all_sum(torch.tensor(own, dtype=torch.float64)).tolist()
+        return {name: max(1.0, count) for name, count in zip(names, totals, strict=True)}, scored / max(1.0, text_bytes)
 
     # --- looking ---------------------------------------------------------------------------------------------------
 
@@ -199,8 +209,6 @@ class Trainer:
         )
         window = self.window
         window.steps += 1
-        window.targets += result.targets
-        window.text_bytes += result.text_bytes
         if not (self._due(self.recipe.telemetry.every) or self.step == self.recipe.train.steps):
             return
         # With several terms, likelihood is that of the objective's own one.
@@ -217,7 +225,7 @@ class Trainer:
         metrics = {
             "loss": loss,
             "perplexity": math.exp(min(nats, 700.0)),
-            "bits_per_byte": nats / math.log(2) * window.targets / max(1, window.text_bytes),
+            "bits_per_byte": nats / math.log(2) * result.tokens_per_byte,
             "learning_rate": self.recipe.optimizer.lr * factor,
             "gradient_norm/total": norm,
             "tokens_per_second": tokens / seconds,
@@ -265,19 +273,24 @@ class Trainer:
         began = time.perf_counter()
         samples = self.recipe.telemetry.samples
         if self.rank.is_main and self.model.causal:
-            for number, prompt in enumerate(samples.prompts):
-                pieces = generate(
-                    self.model,
-                    self.tokenizer,
-                    prompt,
-                    tokens=samples.tokens,
-                    temperature=0.8,
-                    top_k=50,
-                    seed=self.step,
-                    boundaries=self.recipe.data.boundaries,
-                )
-                self.telemetry.text(f"sample/{number}", self.step, prompt + "".join(pieces))
+            try:
+                for number, prompt in enumerate(samples.prompts):
+                    self.telemetry.text(f"sample/{number}", self.step, prompt + "".join(self._continue(prompt)))
+            except GenerationError as error:  # a sample is not worth a run
+                self.telemetry.note(f"no sample: {error}")
         self.window.began += time.perf_counter() - began
+
+    def _continue(self, prompt: str) -> Iterator[str]:
+        return generate(
+            self.model,
+            self.tokenizer,
+            prompt,
+            tokens=self.recipe.telemetry.samples.tokens,
+            temperature=0.8,
+            top_k=50,
+            seed=self.step,
+            boundaries=self.recipe.data.boundaries,
+        )
 
     # --- stopping and going on -------------------------------------------------------------------------------------
 
@@ -318,8 +331,10 @@ class Trainer:
                 f"train.sequences: {wanted}: the run was started with {rows}, and in contiguous order each row of a "
                 "batch goes on in the next, so their number cannot change; set it back, or start a new run folder"
             )
+        if not isinstance(loaded.trainer.get("data"), dict):
+            raise CheckpointError(f"{loaded.path / 'trainer.json'} does not say which data come next")
         self.stream.check_state(loaded.trainer["data"])
-        check_parameters(self.parameters, loaded.model, loaded.path)
+        resume.check_parameters(self.parameters, loaded.model, loaded.path)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(loaded.model[name])
@@ -393,8 +408,6 @@ class Window:
     began: float
     data_wait: float = 0.0
     steps: int = 0
-    targets: int = 0
-    text_bytes: int = 0
 
 
 def micro_batches(recipe: Recipe, ranks: int) -> int:
@@ -409,16 +422,3 @@ def micro_batches(recipe: Recipe, ranks: int) -> int:
             f"use {near}, or change train.micro_sequences"
         )
     return sequences // (ranks * micro)
-
-
-def check_parameters(model: Mapping[str, Tensor], stored: Mapping[str, Tensor], place: Path) -> None:
-    """Refuse a checkpoint of another model, naming every difference."""
-    wrong = [f"{name}: only in the model" for name in model.keys() - stored.keys()]
-    wrong += [f"{name}: only in the checkpoint" for name in stored.keys() - model.keys()]
-    wrong += [
-        f"{name}: {tuple(stored[name].shape)} stored, {tuple(model[name].shape)} in the model"
-        for name in model.keys() & stored.keys()
-        if model[name].shape != stored[name].shape
-    ]
-    if wrong:
-        raise ValueError(f"{place} holds another model's parameters:\n  " + "\n  ".join(sorted(wrong)))

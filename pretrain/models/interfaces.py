@@ -224,6 +224,8 @@ class Frontend(Region):
 
     room = "frontend"
     compute: torch.dtype | None = None
+    max_positions: int | None = None
+    """Positions that the input can express; None for any number."""
 
     def embed(self, inputs: Mapping[str, Tensor], seq: Seq) -> Out:
         """Turn a batch's inputs into hidden (B, L, D), and create the streams that travel with it."""

@@ -56,7 +56,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """A frontend and a stack. ``forward`` serves training, prefill and scoring; ``step`` continues one token at a time."""
+    """A frontend and a stack. ``forward`` serves training, prefill and scoring; ``step`` goes on token by token."""
 
     def __init__(self, frontend: Frontend, stack: Stack) -> None:
         super().__init__()

@@ -46,8 +46,8 @@ def check(loss: Loss, rows: int, assert_close: Any, scale: float = 1.0) -> None:
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> int:
-    """Sixteen rows at a time, the least there is."""
-    monkeypatch.setitem(cross_entropy._CHUNK_BYTES, "cpu", 1)
+    """Sixteen rows at a time."""
+    monkeypatch.setitem(cross_entropy._CHUNK_ROWS, "cpu", 16)
     return 16
 
 
@@ -61,9 +61,9 @@ def test_one_chunk(assert_close: Any) -> None:
     check(linear_cross_entropy, 50, assert_close, scale=-2.5)
 
 
-def test_chunk_size_counts_bytes_of_scores(monkeypatch: pytest.MonkeyPatch, assert_close: Any) -> None:
-    """Never more rows at once than the limit holds: seen through the largest product."""
-    monkeypatch.setitem(cross_entropy._CHUNK_BYTES, "cpu", 20 * VOCABULARY * 8 + 7)
+def test_scores_of_one_chunk_are_all_there_ever_is(monkeypatch: pytest.MonkeyPatch, assert_close: Any) -> None:
+    """Never more rows at once than a chunk holds: seen through the log-sum-exp of each."""
+    monkeypatch.setitem(cross_entropy._CHUNK_ROWS, "cpu", 20)
     seen, product = [], Tensor.logsumexp
 
     def spy(self: Tensor, *arguments: Any) -> Tensor:

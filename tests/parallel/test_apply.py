@@ -94,16 +94,18 @@ def one_step(trial, run, rank, *changes, steps=1):
 
     made.optimizer.step = noting
     with Loader(made.stream, sequences=8, rank=rank.rank, world=rank.world, allow_repeat=True) as loader:
-        results = []
+        results, targets = [], []
         for _ in range(steps):
-            results.append(made.train_step(few_targets(next(loader))))
+            rows = few_targets(next(loader))
+            targets.append(sum(int((batch.scored >= 0).sum()) for batch in made.prepare(rows)))
+            results.append(made.train_step(rows))
             made.step += 1
     made.telemetry.close("built only")
     return {
         "gradients": found,
         "losses": [result.loss.item() for result in results],
         "norms": [result.norm.item() for result in results],
-        "targets": results[0].targets,
+        "targets": targets[0],
         "parameters": {name: p.detach().clone() for name, p in made.parameters.items()},
     }
 
@@ -175,7 +177,8 @@ def mean_of_means(patch):
     """Each rank divides by its own count, and the two by their number."""
 
     def counts(self, batches):
-        return {name: 2 * max(1, sum(batch.counts[name] for batch in batches)) for name in batches[0].counts}
+        own = {name: 2 * max(1, sum(batch.counts[name] for batch in batches)) for name in batches[0].counts}
+        return own, 1.0
 
     patch.setattr(trainer.Trainer, "total_counts", counts)
 

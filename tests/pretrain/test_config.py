@@ -334,7 +334,7 @@ def test_differences_name_each_leaf() -> None:
         ("data.stages.1.mixture.1.weight", 3.0, 2.0),
         ("optimizer.lr", 6e-4, 1e-3),
     ]
-    other = parse("model.at.1.mixer={kind: h3, state: 8}", "data.validation=[]")
+    other = parse("model.at.1={mixer: {kind: h3, state: 8}}", "data.validation=[]")
     found = {key: (old, new) for key, old, new in differences(parse(), other)}
     assert found["model.at.1.mixer.kind"] == ("attention", "h3")
     assert found["model.at.1.mixer.heads"] == (4, ABSENT)
@@ -379,8 +379,6 @@ def test_the_fingerprint_is_of_the_resolved_recipe() -> None:
         "train.steps=200",
         "train.sequences=16",
         "train.micro_sequences=2",
-        "train.threads=1",
-        "train.device=cpu",
         "data.stages.1.mixture.1.weight=9",
         "data.stages.1.from=650",
         "data.stages.2={from: 900, mixture: [{path: x}]}",
@@ -408,6 +406,8 @@ def test_what_may_change_on_resume(change: str) -> None:
         "schedule.decay=99",
         "train.seed=1",
         "train.precision=bf16",
+        "train.threads=1",
+        "train.device=cpu",
         "data.allow_repeat=true",
     ],
 )

@@ -1,4 +1,4 @@
-"""The trainer against the plainest loop that does the same: torch's own loss, AdamW, clipping, and a learning rate by hand.
+"""The trainer against the plainest loop that does the same: torch's own loss, AdamW and clipping, and a rate by hand.
 
 Nothing of the trainer's is used but the model: rows are read one batch at a time, targets are found token by token, the
 gradient is of one batch where the trainer accumulates two.

@@ -232,9 +232,10 @@ def test_a_position_scheme_that_cannot_serve_the_heads_is_refused(monkeypatch: p
         class Options(interfaces.Options):
             kind: str = "even"
 
-        def attention(self, heads: int, head_dim: int) -> None:
+        def attention(self, heads: int, head_dim: int) -> interfaces.AttentionPositions:
             if head_dim % 2:
                 raise ValueError(f"heads of {head_dim} channels are odd; choose another number of heads")
+            return interfaces.AttentionPositions()
 
     registry.names("positions")
     monkeypatch.setitem(registry._table["positions"], "even", Even)
@@ -292,3 +293,24 @@ def test_a_mistaken_override_is_named_as_such(assignment: str, message: str) -> 
 
 def test_all_mistaken_overrides_are_listed() -> None:
     assert len(problems("a", "train.steps.x=3", "=")) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "place", "why"),
+    [
+        ("model.at.2.positions={kind: rope}", "model.at.2.positions.kind", "which this layer does not have"),
+        ("model.at.1.positions={kind: learned, max_length: 64}", "model.at.1.positions.kind", "set model.positions"),
+        ("model.positions={kind: rope}", "model.positions.kind", "which no layer has"),
+    ],
+)
+def test_positions_that_would_do_nothing_are_refused(change: str, place: str, why: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse(change)
+    assert len(caught.value.problems) == 1
+    assert place in str(caught.value)
+    assert why in str(caught.value)
+
+
+def test_positions_that_some_layer_asks_for_are_taken() -> None:
+    assert parse("model.positions={kind: rope}", "model.at.1={mixer: {kind: attention, heads: 4}}")
+    assert parse("model.positions={kind: learned, max_length: 64}")

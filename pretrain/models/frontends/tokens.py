@@ -32,6 +32,7 @@ class Tokens(Frontend):
         self.embedding_dropout = options.embedding_dropout
         self.tokens = Embedding(options.vocabulary, context.width, tags={"weight": 0})
         self.positions = context.positions.embedding(context) if context.positions is not None else None
+        self.max_positions = getattr(self.positions, "limit", None)
         self.head = None if options.tied else Embedding(options.vocabulary, context.width, tags={"weight": 0})
 
     def embed(self, inputs: Mapping[str, Tensor], seq: Seq) -> Out:

@@ -1,4 +1,4 @@
-"""Absolute position embeddings, added to the input: learned (Devlin et al. 2019) and sinusoidal (Vaswani et al. 2017)."""
+"""Absolute positions, added to the input: learned (Devlin et al. 2019) and sinusoidal (Vaswani et al. 2017)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,17 @@ from potamos.pretrain.models.registry import register
 
 
 class LearnedTable(Embedding):
-    """An embedding that says which position it does not have."""
+    """An embedding with an end. Whoever goes on beyond a training row asks for ``limit`` first."""
+
+    @property
+    def limit(self) -> int:
+        """Positions that there are."""
+        return len(self.weight)
 
     def forward(self, ids: Tensor) -> Tensor:
-        if not ids.is_cuda and ids.numel() and int(ids.max()) >= len(self.weight):  # a GPU would have to wait
+        if not ids.is_cuda and ids.numel() and int(ids.max()) >= self.limit:  # a GPU would have to wait
             raise ValueError(
-                f"position {int(ids.max())} is beyond positions.max_length {len(self.weight)}: "
+                f"position {int(ids.max())} is beyond positions.max_length {self.limit}: "
                 "use shorter rows, or train with a larger max_length"
             )
         return super().forward(ids)
@@ -38,7 +43,7 @@ class Learned(Positions):
         del width
         if options.max_length < sequence_length:
             raise ValueError(
-                f"max_length {options.max_length} is below data.sequence_length {sequence_length}; raise it to at least that"
+                f"max_length {options.max_length} is below data.sequence_length {sequence_length}; raise it to that"
             )
 
     def embedding(self, context: Context) -> nn.Module:

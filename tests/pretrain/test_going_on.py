@@ -1,0 +1,96 @@
+"""Who may go on with a run, and from where: one process at a time, one step for all ranks."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from potamos.parallel.launch import LaunchError, Rank, together
+from potamos.pretrain.checkpoint import CheckpointError
+from potamos.pretrain.resume import RunBusyError, hold
+from potamos.pretrain.run_folder import RunFolder
+from potamos.pretrain.spikes import SpikeGuard
+
+
+def test_a_run_folder_has_one_trainer(tmp_path: Path) -> None:
+    folder = RunFolder.of(tmp_path / "run")
+    reading, writing = os.pipe()
+    release_reading, release = os.pipe()
+    child = os.fork()
+    if child == 0:
+        _held = hold(folder)
+        os.write(writing, b"held")
+        os.read(release_reading, 1)
+        os._exit(0)
+    os.read(reading, 4)
+    with pytest.raises(RunBusyError, match=rf"in use by process {child} on .*another folder with --run"):
+        hold(folder)
+    os.write(release, b".")
+    os.waitpid(child, 0)
+    hold(folder).close()  # a process that ended has let go
+
+
+def test_ranks_go_on_from_the_step_that_rank_0_chooses(trial, run_ranks, tmp_path: Path) -> None:
+    """A folder that only rank 0 sees stops all ranks; one that all see gives all the same step."""
+    shared, alone = tmp_path / "shared", tmp_path / "alone"
+    assert trial.fit(shared, "train.steps=4", "checkpoint={every: 2, keep: 3}") == 0
+    shutil.copytree(shared, alone)
+    newest = sorted((shared / "checkpoints").glob("step-*"))[-1]
+    (newest / "trainer.json").write_text("{}")  # the newest is corrupt: both must take the one before
+
+    def steps(rank: int, world: int) -> int:
+        return trial.trainer(shared, rank=Rank(rank, world, rank, world)).step
+
+    assert run_ranks(2, steps) == [2, 2]
+
+    def apart(rank: int, world: int) -> str:
+        folder = alone if rank == 0 else tmp_path / "empty"
+        try:
+            trial.trainer(folder, rank=Rank(rank, world, rank, world))
+        except (CheckpointError, LaunchError) as error:
+            return f"{type(error).__name__}: {error}"
+        return "nothing was said"
+
+    first, second = run_ranks(2, apart)
+    assert first.startswith("LaunchError: another rank failed")
+    assert second.startswith("CheckpointError")
+    assert "step-00000004" in second
+
+
+def test_together_raises_on_all(run_ranks) -> None:
+    def attempt(rank: int, world: int) -> str:
+        def action() -> int:
+            if rank == 1:
+                raise KeyError("mine")
+            return rank
+
+        try:
+            together(action)
+        except (KeyError, LaunchError) as error:
+            return type(error).__name__
+        return "none"
+
+    assert run_ranks(3, attempt) == ["LaunchError", "KeyError", "LaunchError"]
+    assert together(lambda: 5) == 5
+
+
+def test_spikes_in_a_row_are_remembered_across_a_restart() -> None:
+    """The last of `patience` spikes makes the guard forget its history; a restart in between must not start the count."""
+    loss = torch.tensor(1.0)
+
+    def fresh() -> SpikeGuard:
+        return SpikeGuard(8, 3.0, patience=3)
+
+    straight, before, after = fresh(), fresh(), fresh()
+    normal = [torch.tensor(1.0 + 0.01 * i) for i in range(8)]
+    spikes = [torch.tensor(50.0)] * 5
+    expected = [bool(straight.accept(norm, loss)) for norm in [*normal, *spikes]]
+    found = [bool(before.accept(norm, loss)) for norm in [*normal, *spikes[:2]]]
+    after.load_tensors(before.state_tensors())
+    found += [bool(after.accept(norm, loss)) for norm in spikes[2:]]
+    assert expected == found
+    assert expected[8:] == [False, False, False, True, True]
