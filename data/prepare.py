@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from potamos.data.errors import DatasetError, SourceError, TokenizerError
-from potamos.data.files import write_atomically
+from potamos.data.files import flush_names, write_atomically
 from potamos.data.manifest import MANIFEST, Manifest, make_manifest, read_manifest, verify
 from potamos.data.shards import CHUNK_TOKENS, ShardWriter, token_dtype
 from potamos.data.sources import MAX_BAD_RATIO, Document, Source, open_source
@@ -177,7 +177,11 @@ def _refuse_other(out: Path, settings: dict[str, Any], force: bool) -> None:
 
 
 def _publish(partial: Path, out: Path, manifest: Manifest, force: bool) -> None:
-    """Give the finished folder its name; an equal, sound dataset already there stays as it is."""
+    """Give the finished folder its name; an equal, sound dataset already there stays as it is.
+
+    The names in the folder reached the disk with its last file, dataset.json (see `write_atomically`), before its own
+    does, so that a power cut leaves no final name without files.
+    """
     if (out / MANIFEST).is_file():
         if not force and read_manifest(out).fingerprint != manifest.fingerprint:
             raise DatasetError(f"{out} already holds a dataset of other texts; choose another place or force")
@@ -186,9 +190,11 @@ def _publish(partial: Path, out: Path, manifest: Manifest, force: bool) -> None:
         old = out.with_name(f".{out.name}.partial-old-{os.getpid()}")
         os.replace(out, old)
         os.replace(partial, out)
+        flush_names(out.parent)
         shutil.rmtree(old)
         return
     os.replace(partial, out)
+    flush_names(out.parent)
 
 
 def _remove_stale(out: Path) -> None:

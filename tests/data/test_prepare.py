@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from potamos.data.commands import prepare_dataset, sample, summarize, train
 from potamos.data.errors import DatasetError, SourceError, TokenizerMismatchError
+from potamos.data.files import write_atomically
 from potamos.data.loader import Windows
 from potamos.data.manifest import verify
 from potamos.data.prepare import Progress, prepare
@@ -77,6 +80,58 @@ def test_the_final_name_comes_by_a_rename(corpus: Path, tokenizer: Tokenizer, tm
 
     prepare(corpus, "all", tokenizer, tmp_path / "d", chunk_tokens=2000, progress=watch)
     assert filled == [(tmp_path / "d").stat().st_ino]
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """What is asked of the disk from here on, in order: ("fsync", path), ("replace", from, to), ("rmtree", path)."""
+    calls: list[tuple[str, ...]] = []
+    fsync, replace, rmtree = os.fsync, os.replace, shutil.rmtree
+
+    def recorded_fsync(descriptor: int) -> None:
+        calls.append(("fsync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def recorded_replace(source: Path, target: Path) -> None:
+        calls.append(("replace", str(source), str(target)))
+        replace(source, target)
+
+    def recorded_rmtree(path: Path, **options: Any) -> None:
+        calls.append(("rmtree", str(path)))
+        rmtree(path, **options)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "replace", recorded_replace)
+    monkeypatch.setattr(shutil, "rmtree", recorded_rmtree)
+    return calls
+
+
+def test_a_file_is_on_the_disk_before_its_name_and_its_name_before_the_return(
+    tmp_path: Path, disk: list[tuple[str, ...]]
+) -> None:
+    path = tmp_path / "new" / "file.json"
+    write_atomically(path, b"content")
+    temporary = disk[0][1]
+    assert disk == [("fsync", temporary), ("replace", temporary, str(path)), ("fsync", str(path.parent))]
+    assert (path.read_bytes(), os.listdir(path.parent)) == (b"content", ["file.json"])
+    assert Path(temporary).parent == path.parent
+
+
+def test_a_dataset_is_on_the_disk_before_its_name(
+    corpus: Path, tokenizer: Tokenizer, tmp_path: Path, disk: list[tuple[str, ...]]
+) -> None:
+    out, parent = tmp_path / "d", str(tmp_path)
+    partial, old = (str(tmp_path / f".d.{kind}-{os.getpid()}") for kind in ("partial", "partial-old"))
+    prepare(corpus, "all", tokenizer, out, chunk_tokens=2000)
+    last = [("fsync", partial), ("replace", partial, str(out)), ("fsync", parent), ("rmtree", partial)]
+    assert disk[-4:] == last
+    kept = {Path(call[1]).name for call in disk[:-4] if call[0] == "fsync"}
+    kept |= {Path(call[2]).name for call in disk[:-4] if call[0] == "replace"}  # `write_atomically`, tested above
+    assert set(os.listdir(out)) <= kept
+    disk.clear()
+    prepare(corpus, "all", tokenizer, out, chunk_tokens=1000, force=True)
+    moved = [("replace", str(out), old), ("replace", partial, str(out))]
+    assert disk[-6:] == [last[0], *moved, last[2], ("rmtree", old), last[3]]
 
 
 def test_another_dataset_is_not_overwritten(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
