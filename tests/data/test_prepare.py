@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 from potamos.data.commands import prepare_dataset, sample, summarize, train
-from potamos.data.errors import DatasetError, SourceError, TokenizerMismatchError
+from potamos.data.errors import DatasetError, SourceError, TokenizerError, TokenizerMismatchError
 from potamos.data.files import write_atomically
 from potamos.data.loader import Windows
 from potamos.data.manifest import verify
@@ -166,6 +167,40 @@ def test_failures_leave_nothing_but_the_rejects(tokenizer: Tokenizer, tmp_path: 
     with pytest.raises(SourceError, match="no document"):
         prepare(corpus, "all", tokenizer, tmp_path / "d")
     assert not (tmp_path / "d").exists()
+
+
+class Misbehaving(Tokenizer):
+    """A tokenizer whose ids for the second text of a batch are changed."""
+
+    def __init__(self, sound: Tokenizer, change: Callable[[np.ndarray], np.ndarray]):
+        super().__init__(sound._backend)
+        self._change = change
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        ids = super().encode_batch(texts)
+        ids[1] = self._change(ids[1])
+        return ids
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda ids: ids[:-1], r"document x\.jsonl:2: 9 bytes of text, but its ids stand for others"),
+        (lambda ids: np.append(ids, ids[-1]), r"document x\.jsonl:2: 9 bytes of text, but its ids stand for others"),
+        (lambda ids: np.insert(ids, 1, 0), r"document x\.jsonl:2: the tokenizer put an end of document into its text"),
+        (lambda ids: np.append(ids, 0), r"document x\.jsonl:2: the tokenizer put an end of document into its text"),
+    ],
+)
+def test_a_tokenizer_that_loses_text_is_found(
+    tokenizer: Tokenizer, tmp_path: Path, change: Callable[[np.ndarray], np.ndarray], says: str
+) -> None:
+    corpus = tmp_path / "x.jsonl"
+    corpus.write_text('{"text": "the hills"}\n{"text": "the river"}\n')
+    assert tokenizer.end_of_document == 0
+    with pytest.raises(TokenizerError, match=says):
+        prepare(corpus, "all", Misbehaving(tokenizer, change), tmp_path / "d")
+    assert os.listdir(tmp_path) == [corpus.name]
+    prepare(corpus, "all", Misbehaving(tokenizer, lambda ids: ids), tmp_path / "d")
 
 
 KILLED = """
