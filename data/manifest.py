@@ -227,7 +227,7 @@ def verify(path: str | os.PathLike[str], deep: bool = False) -> VerifyReport:
 
 def _verify_shard(
     shard: Path, index: ShardIndex, entry: dict[str, Any], manifest: Manifest, next_document: int | None
-) -> int:
+) -> int | None:
     """Compare a shard with its index byte for byte, and its ids with what the manifest promises of them.
 
     ``next_document`` is what the shard should begin with, None where that is not known; the next one's is returned.

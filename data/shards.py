@@ -298,9 +298,10 @@ def _read_about(content: mmap.mmap, offset: int, length: int, place: str) -> tup
     except (ValueError, RecursionError) as error:  # also what is not UTF-8
         raise CorruptShardError(f"{place} is not JSON: {error}") from None
     values = [about.get(key) if isinstance(about, dict) else None for key in ("first_document", "first_position")]
-    if not all(type(value) is int and 0 <= value < 2**63 for value in values):
+    counts = [value for value in values if type(value) is int and 0 <= value < 2**63]
+    if len(counts) < 2:
         raise CorruptShardError(f"{place} gives first_document and first_position as {values}, not as whole numbers")
-    return values[0], values[1]
+    return counts[0], counts[1]
 
 
 def _read_npy(content: mmap.mmap, offset: int, length: int, place: str) -> tuple[np.ndarray, int]:
