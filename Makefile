@@ -16,11 +16,12 @@ UNIT_LIMIT ?= 240
 DISTRIBUTED_LIMIT ?= 120
 KERNELS_LIMIT ?= 120
 RESUME_LIMIT ?= 120
+LEARNING_LIMIT ?= 180
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup demo test unit distributed kernels resume check format wheel clean
+.PHONY: help setup demo test unit distributed kernels resume learning check format wheel clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,7 +55,7 @@ demo: $(VENV)/.program ## train the hybrid on real text, evaluate it and let it 
 
 # --- tests ------------------------------------------------------------------------------------------------------------
 
-test: unit distributed kernels resume ## every test, in the four targets below
+test: unit distributed kernels resume learning ## every test, in the five targets below
 
 # $(call pytest,marks,limit). At its limit a target gets SIGINT, so that pytest says where it was, and SIGKILL ten seconds
 # later; `timeout` signals the whole process group, so no rank and no run outlives its target. pytest itself names a
@@ -70,7 +71,7 @@ define pytest
 endef
 
 unit: $(VENV)/.development ## tests of single functions and modules
-	$(call pytest,not (distributed or kernels or resume),$(UNIT_LIMIT))
+	$(call pytest,not (distributed or kernels or resume or slow),$(UNIT_LIMIT))
 
 distributed: $(VENV)/.development ## tests that start several gloo ranks
 	$(call pytest,distributed and not resume,$(DISTRIBUTED_LIMIT))
@@ -80,6 +81,9 @@ kernels: $(VENV)/.development ## operations against their reference
 
 resume: $(VENV)/.development ## killed runs continue, bit for bit
 	$(call pytest,resume,$(RESUME_LIMIT))
+
+learning: $(VENV)/.development ## what a mixer must be able to learn, and what not
+	$(call pytest,slow,$(LEARNING_LIMIT))
 
 check: $(VENV)/.development ## lint, format and types, changing nothing
 	$(BIN)/ruff check .

@@ -450,3 +450,26 @@ def test_a_living_process_keeps_its_temporary_folder(tmp_path: Path) -> None:
     Checkpoints(tmp_path)
     assert living.is_dir()
     assert not dead.exists()
+
+
+def test_everything_is_on_the_disk_before_the_final_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power loss keeps no order but that of fsync: files and their folders first, then the name, then its folder."""
+    events: list[tuple[str, str]] = []
+    flush, rename = os.fsync, os.rename
+
+    def fsync(descriptor: int) -> None:
+        events.append(("fsync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        flush(descriptor)
+
+    def renaming(old: Path, new: Path) -> None:
+        events.append(("rename", str(new)))
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", renaming)
+    path = Checkpoints(tmp_path).save(make_snapshot(3), wait=True)
+    at = events.index(("rename", str(path)))
+    assert events[at + 1] == ("fsync", str(tmp_path))
+    flushed = {name for kind, name in events[:at] if kind == "fsync"}
+    written = {str(item.relative_to(path)) for item in path.rglob("*")}
+    assert {name.split(f"/.tmp-{path.name}-")[1].partition("/")[2] for name in flushed} == {*written, ""}
