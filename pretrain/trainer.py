@@ -88,6 +88,11 @@ class Trainer:
         self.optimizer = Optimizer(self.parameters, table, recipe.optimizer)
         self.guard = SpikeGuard(recipe.optimizer.window, recipe.optimizer.spike, self.device)
         self.carries = recipe.data.order == "contiguous"
+        if self.carries and not self.model.carries:
+            raise ValueError(
+                "data.order: contiguous continues each row in the next step, but no layer of this model carries a state; "
+                "set data.order: shuffled"
+            )
         if self.carries and self.model.frontend.max_positions is not None:
             raise ValueError(
                 "data.order: contiguous gives a token its place in the whole document, but model.positions has only "
