@@ -71,7 +71,7 @@ def train(
 
     Example: potamos train h3_hybrid_tiny train.steps=200 --run runs/trial
 
-    On several processes (mind the --): torchrun --nproc-per-node 2 -- potamos train h3_hybrid_tiny --run runs/trial
+    On several processes (mind the --): torchrun --no-python --nproc-per-node 2 -- potamos train h3_hybrid_tiny
     """
     from potamos.pretrain.guard import install_signal_handlers
 

@@ -47,7 +47,7 @@ class _Fused(torch.autograd.Function):
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         total = torch.zeros((), dtype=wide, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        d_weight = None
         rows = _CHUNK_ROWS.get(hidden.device.type, 4096)
         for begin in range(0, len(hidden), rows):
             part, target = hidden[begin : begin + rows], targets[begin : begin + rows]
@@ -56,18 +56,23 @@ class _Fused(torch.autograd.Function):
             place = target.clamp(min=0)[:, None]
             lse = scores.logsumexp(1)
             total += torch.where(valid, lse - scores.gather(1, place).squeeze(1), 0).sum()
-            if d_hidden is None and d_weight is None:
+            if not any(ctx.needs_input_grad[:2]):
                 continue
             slope = scores.sub_(lse[:, None]).exp_()  # softmax - one-hot, in place
             slope.scatter_add_(1, place, torch.full_like(place, -1, dtype=wide))
             slope = slope.mul_(valid[:, None]).to(part.dtype)
             if d_hidden is not None:
                 d_hidden[begin : begin + rows] = slope @ weight
-            if d_weight is not None:
-                if slope.dtype == wide:
-                    d_weight.addmm_(slope.mT, part)
-                else:
-                    d_weight += slope.mT @ part
+            if not ctx.needs_input_grad[1]:
+                continue
+            if d_weight is None:  # the first product makes it: zeros to add to would be one more pass over it
+                d_weight = (slope.mT @ part).to(wide)
+            elif slope.dtype == wide:
+                d_weight.addmm_(slope.mT, part)
+            else:
+                d_weight += slope.mT @ part
+        if d_weight is None and ctx.needs_input_grad[1]:
+            d_weight = torch.zeros_like(weight, dtype=wide)  # no token at all
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.dtype = weight.dtype
         return total
