@@ -90,8 +90,8 @@ class Trainer:
         self.carries = recipe.data.order == "contiguous"
         if self.carries and not self.model.carries:
             raise ValueError(
-                "data.order: contiguous continues each row in the next step, but no layer of this model carries a state; "
-                "set data.order: shuffled"
+                "data.order: contiguous continues each row in the next step, but no layer of this model carries a "
+                "state; set data.order: shuffled"
             )
         if self.carries and self.model.frontend.max_positions is not None:
             raise ValueError(

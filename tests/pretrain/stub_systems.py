@@ -307,7 +307,13 @@ REGISTERED = {
 ENCODER = {"mixer": "{kind: encoder, heads: 4}", "positions": "{kind: rope}", "boundaries": "cross"}
 CONTIGUOUS = {"order": "contiguous", "boundaries": "isolate"}
 SYSTEMS: dict[str, dict[str, str]] = {
-    "luna": {**ENCODER, "mixer": "{kind: luna}", "stack": "{kind: luna, slots: 3}", "objective": "{kind: masked}"},
+    "luna": {
+        **ENCODER,
+        "mixer": "{kind: luna}",
+        "positions": "{kind: none}",
+        "stack": "{kind: luna, slots: 3}",
+        "objective": "{kind: masked}",
+    },
     "late": {**ENCODER, "stack": "{kind: late, at: 2}", "objective": "{kind: masked, rate: 0.5, late: true}"},
     "xl": {**CONTIGUOUS, "mixer": "{kind: xl, heads: 4, memory: 24}"},
     "memory": {

@@ -79,7 +79,7 @@ def test_together_raises_on_all(run_ranks) -> None:
 
 
 def test_spikes_in_a_row_are_remembered_across_a_restart() -> None:
-    """The last of `patience` spikes makes the guard forget its history; a restart in between must not start the count."""
+    """The last of `patience` spikes makes the guard forget; a restart in between must not begin the count again."""
     loss = torch.tensor(1.0)
 
     def fresh() -> SpikeGuard:

@@ -48,8 +48,11 @@ def copy(finished, run):
 
 def place() -> str:
     """The innermost line of this package that is being executed."""
+    others = ("/tests/", "/site-packages/")  # an environment may lie inside the checkout
     frames = [
-        f for f in traceback.extract_stack() if f.filename.startswith(str(PACKAGE)) and "/tests/" not in f.filename
+        f
+        for f in traceback.extract_stack()
+        if f.filename.startswith(str(PACKAGE)) and not any(other in f.filename for other in others)
     ]
     return f"{frames[-1].filename}:{frames[-1].lineno} {frames[-1].line}" if frames else ""
 
