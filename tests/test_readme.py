@@ -1,0 +1,51 @@
+"""What the README shows is so: its recipe loads, its figures are those of the committed results."""
+
+import csv
+import re
+from pathlib import Path
+
+from potamos.pretrain.config import available, parse_recipe
+from potamos.pretrain.models import registry
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def results(name: str) -> list[dict[str, str]]:
+    with open(ROOT / "benchmarks" / "results" / name, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_recipe_loads() -> None:
+    block = re.search(r"```yaml\n(.*?)```", README, re.DOTALL)
+    assert block is not None
+    assert parse_recipe(block[1], "README.md").name == "my_hybrid"
+
+
+def test_the_table_of_parts_is_the_measured_one() -> None:
+    for row in results("parts.csv"):
+        line = next(line for line in README.splitlines() if line.startswith(f"| `{row['recipe']}`"))
+        assert f"| {int(row['parameters']):,} |" in line
+        assert f"| {float(row['held_out_bits_per_byte']):.3f} |" in line
+        assert f"| {float(row['held_out_perplexity']):.1f} |" in line
+        assert f"| {int(row['tokens_per_second']):,} |" in line
+
+
+def test_the_step_beside_gpt2_is_the_measured_one() -> None:
+    (row,) = results("gpt2_step.csv")
+    sentence = re.search(r"takes ([\d.]+) of the time.*?medians ([\d.]+) s and ([\d.]+) s", README, re.DOTALL)
+    assert sentence is not None
+    assert sentence[1] == row["median_ratio"]
+    assert sentence.groups()[1:] == (row["ours_seconds"], row["theirs_seconds"])
+
+
+def test_names_and_files_exist() -> None:
+    for name in re.findall(r"`((?:h3_hybrid|gpt|s4d|linear)_(?:tiny|125m))`", README):
+        assert name in available()
+    listed = re.search(r"mixers (.*?); positions (.*?); channel mixers (.*?); optimizers", README, re.DOTALL)
+    assert listed is not None
+    for room, names in zip(("mixer", "positions", "channel"), listed.groups(), strict=True):
+        assert set(re.findall(r"`(\w+)`", names)) == set(registry.names(room))
+    for path in re.findall(r"\]\(([\w./-]+)\)", README):
+        assert (ROOT / path).exists(), path
+    assert "@@" not in README
