@@ -287,7 +287,7 @@ def is_mistake(error: ValueError | OSError) -> bool:
     if isinstance(error, OSError) or type(error).__module__.partition(".")[0] == "potamos":
         return True
     innermost = traceback.extract_tb(error.__traceback__)[-1]
-    ours = Path(innermost.filename).is_relative_to(Path(__file__).resolve().parent.parent)
+    ours = Path(innermost.filename).resolve().is_relative_to(Path(__file__).resolve().parent.parent)
     return type(error) is ValueError and ours and "raise " in (innermost.line or "raise ")
 
 

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class RunBusyError(ValueError):
-    """Another process trains in this run folder."""
+    """The folder is taken: by another process that trains in it, or by other files."""
 
 
 def hold(folder: RunFolder) -> TextIO:
@@ -33,6 +33,8 @@ def hold(folder: RunFolder) -> TextIO:
     Raises:
         RunBusyError: another process holds it; names its host and process.
     """
+    if folder.path.is_dir() and any(folder.path.iterdir()) and not folder.begun:
+        raise RunBusyError(f"{folder.path} holds other files and no run; name a new folder with --run")
     folder.path.mkdir(parents=True, exist_ok=True)
     file = open(folder.lock, "a+", encoding="utf-8")  # noqa: SIM115 (open until the run ends)
     try:

@@ -48,6 +48,18 @@ class RunFolder:
         return self.path / "tensorboard"
 
     @property
+    def notes(self) -> Path:
+        """What an attempt said beside its figures: changes on resume, skipped steps."""
+        return self.logs / "notes.log"
+
+    @property
+    def begun(self) -> bool:
+        """Whether a run was prepared or started here."""
+        return any(
+            path.exists() for path in (self.recipe, self.checkpoints, self.state, self.logs, self.lock, self.code)
+        )
+
+    @property
     def lock(self) -> Path:
         """Held by the process that trains here."""
         return self.path / "lock"

@@ -25,10 +25,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """``auto`` is a GPU where there is one."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"unknown device {name!r} (known: auto, cpu, cuda)")
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ValueError("train.device: cuda, but torch sees no GPU; set train.device=cpu, or install a CUDA build")
+        raise ValueError("device cuda: torch sees no GPU here; choose cpu, or install a CUDA build of torch")
     return torch.device("cuda", local_rank)
 
 
@@ -60,6 +62,11 @@ def build_system(recipe: Recipe, device: torch.device) -> System:
 
 def open_tokenizer(recipe: Recipe) -> Tokenizer:
     """The tokenizer that the recipe names; ValueError where the model's vocabulary cannot hold it."""
+    if not Path(recipe.tokenizer.path).exists():
+        raise ValueError(
+            f"tokenizer.path: {recipe.tokenizer.path} does not exist; make one (potamos data tokenizer), or name yours "
+            "with tokenizer.path=PATH. What the laptop recipes read is made by: potamos demo"
+        )
     tokenizer = load_tokenizer(recipe.tokenizer.kind, recipe.tokenizer.path)
     vocabulary = getattr(recipe.model.frontend, "vocabulary", None)
     if vocabulary is not None and tokenizer.vocabulary > vocabulary:

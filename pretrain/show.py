@@ -38,10 +38,12 @@ def line(message: str, style: str = "") -> None:
 def stream(prompt: str, pieces: Iterable[str]) -> None:
     """A prompt and the text after it, each piece as soon as it is there."""
     out.out(prompt, style="bold", end="", highlight=False)
-    for piece in pieces:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+    try:
+        for piece in pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    finally:  # also where Ctrl-C ends it
+        sys.stdout.write("\n")
 
 
 def recipes(entries: Iterable[Entry]) -> None:

@@ -156,9 +156,12 @@ class Telemetry:
             self._to_board(lambda board: board.add_text(tag, indented, step))
 
     def note(self, message: str) -> None:
-        """Print a line without disturbing the progress line."""
+        """Print a line without disturbing the progress line, and keep it in `logs/notes.log`."""
         if self._main:
             self._console.line(message)
+            stamp = datetime.now(UTC).isoformat(timespec="seconds")
+            with self._tolerating(), open(self._folder.notes, "a", encoding="utf-8") as file:
+                file.write(f"{stamp}  attempt {self.attempt}  {message}\n")
 
     def close(self, reason: str) -> None:
         """Write the last `state.json` with why the run ended, and close all files. Further calls do nothing."""

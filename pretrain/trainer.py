@@ -330,6 +330,11 @@ class Trainer:
         """Become what ``loaded`` was; refuses a recipe or data that would not continue it."""
         before = parse_recipe(loaded.recipe, str(loaded.path / "recipe.yaml"))
         self.changes = resume_check(before, self.recipe, loaded.next_sample)
+        if self.recipe.train.steps < loaded.step:
+            raise ValueError(
+                f"train.steps: {self.recipe.train.steps} is below the {loaded.step} steps that {self.folder.path} has "
+                "trained; ask for at least as many"
+            )
         rows, wanted = before.train.sequences, self.recipe.train.sequences
         if self.carries and rows != wanted:
             raise ValueError(

@@ -94,3 +94,19 @@ def test_spikes_in_a_row_are_remembered_across_a_restart() -> None:
     found += [bool(after.accept(norm, loss)) for norm in spikes[2:]]
     assert expected == found
     assert expected[8:] == [False, False, False, True, True]
+
+
+def test_a_folder_of_other_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(RunBusyError, match="holds other files and no run; name a new folder with --run"):
+        hold(RunFolder.of(tmp_path))
+    assert (tmp_path / "tokenizer.json").read_text() == "{}"
+
+
+def test_changes_are_kept_and_fewer_steps_than_trained_refused(trial, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert trial.fit(run, "train.steps=4") == 0
+    with pytest.raises(ValueError, match=r"train\.steps: 3 is below the 4 steps that .* has trained"):
+        trial.trainer(run, "train.steps=3")
+    assert trial.fit(run, "train.steps=5") == 0
+    assert "attempt 1  resumed with train.steps: 5 (was 4)" in RunFolder.of(run).notes.read_text()
