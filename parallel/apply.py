@@ -28,13 +28,11 @@ def data_ranks(layout: Layout, world: int) -> int:
         size = getattr(layout, axis)
         if size not in (1, "all") or (size == "all" and layout.dp_replicate == "all"):
             raise LayoutError(f"parallel.{axis}: {size} is not available in this version; set it to 1")
-    sizes = [layout.dp_replicate, layout.dp_shard]
     if layout.dp_shard == "all" and world > 1:
         raise LayoutError("parallel.dp_shard: all is not available in this version; use dp_replicate: all")
-    if sizes[0] not in ("all", world):
-        raise LayoutError(
-            f"parallel.dp_replicate: {sizes[0]} does not match {world} processes; set it to {world} or to all"
-        )
+    if layout.dp_replicate not in ("all", world):
+        wrong = f"parallel.dp_replicate: {layout.dp_replicate} does not match {world} processes"
+        raise LayoutError(f"{wrong}; set it to {world} or to all")
     if layout.engine != "native":
         raise LayoutError(f"parallel.engine: {layout.engine!r} is not available in this version; use native")
     return world

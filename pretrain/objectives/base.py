@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,8 +19,6 @@ from potamos.data.loader import Rows
 from potamos.pretrain.models.build import ModelSettings
 from potamos.pretrain.models.interfaces import Options, Seq, State
 from potamos.pretrain.models.trunk import Model
-
-BatchT = TypeVar("BatchT", bound="Batch")
 
 
 @dataclass(frozen=True)
