@@ -111,6 +111,7 @@ def _read(name_or_path: str | Path) -> tuple[str, str]:
 
 # --- errors ----------------------------------------------------------------------------------------------
 
+UNIONS = (typing.Union, types.UnionType)
 EXPECTED = {
     "int_type": "expected a whole number",
     "int_from_float": "expected a whole number",
@@ -210,7 +211,18 @@ def _annotation(path: Location, document: Document) -> Any:
         if (component := _marker(annotation)) is not None:
             block = document.get(path[:depth])
             annotation = component.options(block.get("kind") if isinstance(block, Mapping) else None)
+        elif typing.get_origin(_plain(annotation)) in UNIONS:
+            annotation = _of_form(annotation, document.get(path[:depth]))
     return annotation
+
+
+def _of_form(union: Any, value: Any) -> Any:
+    """Of a union of a block and a list, the one whose form ``value`` has; other unions as they are."""
+    form = dict if isinstance(value, Mapping) else tuple
+    for member in typing.get_args(_plain(union)):
+        if (typing.get_origin(member) or (dict if _fields(member) else None)) is form:
+            return member
+    return union
 
 
 def _fields(annotation: Any) -> dict[str, Any]:
@@ -238,7 +250,7 @@ def _literals(annotation: Any) -> list[Any]:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
         return list(arguments)
-    if origin in (typing.Union, types.UnionType, typing.Annotated):
+    if origin in (*UNIONS, typing.Annotated):
         return [value for argument in arguments for value in _literals(argument)]
     return []
 
@@ -251,6 +263,7 @@ class _Absent:
         return "absent"
 
 
+SKIP = ("data", "skip")
 ABSENT = _Absent()
 """The value of a key that only the other recipe has."""
 
@@ -259,7 +272,7 @@ Change = tuple[str, Any, Any]
 
 # What may change when a run is continued. Nothing else may: it would make the finished part another run's.
 FREE_SECTIONS = ("name", "family", "description", "parallel", "slurm", "checkpoint", "validate", "telemetry")
-FREE_TRAIN = ("steps", "sequences", "micro_sequences")
+FREE = {"train": ("steps", "sequences", "micro_sequences"), "data": ("cache",)}
 
 
 def differences(old: Recipe, new: Recipe) -> list[Change]:
@@ -268,10 +281,11 @@ def differences(old: Recipe, new: Recipe) -> list[Change]:
 
 
 def resume_check(old: Recipe, new: Recipe, next_sample: int) -> list[Change]:
-    """Whether a run of ``old`` that has drawn ``next_sample`` samples may continue as ``new``.
+    """Whether a run of ``old`` that has come to sample ``next_sample`` may continue as ``new``.
 
     Free to change are how the run is spread, submitted, saved, scored and logged, its labels, ``train.steps``,
-    ``sequences`` and ``micro_sequences``, and data stages that start at or after ``next_sample``.
+    ``sequences`` and ``micro_sequences``, where shards are cached, and what begins at or after ``next_sample``: data
+    stages and the ranges of ``data.skip``.
 
     Returns:
         The changes, for the log.
@@ -282,16 +296,25 @@ def resume_check(old: Recipe, new: Recipe, next_sample: int) -> list[Change]:
     begun = max(sum(stage.start < next_sample for stage in recipe.data.stages) for recipe in (old, new))
     allowed, refused = [], []
     for path, before, after in _differences(old, new):
-        free = path[0] in FREE_SECTIONS or (path[0] == "train" and path[1] in FREE_TRAIN)
+        free = path[0] in FREE_SECTIONS or (len(path) > 1 and path[1] in FREE.get(str(path[0]), ()))
         later_stage = path[:2] == ("data", "stages") and len(path) > 2 and int(path[2]) >= begun
-        (allowed if free or later_stage else refused).append((dotted(path), before, after))
+        later_range = path == SKIP and _before(before, next_sample) == _before(after, next_sample)
+        (allowed if free or later_stage or later_range else refused).append((dotted(path), before, after))
     if refused:
         raise RecipeError(
             f"{key}: value {_show(after)}: the run was started with {_show(before)}, and at sample {next_sample} this "
-            "can no longer change; set it back, or start a new run folder"
+            f"can no longer change; {_remedy(key, next_sample)}, or start a new run folder"
             for key, before, after in refused
         )
     return allowed
+
+
+def _before(ranges: Sequence[tuple[int, int]], next_sample: int) -> list[tuple[int, int]]:
+    return [(first, end) for first, end in ranges if first < next_sample]
+
+
+def _remedy(key: str, next_sample: int) -> str:
+    return f"add only ranges from {next_sample} on" if key == dotted(SKIP) else "set it back"
 
 
 def _show(value: Any) -> str:
@@ -306,6 +329,9 @@ def _differences(old: Recipe, new: Recipe) -> list[tuple[Location, Any, Any]]:
 
 
 def _leaves(value: Any, path: Location) -> Iterator[tuple[Location, Any]]:
+    if path == SKIP:  # one thing: a range put in front of others changes no other
+        yield path, value
+        return
     items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, tuple) else None
     if items is None or not value:
         yield path, value

@@ -8,19 +8,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, WrapValidator, field_validator, model_validator
 from typing_extensions import TypedDict
 
-from potamos.data.errors import MixtureError
-from potamos.data.order import check_weights
 from potamos.parallel.facts import Layout
 from potamos.pretrain.component import STRICT, Component, Location, Section, merge, problem, unknown
 from potamos.pretrain.fit import check_component, check_components
 from potamos.pretrain.models.interfaces import Options
 from potamos.pretrain.models.linear import NORMS, NormOptions
+from potamos.pretrain.recipe_data import Data, Tokenizer
 
 MixerField = Annotated[Options, Component("mixer")]
 ChannelField = Annotated[Options | None, Component("channel", optional=True)]
@@ -111,99 +109,6 @@ class ModelSection(Section):
             for name, options in layer.items():
                 if isinstance(options, Options):
                     yield ("at", index, name), name, options
-
-
-# --- data ------------------------------------------------------------------------------------------------
-
-
-class Tokenizer(Section):
-    """``json``: a Hugging Face tokenizer.json; ``gpt2``: a folder with GPT-2's vocabulary and merges."""
-
-    kind: Literal["json", "gpt2"]
-    path: str = Field(min_length=1)
-
-
-class Source(Section):
-    """A prepared dataset. ``label`` is what logs call it: ``name``, or the last part of the path."""
-
-    path: str = Field(min_length=1)
-    name: str | None = Field(None, min_length=1)
-
-    @property
-    def label(self) -> str:
-        return self.name or PurePath(self.path).name
-
-
-class WeightedSource(Source):
-    """A source of a mixture; its share of the samples is its weight over the sum of weights."""
-
-    weight: float = 1.0
-
-
-class Stage(Section):
-    """From global sample ``start`` (written ``from``) on, samples are drawn from ``mixture``."""
-
-    start: int = Field(0, ge=0, alias="from")
-    mixture: tuple[WeightedSource, ...]
-
-    @model_validator(mode="after")
-    def _mixable(self) -> Self:
-        _distinct(self.mixture, ("mixture",))
-        try:
-            check_weights([s.weight for s in self.mixture], [s.label for s in self.mixture])
-        except MixtureError as error:
-            raise problem(str(error), ("mixture",), [s.weight for s in self.mixture]) from None
-        return self
-
-
-class Data(Section):
-    """Rows of ``sequence_length`` tokens; ``boundaries: isolate`` keeps documents of one row apart.
-
-    ``order: contiguous`` continues each row in the next step and carries the state of mixers that have one. A source
-    smaller than its share of one batch is refused unless ``allow_repeat``."""
-
-    sequence_length: int = Field(ge=2, le=262_144)  # a chunk of the shard format holds 262,144 targets
-    boundaries: Literal["isolate", "cross"] = "isolate"
-    order: Literal["shuffled", "contiguous"] = "shuffled"
-    allow_repeat: bool = False
-    stages: tuple[Stage, ...]
-    validation: tuple[Source, ...] = ()
-
-    @field_validator("stages")
-    @classmethod
-    def _in_order(cls, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
-        if not stages:
-            raise problem("training needs at least one stage; write [{from: 0, mixture: [{path: ...}]}]", value=[])
-        if stages[0].start != 0:
-            raise problem("the first stage starts at sample 0; set from: 0", (0, "from"), stages[0].start)
-        late = [i for i in range(1, len(stages)) if stages[i].start <= stages[i - 1].start]
-        if late:
-            raise merge(
-                [
-                    problem(
-                        f"stages start one after another; the one before starts at {stages[i - 1].start}, choose more",
-                        (i, "from"),
-                        stages[i].start,
-                    )
-                    for i in late
-                ]
-            )
-        return stages
-
-    @field_validator("validation")
-    @classmethod
-    def _named_apart(cls, sources: tuple[Source, ...]) -> tuple[Source, ...]:
-        _distinct(sources, ())
-        return sources
-
-
-def _distinct(sources: tuple[Source, ...], location: Location) -> None:
-    labels: dict[str, int] = {}
-    for index, source in enumerate(sources):
-        if source.label in labels:
-            message = f"a second source called {source.label!r}; give each its own `name`"
-            raise problem(message, (*location, index), source.path)
-        labels[source.label] = index
 
 
 # --- optimization ----------------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ kind: adamw => kind: adam
 kind: cosine => kind: cosin
 ! 28: schedule.kind: value "cosin": unknown schedule; did you mean `cosine`?
 kind: json => kind: jsn
-! 16: tokenizer.kind: value "jsn": expected one of json, gpt2; did you mean `json`?
+! 16: tokenizer.kind: value "jsn": expected one of json, gpt2, sentencepiece; did you mean `json`?
 {kind: h3, state => {state
 ! 8: model.mixer: value {"state": 8}: `kind` is missing; name one of attention,
 {kind: mlp, ratio: 2} => mlp
@@ -177,6 +177,48 @@ weight: 3.0 => weight: 1e-6
 ! 23: data.stages.1.mixture: value [1.0, 1e-06]: weight 1e-06 of source late
 path: demo/late => path: other/train
 ! 25: data.stages.1.mixture.1: value "other/train": a second source called 'train'; give
+[{path: demo/train}] => [{path: demo/train, paht: x}]
+! 21: data.stages.0.mixture.0.paht: value "x": unknown key; did you mean `path`? (known here: path, name, weight)
+[{path: demo/train}] => {published: pyle, path: data/pile}
+! 21: data.stages.0.mixture.published: value "pyle": expected one of pile; did you mean `pile`?
+[{path: demo/train}] => {published: pile, path: x, folder: data/pile}
+! 21: data.stages.0.mixture.folder: value "data/pile": unknown key (known here: published, path)
+[{path: demo/train}] => {published: pile}
+! 21: data.stages.0.mixture.path: missing; add it
+[{path: demo/train}] => pile
+! 21: data.stages.0.mixture: value "pile": expected a list
+kind: json, path: demo/tokenizer.json => kind: json, path: a, special_tokens: [a, b, a]
+! 16: tokenizer.special_tokens.2: value "a": named twice
+kind: json, path: demo/tokenizer.json => kind: json, path: a, special_tokens: a
+! 16: tokenizer.special_tokens: value "a": expected a list
+kind: json, path: demo/tokenizer.json => kind: json, path: a, end_of_document: 0
+! 16: tokenizer.end_of_document: value 0: expected text; put it in quotes
+  stages: =>   order: windo\n  stages:
+! 19: data.order: value "windo": expected one of shuffled, contiguous, window; did you mean `window`?
+  stages: =>   window: 4\n  stages:
+! 19: data.window: value 4: would do nothing in data.order: shuffled; take it out, or set
+  stages: =>   window: 0\n  order: window\n  stages:
+! 19: data.window: value 0: must be above 0
+  stages: =>   skip: [[0, 4], [8, 8]]\n  stages:
+! 19: data.skip.1: value [8, 8]: a range is [first, end) with 0 <= first < end
+  stages: =>   skip: [[-1, 4]]\n  stages:
+! 19: data.skip.0: value [-1, 4]: a range is [first, end) with 0 <= first < end
+  stages: =>   skip: [[0, 4], [3, 8]]\n  stages:
+! 19: data.skip.1: value [3, 8]: begins before the range above it ends, at 4; join them
+  stages: =>   skip: [3]\n  stages:
+! 19: data.skip.0: value 3: expected a list
+  stages: =>   skip: [[3, 8, 9]]\n  stages:
+! 19: data.skip.0:
+  stages: =>   skip: [[3, 8.5]]\n  stages:
+! 19: data.skip.0.1: value 8.5: expected a whole number
+  stages: =>   on_bad_shard: ignore\n  stages:
+! 19: data.on_bad_shard: value "ignore": expected one of error, skip
+  stages: =>   cache: {path: c, bytes: 2e11}\n  stages:
+! 19: data.cache.bytes: value 200000000000.0: expected a whole number
+  stages: =>   cache: {path: c}\n  stages:
+! 19: data.cache.bytes: missing; add it
+  stages: =>   cache: c\n  stages:
+! 19: data.cache: value "c": expected a block of keys
 kind: adamw => kind: adamw, momentum: 0.9
 ! 27: optimizer.momentum: value 0.9: unknown key (known here: kind, lr,
 decay: 100 => decay: 100, warmupp: 3
@@ -209,7 +251,10 @@ def test_a_missing_key_says_what_belongs_there() -> None:
         "r.yaml:4: model.mixer: missing; add it, as in {kind: attention} (kinds: attention, "
     )
     text = edited("tokenizer: {kind: json, path: demo/tokenizer.json}\n", "")
-    assert only(text=text) == "r.yaml:1: tokenizer: missing; add it with its keys kind, path"
+    assert (
+        only(text=text)
+        == "r.yaml:1: tokenizer: missing; add it with its keys kind, path, special_tokens, end_of_document"
+    )
     assert only(text=edited("vocabulary: 64", "tied: true")) == "r.yaml:7: model.frontend.vocabulary: missing; add it"
 
 
