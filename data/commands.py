@@ -15,7 +15,7 @@ from potamos.data.errors import DatasetError, SourceError
 from potamos.data.manifest import Manifest, VerifyReport, verify
 from potamos.data.prepare import Progress, prepare
 from potamos.data.shards import CHUNK_TOKENS
-from potamos.data.sources import MAX_BAD_RATIO, open_source
+from potamos.data.sources import MAX_BAD_RATIO, Counts, documents, open_source
 from potamos.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
 __all__ = [
@@ -89,12 +89,11 @@ def train(
     Raises:
         SourceError: the corpus cannot be read, too much of it is bad, or it holds no text.
     """
-    documents = open_source(source, split, max_bad_ratio=max_bad_ratio)
-    size = 0
+    corpus, counts, size = open_source(source, split), Counts(), 0
 
     def texts() -> Iterator[str]:
         nonlocal size
-        for document in documents:
+        for document in documents(corpus, max_bad_ratio=max_bad_ratio, counts=counts):
             size += len(document.text.encode())
             yield document.text
 
@@ -102,12 +101,11 @@ def train(
     first = next(read, None)
     if first is None:
         raise SourceError(
-            f"source {source!r}: no document with text ({documents.counts.blank} blank), so there is nothing to "
+            f"source {source!r}: no document with text ({counts.blank} blank), so there is nothing to "
             f"train a tokenizer on; choose another source"
         )
     tokenizer = train_bpe(itertools.chain([first], read), vocabulary, out)
-    count = documents.counts.documents
-    return tokenizer, TokenizerSummary(Path(out), tokenizer.vocabulary, tokenizer.sha256, count, size)
+    return tokenizer, TokenizerSummary(Path(out), tokenizer.vocabulary, tokenizer.sha256, counts.documents, size)
 
 
 def prepare_dataset(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from potamos.data.errors import DatasetError, SourceError, TokenizerError
 from potamos.data.files import flush_names, write_atomically
 from potamos.data.manifest import MANIFEST, Manifest, make_manifest, read_manifest, verify
 from potamos.data.shards import CHUNK_TOKENS, ShardWriter, token_dtype
-from potamos.data.sources import MAX_BAD_RATIO, Document, Source, open_source
+from potamos.data.sources import MAX_BAD_RATIO, Counts, Document, Record, Source, open_source
 from potamos.data.tokenizer import Tokenizer
 
 BATCH_CHARACTERS = 2_000_000
@@ -57,7 +57,7 @@ def prepare(
         shard_chunks: chunks a shard, by default what suits the source.
         max_bad_ratio: share of bad lines of a JSON-lines source above which it fails.
 
-    Rejected lines are listed in ``<out>.rejects.jsonl``.
+    Rejected lines are listed in ``<out>.rejects.jsonl``, those of later inputs in ``<out>.rejects-N.jsonl``.
 
     Raises:
         SourceError: nothing to read, or too much of it bad.
@@ -65,7 +65,7 @@ def prepare(
         DatasetError: ``out`` holds something else.
     """
     out = Path(out)
-    documents = _open(source, split, out, max_bad_ratio)
+    documents = open_source(source, split) if isinstance(source, (str, os.PathLike)) else source
     per_shard = shard_chunks or documents.shard_chunks
     settings = {
         "source": documents.description,
@@ -89,7 +89,8 @@ def prepare(
             partial, token_dtype(tokenizer.vocabulary), chunk_tokens=chunk_tokens, shard_chunks=per_shard,
             source=str(documents.description.get("name", documents.description["kind"])),
         )  # fmt: skip
-        text_bytes = _write(documents, tokenizer, writer, progress)
+        counts = Counts()
+        text_bytes = _write(_read(documents, out, max_bad_ratio, counts), tokenizer, writer, progress)
         manifest = make_manifest(
             {
                 **settings,
@@ -98,9 +99,9 @@ def prepare(
                 "documents": writer.documents,
                 "text_bytes": text_bytes,
                 "max_token": writer.max_token,
-                "blank": documents.counts.blank,
-                "rejected": documents.counts.rejected,
-                "mended": documents.counts.mended,
+                "blank": counts.blank,
+                "rejected": counts.rejected,
+                "mended": counts.mended,
             }
         )
         write_atomically(partial / MANIFEST, manifest.to_bytes())
@@ -110,15 +111,18 @@ def prepare(
     return manifest
 
 
-def _open(source: str | os.PathLike[str] | Source, split: str, out: Path, max_bad_ratio: float) -> Source:
-    if isinstance(source, (str, os.PathLike)):
-        rejects = out.with_name(f"{out.name}.rejects.jsonl")
-        return open_source(source, split, rejects=rejects, max_bad_ratio=max_bad_ratio)
-    return source
+def _read(source: Source, out: Path, max_bad_ratio: float, counts: Counts) -> Iterator[Document]:
+    for number, input in enumerate(source.inputs()):
+        record = Record(out.with_name(f"{out.name}.rejects{f'-{number}' if number else ''}.jsonl"), max_bad_ratio)
+        yield from source.read(input, record)
+        counts.add(record.counts)
 
 
 def _write(
-    documents: Source, tokenizer: Tokenizer, writer: ShardWriter, progress: Callable[[Progress], None] | None
+    documents: Iterable[Document],
+    tokenizer: Tokenizer,
+    writer: ShardWriter,
+    progress: Callable[[Progress], None] | None,
 ) -> int:
     """Tokenize all documents into the writer; returns the bytes of their texts."""
     sizes = tokenizer.token_bytes()
@@ -137,11 +141,11 @@ def _write(
             progress(Progress(writer.documents, writer.tokens, text_bytes))
     writer.finish()
     if writer.tokens < 2:
-        raise SourceError(f"the source {documents.description} gave no document with text; nothing to prepare")
+        raise SourceError("the source gave no document with text; nothing to prepare")
     return text_bytes
 
 
-def _batches(documents: Source) -> Iterator[list[Document]]:
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     batch: list[Document] = []
     characters = 0
     for document in documents:

@@ -26,7 +26,7 @@ from potamos.data.baselines import table_baselines, xz_bits_per_byte
 from potamos.data.commands import prepare_dataset, summarize, train
 from potamos.data.errors import DatasetError
 from potamos.data.files import write_atomically
-from potamos.data.sources import open_source
+from potamos.data.sources import documents, open_source
 from potamos.data.tokenizer import Tokenizer, load_tokenizer
 from potamos.pretrain import show
 from potamos.pretrain.checkpoint import step_folders
@@ -168,7 +168,7 @@ def make_datasets(job: Demo) -> None:
 
 
 def xz_of_corpus() -> float:
-    return xz_bits_per_byte(document.text for document in open_source(CORPUS, "all"))
+    return xz_bits_per_byte(document.text for document in documents(open_source(CORPUS, "all")))
 
 
 def make_baselines(job: Demo, tokenizer: Tokenizer, xz: Future[float] | None) -> Baselines:

@@ -206,17 +206,17 @@ def test_a_tokenizer_that_loses_text_is_found(
 KILLED = """
 import sys
 from potamos.data.prepare import prepare
-from potamos.data.sources import Document, TextFiles
+from potamos.data.sources import Document, TextList
 from potamos.data.tokenizer import load_tokenizer
 
-class Endless(TextFiles):
-    def __iter__(self):
+class Endless(TextList):
+    def read(self, input, record):
         number = 0
         while True:
             number += 1
             yield Document("the river runs past quiet mills " * 2000, str(number))
 
-prepare(Endless([], "endless"), "all", load_tokenizer("json", sys.argv[1]), sys.argv[2], chunk_tokens=2000,
+prepare(Endless([]), "all", load_tokenizer("json", sys.argv[1]), sys.argv[2], chunk_tokens=2000,
         progress=lambda p: print(p.documents, flush=True))
 """
 

@@ -1,8 +1,8 @@
-"""Corpora: order, splits, and what happens to text that is not as it should be."""
+"""Corpora: what a path stands for, order, splits, and what happens to documents that are not as they should be."""
 
 from __future__ import annotations
 
-import gzip
+import hashlib
 import json
 import math
 import sys
@@ -11,82 +11,74 @@ from pathlib import Path
 import pytest
 
 from potamos.data.errors import SourceError
-from potamos.data.sources import JsonLines, Sotu, open_source
+from potamos.data.sources import Counts, Document, Record, Sotu, Source, TextList, documents, meta_value, open_source
 
 
-def write_lines(path: Path, lines: list[bytes]) -> Path:
-    path.write_bytes(b"\n".join(lines) + b"\n")
-    return path
+def read(source: Source, record: Record | None = None) -> list[Document]:
+    (one,) = source.inputs()
+    return list(source.read(one, record or Record()))
 
 
-def test_text_files_folders_and_globs(tmp_path: Path) -> None:
-    for name, text in [("b.txt", "two"), ("a.txt", "one"), ("sub/c.txt", "three"), ("notes.md", "no")]:
+def texts(source: Source) -> list[str]:
+    return [document.text for document in documents(source)]
+
+
+def test_files_folders_and_globs(tmp_path: Path) -> None:
+    files = {"b.txt": "two", "a.md": "one", "sub/c.rst": "three", "x.png": "no", ".git/d.txt": "no"}
+    for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert [d.text for d in open_source(tmp_path)] == ["one", "two", "three"]
-    assert [d.name for d in open_source(tmp_path / "b.txt")] == ["b.txt"]
-    assert [d.text for d in open_source(tmp_path / "*.txt")] == ["one", "two"]
+    assert texts(open_source(tmp_path)) == ["one", "two", "three"]
+    assert [d.name for d in documents(open_source(tmp_path))] == ["a.md", "b.txt", "sub/c.rst"]
+    assert [d.name for d in documents(open_source(tmp_path / "b.txt"))] == ["b.txt"]
+    assert texts(open_source(tmp_path / "*.txt")) == ["two"]
+    assert [d.name for d in documents(open_source(tmp_path / "*/*.rst"))] == ["sub/c.rst"]
     assert str(tmp_path.parent) not in json.dumps(open_source(tmp_path).description)
 
 
-def test_blank_documents_and_surrogates_are_counted(tmp_path: Path) -> None:
-    lines = [{"text": "  \n "}, {"text": ""}, {"text": "half \ud800 pair"}, {"text": "whole \U0001f30a"}]
-    path = write_lines(tmp_path / "x.jsonl", [json.dumps(line).encode() for line in lines])
-    source = open_source(path)
-    assert [d.text for d in source] == ["half \ufffd pair", "whole \U0001f30a"]
-    assert (source.counts.documents, source.counts.blank, source.counts.mended) == (2, 2, 1)
-    list(source)
-    assert source.counts.documents == 2, "counts begin anew with each reading"
+def test_text_trees_come_in_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("potamos.data.sources.text.GROUP_BYTES", 10)
+    for number, size in enumerate([4, 6, 12, 1, 2]):
+        (tmp_path / f"{number}.txt").write_bytes(b"abcdefghijklmn"[:size])
+    source = open_source(tmp_path)
+    assert [(i.name, len(i.files), i.bytes) for i in source.inputs()] == [
+        ("0.txt", 2, 10),
+        ("2.txt", 1, 12),
+        ("3.txt", 2, 3),
+    ]
+    assert [len(text) for text in texts(source)] == [4, 6, 12, 1, 2]
+    record = Record()
+    list(source.read(source.inputs()[0], record))
+    listing = "".join(
+        f"{hashlib.sha256(text).hexdigest()}  {name}\n" for name, text in [("0.txt", b"abcd"), ("1.txt", b"abcdef")]
+    )
+    digest = hashlib.sha256(listing.encode()).hexdigest()
+    assert record.files == [{"name": "0.txt (2 files)", "bytes": 10, "sha256": digest}]
+    assert record.bytes_read == 10
 
 
-BAD = [
-    (b'{"text": "caf\xe9"}', "not UTF-8"),
-    (b'{"text": "cut', "not JSON"),
-    (b'{"text": null}', "'text' is NoneType"),
-    (b'{"text": 5}', "'text' is int"),
-    (b'{"txt": "a"}', "no key 'text'"),
-    (b'["text"]', "no key 'text'"),
-    (b'{"text": "' + b"a" * 2000 + b'"}', "longer than 1000 bytes"),
-]
+def test_a_text_file_that_is_not_utf8_is_a_bad_record(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfgood")
+    record = Record(tmp_path / "rejects.jsonl", max_bad_ratio=0.5)
+    assert [d.text for d in read(open_source(tmp_path / "*.txt"), record)] == ["good"]
+    assert json.loads((tmp_path / "rejects.jsonl").read_text()) == {
+        "place": "a.txt",
+        "reason": "byte 3 is not UTF-8",
+        "start": "caf\ufffd",
+    }
+    with pytest.raises(SourceError, match=r"a\.txt: 1 of 2 files are bad.*byte 3 is not UTF-8.*--max-bad-ratio"):
+        texts(open_source(tmp_path / "*.txt"))
 
 
-def test_bad_lines_are_skipped_counted_and_listed(tmp_path: Path) -> None:
-    good = b'{"text": "good"}'
-    path = write_lines(tmp_path / "x.jsonl", [good, *(part for line, _ in BAD for part in (line, good)), b"", good])
-    rejects = tmp_path / "rejects.jsonl"
-    source = JsonLines([path], "x", rejects=rejects, max_bad_ratio=0.9, max_line_bytes=1000)
-    assert sum(d.text == "good" for d in source) == len(BAD) + 2
-    assert source.counts.rejected == len(BAD)
-    entries = [json.loads(line) for line in rejects.read_text().splitlines()]
-    assert [entry["place"] for entry in entries] == [f"x.jsonl:{2 * i + 2}" for i in range(len(BAD))]
-    assert all(reason in entry["reason"] for (_, reason), entry in zip(BAD, entries, strict=True))
-
-
-def test_too_many_bad_lines_fail_with_place_and_remedy(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "x.jsonl", [b'{"text": "good"}'] * 9_998 + [b"{"])
-    assert sum(1 for _ in open_source(path, max_bad_ratio=1e-3)) == 9_998
-    with pytest.raises(SourceError, match=r"1 of 9999 lines are bad.*x.jsonl:9999: not JSON.*raise --max-bad-ratio"):
-        list(open_source(path))
-    path = write_lines(tmp_path / "y.jsonl", [b"{"] * 5000)
-    with pytest.raises(SourceError, match="1000 of 1000"):
-        list(open_source(path))
-
-
-@pytest.mark.parametrize("ratio", [-0.1, 1.5, math.nan])
-def test_a_ratio_that_is_none_is_refused(tmp_path: Path, ratio: float) -> None:
-    path = write_lines(tmp_path / "x.jsonl", [b"{"])
-    with pytest.raises(SourceError, match=f"--max-bad-ratio {ratio} is no share"):
-        open_source(path, max_bad_ratio=ratio)
-
-
-def test_gzip_and_truncated_gzip(tmp_path: Path) -> None:
-    content = gzip.compress(b'{"text": "river"}\n' * 5000, mtime=0)
-    path = tmp_path / "x.jsonl.gz"
-    path.write_bytes(content)
-    assert sum(1 for _ in open_source(path)) == 5000
-    path.write_bytes(content[:-20])
-    with pytest.raises(SourceError, match=r"x\.jsonl\.gz: the gzip stream is damaged or cut short"):
-        list(open_source(path))
+def test_a_text_file_too_large_is_not_held(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"a" * 101)
+    (tmp_path / "b.txt").write_bytes(b"b" * 100)
+    record = Record(tmp_path / "rejects.jsonl", max_bad_ratio=0.5)
+    found = read(open_source(tmp_path / "*.txt", max_line_bytes=100), record)
+    assert [d.text for d in found] == ["b" * 100]
+    assert "larger than 100 bytes" in (tmp_path / "rejects.jsonl").read_text()
+    assert record.bytes_read == 201, "its sha256 is needed all the same"
 
 
 def test_unusable_sources_say_what_to_do(tmp_path: Path) -> None:
@@ -94,14 +86,41 @@ def test_unusable_sources_say_what_to_do(tmp_path: Path) -> None:
         open_source(tmp_path / "nothing*")
     with pytest.raises(SourceError, match="split 'test' is unknown; known splits: train, validation, all"):
         open_source("sotu", "test")
-    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(SourceError, match=r"a\.txt: byte 3 is not UTF-8"):
-        list(open_source(tmp_path))
     with pytest.raises(SourceError, match="no split of its own"):
         open_source(tmp_path, "train")
+    with pytest.raises(SourceError, match="--max-line-bytes 0 leaves no line"):
+        open_source(tmp_path, max_line_bytes=0)
+    (tmp_path / "a.txt").write_bytes(b"a")
     (tmp_path / "b.jsonl").write_bytes(b"{}")
-    with pytest.raises(SourceError, match="mixes"):
+    with pytest.raises(SourceError, match=r"mixes JSON lines \(.*b\.jsonl\), text \(.*a\.txt\); prepare them apart"):
         open_source(tmp_path)
+    (tmp_path / "c.parquet").write_bytes(b"PAR1")
+    with pytest.raises(SourceError, match=r"c\.parquet: what kind.*known endings: \.txt, \.md, \.rst, \.jsonl"):
+        open_source(tmp_path / "c.parquet")
+    source = open_source(tmp_path / "a.txt")
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(SourceError, match=r"a\.txt: cannot be read: No such file"):
+        texts(source)
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.5, math.nan])
+def test_a_ratio_that_is_none_is_refused(ratio: float) -> None:
+    with pytest.raises(SourceError, match=f"--max-bad-ratio {ratio} is no share"):
+        Record(max_bad_ratio=ratio)
+
+
+def test_texts_in_memory() -> None:
+    counts = Counts()
+    found = list(documents(TextList(["one", " \n", "half \ud800 pair"]), counts=counts))
+    assert found == [Document("one", "0"), Document("half \ufffd pair", "2")]
+    assert counts == Counts(documents=2, blank=1, mended=1)
+
+
+def test_meta_value() -> None:
+    document = Document("text", "name", {"meta": {"pile_set_name": "ArXiv"}, "url": "u", "list": [1]})
+    assert meta_value(document, "meta.pile_set_name") == "ArXiv"
+    assert meta_value(document, "url") == "u"
+    assert [meta_value(document, key) for key in ("none", "meta.none", "url.none", "list.0")] == [None] * 4
 
 
 def test_sotu_missing_says_how_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,11 +135,11 @@ def test_sotu_is_split_by_year() -> None:
     except SourceError as error:
         pytest.skip(f"the sotu package is not installed: {error}")
     loaded = "sotu" in sys.modules
-    documents = list(validation)
-    years = [d.meta["year"] for d in documents]
+    found = read(validation)
+    years = [d.meta["year"] for d in found]
     assert years == sorted(years)
     assert all(year % 20 == 7 for year in years)
-    assert (len(documents), sum(1 for _ in train), sum(1 for _ in every)) == (11, 238, 249)
-    assert not {d.name for d in documents} & {d.name for d in train}
-    assert sum(len(d.text.encode()) for d in documents) == 604_168
+    assert (len(found), len(read(train)), len(read(every))) == (11, 238, 249)
+    assert not {d.name for d in found} & {d.name for d in read(train)}
+    assert sum(len(d.text.encode()) for d in found) == 604_168
     assert loaded or "sotu" not in sys.modules, "the package must not be imported: it needs pandas"

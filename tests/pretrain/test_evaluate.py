@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from tokenizers import Tokenizer as HuggingFaceTokenizer
 
 from potamos.data.loader import Windows
 from potamos.data.prepare import prepare
-from potamos.data.sources import Counts, Document
+from potamos.data.sources import TextList
 from potamos.data.tokenizer import Tokenizer, train_bpe
 from potamos.parallel.launch import Rank
 from potamos.pretrain.evaluate import EvaluationError, Score, evaluating, score
@@ -35,22 +34,10 @@ TEXTS = [
 ]
 
 
-class Texts:
-    """A corpus in memory."""
+class Texts(TextList):
+    """A corpus in memory in small shards."""
 
     shard_chunks = 2
-
-    def __init__(self, texts: list[str]) -> None:
-        self.texts, self.counts = texts, Counts()
-
-    @property
-    def description(self) -> dict[str, Any]:
-        return {"kind": "memory", "texts": len(self.texts)}
-
-    def __iter__(self) -> Iterator[Document]:
-        for number, text in enumerate(self.texts):
-            self.counts.documents += 1
-            yield Document(text, str(number))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from potamos.data.loader import Rows
 from potamos.data.prepare import prepare
-from potamos.data.sources import Counts, Document
+from potamos.data.sources import TextList
 from potamos.data.tokenizer import train_bpe
 from potamos.parallel.facts import parameter_table
 from potamos.parallel.launch import Rank
@@ -147,24 +147,14 @@ def test_a_batch_moves_with_everything_in_it() -> None:
 # --- accumulation ----------------------------------------------------------------------------------------------------
 
 
-class Texts:
+class Texts(TextList):
     """A corpus in memory: documents from one word to many, so that rows differ much in their targets."""
 
     shard_chunks = 4
 
     def __init__(self) -> None:
-        draw = np.random.default_rng(0)
-        self.texts = [" ".join(draw.choice(WORDS, draw.choice([1, 2, 40]))) + "." for _ in range(200)]
-        self.counts = Counts()
-
-    @property
-    def description(self) -> dict[str, Any]:
-        return {"kind": "memory"}
-
-    def __iter__(self) -> Iterator[Document]:
-        for number, text in enumerate(self.texts):
-            self.counts.documents += 1
-            yield Document(text, str(number))
+        draw = np.random.default_rng(1)
+        super().__init__([" ".join(draw.choice(WORDS, draw.choice([1, 2, 40]))) + "." for _ in range(200)])
 
 
 RECIPE = """

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from potamos.data.prepare import prepare
-from potamos.data.sources import Counts, Document
+from potamos.data.sources import TextList
 from potamos.data.tokenizer import train_bpe
 from potamos.parallel.facts import parameter_table
 from potamos.parallel.launch import Rank
@@ -61,24 +61,14 @@ def stubs(monkeypatch: pytest.MonkeyPatch) -> None:
         registry.register(room, name)(system)
 
 
-class Texts:
+class Texts(TextList):
     """A corpus in memory: short sentences of few words, so that a handful of steps is enough to learn something."""
 
     shard_chunks = 4
 
     def __init__(self) -> None:
         draw = np.random.default_rng(0)
-        self.texts = [" ".join(draw.choice(WORDS, draw.integers(4, 60))) + "." for _ in range(80)]
-        self.counts = Counts()
-
-    @property
-    def description(self) -> dict[str, Any]:
-        return {"kind": "memory"}
-
-    def __iter__(self) -> Iterator[Document]:
-        for number, text in enumerate(self.texts):
-            self.counts.documents += 1
-            yield Document(text, str(number))
+        super().__init__([" ".join(draw.choice(WORDS, draw.integers(4, 60))) + "." for _ in range(80)])
 
 
 @pytest.fixture(scope="module")
