@@ -75,8 +75,7 @@ def scored_pairs(
     inputs, targets, zero = [], [], np.zeros(1, np.int64)
     left = dataset.manifest.tokens if max_tokens is None else max_tokens
     for chunk in range(dataset.chunks):
-        last = chunk == dataset.chunks - 1
-        width = min(dataset.last_chunk_tokens if last else dataset.manifest.chunk_tokens + 1, left)
+        width = min(dataset.chunk_size(chunk), left)
         if width < 2:
             break
         tokens, documents, _ = read_rows([dataset], zero, np.array([chunk]), zero, width)

@@ -171,17 +171,15 @@ class Windows:
             raise MixtureError(f"boundaries {boundaries!r} is unknown; known: isolate, cross")
         self.dataset = TokenDataset(path, tokenizer_sha256=tokenizer_sha256, vocabulary=vocabulary)
         self.sequence_length, self.boundaries = sequence_length, boundaries
-        self._per_chunk = -(-self.dataset.manifest.chunk_tokens // sequence_length)
-        last = -(-(self.dataset.last_chunk_tokens - 1) // sequence_length)
-        self._length = (self.dataset.chunks - 1) * self._per_chunk + last
+        self._cut = self.dataset.cut(sequence_length, rest=True)
 
     def __len__(self) -> int:
-        return self._length
+        return self._cut.total
 
     def read(self, start: int, count: int) -> Rows:
         """Windows ``start`` to ``start + count - 1``; fewer at the end of the dataset."""
-        numbers = np.arange(start, min(start + count, self._length))
-        chunk, place = numbers // self._per_chunk, numbers % self._per_chunk * self.sequence_length
+        numbers = np.arange(start, min(start + count, self._cut.total))
+        chunk, place = self._cut.place(numbers)
         source = np.zeros(len(numbers), np.int32)
         width = self.sequence_length + 1
         tokens, document_ids, positions = read_rows([self.dataset], source, chunk, place, width)

@@ -4,8 +4,10 @@ One chunk is three members of the tar:
     NNNNNNNN.tok.npy  uint16 or uint32 (vocabulary > 65,535), a slice of the stream "document, end-of-document, ..."
     NNNNNNNN.doc.npy  int32, where documents end inside the chunk (one past their end-of-document token), ascending
     NNNNNNNN.json     what else stock readers need to place the chunk in the stream
-A dataset has a stride of ``chunk_tokens`` tokens; every chunk holds one more, the first of the next chunk, so that rows
-of inputs and shifted targets need no second chunk. The index (``shard-NNNNN.tar.idx``, little endian) is
+A dataset is cut into parts, one for each input that was read, and every part is written by itself: its document and
+chunk numbers begin at 0 and its shards are ``shard-PPPPP-NNNNN.tar``. A part has a stride of ``chunk_tokens`` tokens;
+every chunk holds one more, the first of the next chunk, so that rows of inputs and shifted targets need no second one.
+Only the last chunk of a part is shorter. The index (``shard-PPPPP-NNNNN.tar.idx``, little endian) is
     header | a CHUNK record per chunk | uint32 crc32 per 8 KiB block of the two payloads | uint32 crc32 of all before
 and is always built by scanning the tar, never from what the writer believes it wrote.
 """
@@ -23,7 +25,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,7 +44,7 @@ CHUNK = np.dtype(
         ("tokens", "<i4"),
         ("documents", "<i4"),  # document ends in the chunk
         ("end_offset", "<i8"),  # byte offset of the document ends' payload
-        ("first_document", "<i8"),  # number of the document that token 0 belongs to
+        ("first_document", "<i8"),  # number, within the part, of the document that token 0 belongs to
         ("first_position", "<i8"),  # place of token 0 in its document
         ("first_block", "<i8"),  # its first crc32; the token payload's blocks come first, then the ends'
     ]
@@ -98,20 +100,26 @@ def index_path(shard: Path) -> Path:
 
 
 class ShardWriter:
-    """Cuts a stream of documents into chunks and chunks into shards, all under ``folder``.
+    """Cuts the documents of one part into chunks and chunks into shards, all under ``folder``.
 
     Documents must already carry their end-of-document id. The bytes written are a function of the documents and the
     arguments alone. Nothing here renames: `prepare` writes into a temporary folder and renames that.
+
+    Attributes:
+        shards: what dataset.json says of the shards written so far, see `shard_entry`.
+        documents, tokens, max_token: counts of what was added; the largest id, 0 before the first document.
     """
 
-    def __init__(self, folder: Path, dtype: np.dtype, *, chunk_tokens: int, shard_chunks: int, source: str):
+    def __init__(
+        self, folder: Path, dtype: np.dtype, *, chunk_tokens: int, shard_chunks: int, source: str, part: int = 0
+    ):
         if not 1 <= chunk_tokens < 2**31 - 1 or shard_chunks < 1:
             raise ValueError(f"chunk_tokens {chunk_tokens} and shard_chunks {shard_chunks} must be positive")
-        self.folder, self.dtype = folder, dtype
+        self.folder, self.dtype, self.part = folder, dtype, part
         self.shards: list[dict[str, Any]] = []
         self.documents = 0  # finished
         self.tokens = 0
-        self.max_token = -1
+        self.max_token = 0
         self._shard_chunks, self._source = shard_chunks, source
         self._buffer = np.empty(chunk_tokens + 1, dtype)
         self._filled, self._ends = 0, []
@@ -154,7 +162,7 @@ class ShardWriter:
 
     def _write_chunk(self) -> None:
         if self._tar is None:
-            path = self.folder / f"shard-{len(self.shards):05d}.tar"
+            path = self.folder / f"shard-{self.part:05d}-{len(self.shards):05d}.tar"
             self._tar = open(path, "wb")  # noqa: SIM115  (stays open over many chunks)
             self._in_shard = 0
         key = f"{self._chunks:08d}"
@@ -163,6 +171,7 @@ class ShardWriter:
             "documents": len(self._ends),
             "first_document": self._first_document,
             "first_position": self._first_position,
+            "part": self.part,
             "source": self._source,
             "tokens": self._filled,
         }
@@ -194,6 +203,7 @@ def shard_entry(name: str, index: ShardIndex, index_content: bytes) -> dict[str,
         "name": name,
         "bytes": index.tar_bytes,
         "sha256": index.tar_sha256,
+        "index_bytes": len(index_content),
         "index_sha256": hashlib.sha256(index_content).hexdigest(),
         "chunks": len(index.chunks),
         "tokens": int(index.chunks["tokens"].sum()),
@@ -230,7 +240,9 @@ def scan_tar(content: mmap.mmap | bytes, place: str) -> Iterator[tuple[str, int,
             if content[offset + _TAR_BLOCK : offset + 2 * _TAR_BLOCK] != bytes(_TAR_BLOCK):
                 raise CorruptShardError(f"{place} is truncated inside its end-of-archive mark, byte {offset}")
             return
-        name, length = _parse_header(header, f"{place}, byte {offset}")
+        name, length, kind = parse_header(header, f"{place}, byte {offset}")
+        if kind not in (b"0", b"\0"):
+            raise CorruptShardError(f"{place}, byte {offset}: a member that is not a plain file")
         if name in seen:
             raise CorruptShardError(f"{place} holds member {name} twice, the second at byte {offset}")
         seen.add(name)
@@ -241,17 +253,31 @@ def scan_tar(content: mmap.mmap | bytes, place: str) -> Iterator[tuple[str, int,
         offset += length + -length % _TAR_BLOCK
 
 
-def _parse_header(header: bytes, place: str) -> tuple[str, int]:
+class TarHeader(NamedTuple):
+    """What the scanner needs of a member's header."""
+
+    name: str
+    size: int  # bytes of payload
+    kind: bytes  # the type flag: b"0" or b"\0" for a plain file
+
+
+def parse_header(header: bytes, place: str) -> TarHeader:
+    """Parse and check one 512-byte header of a ustar (POSIX.1-1988) or GNU archive.
+
+    Raises:
+        CorruptShardError: not a header, or its checksum does not hold; ``place`` names it.
+    """
     try:
         stored = int(header[148:156].rstrip(b" \0"), 8)
-        length = int(header[124:136].rstrip(b" \0"), 8)
+        size = int(header[124:136].rstrip(b" \0"), 8)
     except ValueError:
         raise CorruptShardError(f"{place}: no tar header") from None
-    if length < 0 or stored != sum(header) - sum(header[148:156]) + 8 * 32 or header[257:262] != b"ustar":
+    if size < 0 or stored != sum(header) - sum(header[148:156]) + 8 * 32 or header[257:262] != b"ustar":
         raise CorruptShardError(f"{place}: the tar header's checksum does not hold")
-    if header[156:157] not in (b"0", b"\0"):
-        raise CorruptShardError(f"{place}: a member that is not a plain file")
-    return header[:100].rstrip(b"\0").decode("utf-8", "replace"), length
+    name = header[:100].partition(b"\0")[0]
+    if header[257:263] == b"ustar\0" and header[345] != 0:  # a long path is cut in two; GNU uses the field for others
+        name = header[345:500].partition(b"\0")[0] + b"/" + name
+    return TarHeader(name.decode("utf-8", "replace"), size, header[156:157])
 
 
 def build_index(shard: Path) -> ShardIndex:

@@ -132,7 +132,8 @@ class TokenStream:
         self.datasets: list[TokenDataset] = []
         self._stages = self._open_stages(stages, tokenizer_sha256, vocabulary)
         self._starts = np.array([stage.start for stage in self._stages])
-        self._rows = [dataset.rows(sequence_length) for dataset in self.datasets]
+        self._cuts = [dataset.cut(sequence_length) for dataset in self.datasets]
+        self._rows = [cut.total for cut in self._cuts]
         for dataset, rows in zip(self.datasets, self._rows, strict=True):
             self._check_length(dataset, rows)
         self._first_id = self._first_ids()
@@ -277,7 +278,7 @@ class TokenStream:
         else:
             row = shuffled(draw, rows, derive_key("rows", self.seed, dataset.fingerprint))
             shift = np.zeros_like(row)
-        return *dataset.place(row, self.sequence_length), shift
+        return *self._cuts[number].place(row), shift
 
     def _cut(
         self, samples: np.ndarray, source: np.ndarray, chunk: np.ndarray, start: np.ndarray, shift: np.ndarray
@@ -301,7 +302,7 @@ class TokenStream:
                 if self.slots is not None:
                     rows -= rows % self.slots
                 tokens = dataset.manifest.tokens
-                unread = tokens - 1 - rows * self.sequence_length
+                unread = dataset.targets - rows * self.sequence_length
                 summaries.append(
                     SourceSummary(
                         number, label, dataset.path, float(share), rows, tokens, dataset.manifest.documents, unread

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from potamos.data.files import write_atomically
-from potamos.data.manifest import MANIFEST, make_manifest
+from potamos.data.manifest import MANIFEST, make_manifest, totals
 from potamos.data.shards import ShardWriter, token_dtype
 from potamos.data.tokenizer import Tokenizer, train_bpe
 
@@ -54,7 +54,7 @@ WriteIds = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def write_ids() -> WriteIds:
-    """A dataset of given document lengths with random ids 1..vocabulary-1, closed by id 0."""
+    """A dataset of given document lengths with random ids 1..vocabulary-1, closed by id 0, in ``parts`` equal parts."""
 
     def write(
         folder: Path,
@@ -65,14 +65,23 @@ def write_ids() -> WriteIds:
         vocabulary: int = 300,
         seed: int = 0,
         tokenizer_sha256: str = "t" * 64,
+        parts: int = 1,
     ) -> Path:
         folder.mkdir(parents=True)
         rng = np.random.default_rng(seed)
         dtype = token_dtype(vocabulary)
-        writer = ShardWriter(folder, dtype, chunk_tokens=chunk_tokens, shard_chunks=shard_chunks, source="ids")
-        for length in lengths:
-            writer.add(np.append(rng.integers(1, vocabulary, length - 1), END).astype(np.int32))
-        writer.finish()
+        described = []
+        for part in range(parts):
+            writer = ShardWriter(
+                folder, dtype, chunk_tokens=chunk_tokens, shard_chunks=shard_chunks, source="ids", part=part
+            )
+            mine = slice(part * len(lengths) // parts, (part + 1) * len(lengths) // parts)
+            for length in lengths[mine]:
+                writer.add(np.append(rng.integers(1, vocabulary, length - 1), END).astype(np.int32))
+            writer.finish()
+            counts = {"tokens": writer.tokens, "documents": writer.documents, "max_token": writer.max_token}
+            nothing = dict.fromkeys(("text_bytes", "blank", "rejected", "mended", "duplicates"), 0)
+            described.append({"name": f"ids-{part}", "files": [], "shards": writer.shards, **counts, **nothing})
         manifest = make_manifest(
             {
                 "source": {"kind": "ids", "seed": seed},
@@ -86,14 +95,10 @@ def write_ids() -> WriteIds:
                 "dtype": dtype.str,
                 "chunk_tokens": chunk_tokens,
                 "shard_chunks": shard_chunks,
-                "shards": writer.shards,
-                "tokens": writer.tokens,
-                "documents": writer.documents,
-                "text_bytes": 0,
-                "max_token": writer.max_token,
-                "blank": 0,
-                "rejected": 0,
-                "mended": 0,
+                "layout": "chunks",
+                "deduplicated": False,
+                "parts": described,
+                **totals(described),
             }
         )
         write_atomically(folder / MANIFEST, manifest.to_bytes())

@@ -104,14 +104,14 @@ def test_slots_must_divide_the_batch(write_ids: Any, tmp_path: Path) -> None:
 def test_an_error_in_the_thread_reaches_the_consumer(write_ids: Any, tmp_path: Path) -> None:
     path = write_ids(tmp_path / "d", [100] * 40, chunk_tokens=512, shard_chunks=1)
     stream = TokenStream([StageSpec(0, (SourceSpec(path),))], sequence_length=32, seed=0)
-    shard = path / "shard-00003.tar"
+    shard = path / "shard-00000-00003.tar"
     content = bytearray(shard.read_bytes())
     content[512 + 128 + 300] ^= 1
     shard.write_bytes(content)
     with Loader(stream, sequences=4) as loader:
-        with pytest.raises(CorruptShardError, match="shard-00003"):
+        with pytest.raises(CorruptShardError, match="shard-00000-00003"):
             list(itertools.islice(loader, 100))
-        with pytest.raises(CorruptShardError, match="shard-00003"):  # not a hang, not the end of the data
+        with pytest.raises(CorruptShardError, match="shard-00000-00003"):  # not a hang, not the end of the data
             next(loader)
 
 

@@ -80,12 +80,12 @@ def test_a_repeated_token_alone_makes_no_chunk(
     write_ids: Any, tmp_path: Path, lengths: list[int], stored: list[int]
 ) -> None:
     path = write_ids(tmp_path / "d", lengths, chunk_tokens=16, shard_chunks=9)
-    assert build_index(path / "shard-00000.tar").chunks["tokens"].tolist() == stored
+    assert build_index(path / "shard-00000-00000.tar").chunks["tokens"].tolist() == stored
     assert verify(path, deep=True).ok
 
 
 def test_scanner_agrees_with_tarfile(dataset: Path) -> None:
-    shard = dataset / "shard-00000.tar"
+    shard = dataset / "shard-00000-00000.tar"
     with tarfile.open(shard) as tar:
         stock = [(m.name, m.offset_data, m.size) for m in tar]
         assert all(m.mtime == 0 for m in tar.getmembers())
@@ -109,46 +109,53 @@ def test_a_sound_dataset_verifies(dataset: Path) -> None:
 
 
 def truncate_shard(path: Path) -> None:
-    content = (path / "shard-00001.tar").read_bytes()
-    (path / "shard-00001.tar").write_bytes(content[:-700])
+    content = (path / "shard-00000-00001.tar").read_bytes()
+    (path / "shard-00000-00001.tar").write_bytes(content[:-700])
 
 
 def drop_shard(path: Path) -> None:
-    (path / "shard-00002.tar").unlink()
+    (path / "shard-00000-00002.tar").unlink()
 
 
 def truncate_index(path: Path) -> None:
-    file = path / "shard-00001.tar.idx"
+    file = path / "shard-00000-00001.tar.idx"
     file.write_bytes(file.read_bytes()[:-20])
 
 
 def empty_index(path: Path) -> None:
-    (path / "shard-00001.tar.idx").write_bytes(b"")
+    (path / "shard-00000-00001.tar.idx").write_bytes(b"")
 
 
 def flip_index(path: Path) -> None:
-    file = path / "shard-00001.tar.idx"
+    file = path / "shard-00000-00001.tar.idx"
     content = bytearray(file.read_bytes())
     content[80] ^= 4
     file.write_bytes(content)
 
 
 def drop_index(path: Path) -> None:
-    (path / "shard-00001.tar.idx").unlink()
+    (path / "shard-00000-00001.tar.idx").unlink()
 
 
 def stale_index(path: Path) -> None:
     """The shard was written again with other ids: same size, new sound index, old dataset.json."""
-    shard = path / "shard-00001.tar"
+    shard = path / "shard-00000-00001.tar"
     content = bytearray(shard.read_bytes())
     content[512 + 128 + 10] ^= 1
     shard.write_bytes(content)
     index_path(shard).write_bytes(build_index(shard).to_bytes())
 
 
-def swap_shards(path: Path) -> None:
+def shorter_shard(path: Path) -> None:
+    """The last shard was replaced by a sound one, with its index, of another dataset."""
     for suffix in ("tar", "tar.idx"):
-        one, two, spare = path / f"shard-00000.{suffix}", path / f"shard-00001.{suffix}", path / "spare"
+        shutil.copy(path / f"shard-00000-00000.{suffix}", path / f"shard-00000-00003.{suffix}")
+
+
+def swap_shards(path: Path) -> None:
+    """Each with its own sound index."""
+    for suffix in ("tar", "tar.idx"):
+        one, two, spare = path / f"shard-00000-00001.{suffix}", path / f"shard-00000-00002.{suffix}", path / "spare"
         one.rename(spare)
         two.rename(one)
         spare.rename(two)
@@ -173,14 +180,13 @@ def drop_manifest(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (truncate_shard, r"shard-00001\.tar has \d+ bytes, dataset.json says \d+"),
-        (drop_shard, r"shard-00002\.tar is missing"),
-        (truncate_index, r"shard-00001\.tar\.idx is truncated or damaged"),
-        (empty_index, r"shard-00001\.tar\.idx is not a shard index or is truncated"),
-        (flip_index, r"shard-00001\.tar\.idx is truncated or damaged"),
-        (drop_index, r"shard-00001\.tar\.idx is missing"),
-        (stale_index, r"shard-00001\.tar\.idx is stale"),
-        (swap_shards, r"is stale"),
+        (truncate_shard, r"shard-00000-00001\.tar has \d+ bytes, dataset.json says \d+"),
+        (drop_shard, r"shard-00000-00002\.tar is missing"),
+        (truncate_index, r"shard-00000-00001\.tar\.idx has \d+ bytes, dataset.json says \d+"),
+        (empty_index, r"shard-00000-00001\.tar\.idx has 0 bytes, dataset.json says \d+"),
+        (drop_index, r"shard-00000-00001\.tar\.idx is missing"),
+        (swap_shards, r"shard-00000-00001\.tar(\.idx)? has \d+ bytes, dataset.json says \d+"),
+        (shorter_shard, r"shard-00000-00003\.tar has \d+ bytes, dataset.json says \d+"),
         (edit_manifest, r"dataset.json was changed after it was written"),
         (cut_manifest, r"dataset.json cannot be read"),
         (drop_manifest, r"holds no dataset.json"),
@@ -195,13 +201,25 @@ def test_damage_is_named_at_the_start_of_a_run(copy: Path, damage: Callable[[Pat
     assert any(says.split(r"\.")[0].split(" ")[0][:8] in problem for problem in report.problems)
 
 
+@pytest.mark.parametrize("damage", [flip_index, stale_index])
+def test_a_damaged_or_stale_index_is_named_when_its_shard_is_first_touched(
+    copy: Path, damage: Callable[[Path], None]
+) -> None:
+    damage(copy)
+    stream = open_stream(copy)
+    says = r"shard-00000-00001\.tar\.idx is damaged, or stale"
+    with pytest.raises(CorruptShardError, match=says):
+        stream.read(0, stream.describe()[0].samples_per_epoch)
+    assert any("is damaged, or stale" in problem for problem in verify(copy).problems)
+
+
 def test_missing_dataset(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"prepare it with"):
         open_stream(tmp_path / "nowhere")
 
 
 def test_any_flipped_payload_byte_is_found_on_first_read_and_by_verify(dataset: Path, copy: Path) -> None:
-    shard = copy / "shard-00001.tar"
+    shard = copy / "shard-00000-00001.tar"
     sound = shard.read_bytes()
     chunk = ShardIndex.from_bytes(index_path(shard).read_bytes(), "x").chunks[1]
     stream = open_stream(copy)
@@ -212,7 +230,7 @@ def test_any_flipped_payload_byte_is_found_on_first_read_and_by_verify(dataset: 
         content[int(chunk["token_offset"]) + offset] ^= 0x10
         shard.write_bytes(content)
         block = int(chunk["token_offset"]) + offset // 8192 * 8192
-        says = rf"shard-00001\.tar, chunk 1 of the shard, bytes {block} to "
+        says = rf"shard-00000-00001\.tar, chunk 1 of the shard, bytes {block} to "
         with pytest.raises(CorruptShardError, match=says):
             open_stream(copy).read(0, n)
         assert not verify(copy, deep=True).ok
@@ -241,7 +259,7 @@ def test_a_block_is_checked_once(copy: Path) -> None:
     """A run does not pay for a block twice: damage done after the first read goes unseen by this process."""
     stream = open_stream(copy)
     before = stream.read(0, 50).tokens
-    shard = copy / "shard-00000.tar"
+    shard = copy / "shard-00000-00000.tar"
     with open(shard, "r+b") as file:
         file.seek(512 + 128)
         file.write(b"\xff")
@@ -249,7 +267,7 @@ def test_a_block_is_checked_once(copy: Path) -> None:
 
 
 def test_scanner_refuses_damaged_archives(dataset: Path) -> None:
-    sound = (dataset / "shard-00000.tar").read_bytes()
+    sound = (dataset / "shard-00000-00000.tar").read_bytes()
     members = list(scan_tar(sound, "x"))
     header = members[1][1] - 512
 
@@ -278,7 +296,7 @@ HEADER_FIELDS = (0, 100, 108, 116, 124, 136, 148, 156, 157, 257, 263, 265, 297, 
 def test_any_flipped_byte_of_a_dataset_is_reported_and_named(write_ids: Any, tmp_path: Path) -> None:
     """Every byte but the fillings of tar headers, of which both ends are flipped; nothing is ever an uncaught error."""
     path = write_ids(tmp_path / "d", [9, 30, 12, 40], chunk_tokens=64, shard_chunks=1)
-    shard = path / "shard-00000.tar"
+    shard = path / "shard-00000-00000.tar"
     members = list(scan_tar(shard.read_bytes(), "x"))
     places = set(range(members[-1][1] + members[-1][2] - 2, shard.stat().st_size, 61))  # padding, end blocks
     for _, offset, size in members:
@@ -314,6 +332,10 @@ def test_any_flipped_byte_of_dataset_json_is_reported_or_only_layout(write_ids: 
     assert 0 < harmless < len(sound)
 
 
+def shards(fields: dict[str, Any]) -> list[Any]:
+    return fields["parts"][0]["shards"]
+
+
 def rewrite_manifest(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     """dataset.json edited by someone who also mends its fingerprint."""
     fields = json.loads((path / "dataset.json").read_text())
@@ -323,8 +345,8 @@ def rewrite_manifest(path: Path, change: Callable[[dict[str, Any]], Any]) -> Non
 
 
 REQUIRED = (
-    "source", "tokenizer", "dtype", "chunk_tokens", "shards", "tokens", "documents", "text_bytes", "max_token",
-    "blank", "rejected", "mended",
+    "layout", "source", "split", "tokenizer", "dtype", "chunk_tokens", "shard_chunks", "deduplicated", "parts",
+    "tokens", "documents", "text_bytes", "max_token", "blank", "rejected", "mended", "duplicates",
 )  # fmt: skip
 
 
@@ -344,13 +366,23 @@ def test_a_field_missing_from_dataset_json_is_named(copy: Path, field: str) -> N
     [
         (lambda fields: fields["tokenizer"].pop("sha256"), r"'tokenizer\.sha256' is missing"),
         (lambda fields: fields["tokenizer"].update(end_of_document="0"), r"'tokenizer\.end_of_document' is '0', not"),
-        (lambda fields: fields["shards"][1].pop("index_sha256"), r"'shards\[1\]\.index_sha256' is missing"),
-        (lambda fields: fields["shards"].append("x.tar"), r"'shards\[4\]' is 'x\.tar', not a table"),
-        (lambda fields: fields["shards"][0].update(name="../d/shard-00000.tar"), r"'shards\[0\]\.name' is .*file name"),
-        (lambda fields: fields.update(shards=[]), "'shards' is .*at least one"),
+        (lambda fields: shards(fields)[1].pop("index_sha256"), r"'parts\[0\]\.shards\[1\]\.index_sha256' is missing"),
+        (lambda fields: shards(fields).append("x.tar"), r"'parts\[0\]\.shards\[4\]' is 'x\.tar', not a table"),
+        (lambda fields: shards(fields)[0].update(name="../d/x.tar"), r"'parts\[0\]\.shards\[0\]\.name' is .*file name"),
+        (lambda fields: shards(fields)[2].update(shards(fields)[1]), r"'parts\[0\]\.shards\[2\]\.name' is .*its own"),
+        (lambda fields: shards(fields)[1].update(tokens=8193), r"'parts\[0\]\.shards\[1\]\.tokens' is 8193, not 8194"),
+        (lambda fields: shards(fields)[3].update(tokens=1), r"'parts\[0\]\.shards\[3\]\.tokens' is 1, not 2 to 4097"),
+        (lambda fields: shards(fields)[3].update(chunks=0), r"'parts\[0\]\.shards\[3\]\.chunks' is 0, not at least 1"),
+        (lambda fields: fields["parts"][0].pop("documents"), r"'parts\[0\]\.documents' is missing"),
+        (lambda fields: fields["parts"][0].update(blank=1), r"'blank' is 0, not 1, as its parts say"),
+        (lambda fields: fields.update(max_token=5), r"'max_token' is 5, not 299, as its parts say"),
+        (lambda fields: fields.update(layout="rows"), r"'layout' is 'rows', not one of chunks, members, text"),
+        (lambda fields: fields.update(parts=[]), "'parts' is .*at least one shard"),
+        (lambda fields: fields.update(deduplicated=0), "'deduplicated' is 0, not bool"),
         (lambda fields: fields.update(chunk_tokens=0), "'chunk_tokens' is 0, not at least 1"),
         (lambda fields: fields.update(documents=True), "'documents' is True, not a whole number"),
         (lambda fields: fields.update(tokens=-1), "'tokens' is -1, not a whole number"),
+        (lambda fields: fields.update(tokens=7), "'tokens' is 7, not 24887, as its parts say"),
         (lambda fields: fields.update(dtype="<f4"), "'dtype' is '<f4', not '<u2' or '<u4'"),
     ],
 )
@@ -363,13 +395,14 @@ def test_a_wrong_field_of_dataset_json_is_named(copy: Path, change: Callable[[di
 
 def test_another_index_of_the_same_shard_is_refused(copy: Path) -> None:
     """Sound in itself and made for these very bytes, but not what prepare wrote: only dataset.json's hash tells."""
-    file = copy / "shard-00001.tar.idx"
+    file = copy / "shard-00000-00001.tar.idx"
     index = ShardIndex.from_bytes(file.read_bytes(), "x")
     chunks = index.chunks.copy()
     chunks["first_document"] += 1
     file.write_bytes(dataclasses.replace(index, chunks=chunks).to_bytes())
-    with pytest.raises(CorruptShardError, match=r"shard-00001\.tar\.idx is stale"):
-        open_stream(copy)
+    stream = open_stream(copy)
+    with pytest.raises(CorruptShardError, match=r"shard-00000-00001\.tar\.idx is damaged, or stale"):
+        stream.read(0, stream.describe()[0].samples_per_epoch)
 
 
 ABOUT = {"chunk": 0, "documents": 1, "first_document": 0, "first_position": 0, "source": "x", "tokens": 3}
@@ -402,7 +435,7 @@ def npy(header: str, payload: bytes = bytes(6)) -> bytes:
 )
 def test_a_damaged_member_is_named(tmp_path: Path, suffix: str, content: Any, says: str) -> None:
     """Sound checksums around it, as from a faulty writer: the shard is scanned without an index to compare with."""
-    shard = tmp_path / "shard-00000.tar"
+    shard = tmp_path / "shard-00000-00000.tar"
     for parts, fails in [(SOUND, False), ({**SOUND, suffix: content}, True)]:
         with tarfile.open(shard, "w", format=tarfile.USTAR_FORMAT) as tar:
             for name, part in parts.items():
@@ -420,13 +453,13 @@ def test_a_damaged_member_is_named(tmp_path: Path, suffix: str, content: Any, sa
             continue
         with pytest.raises(CorruptShardError, match=says) as caught:
             build_index(shard)
-        assert "shard-00000.tar" in str(caught.value)
+        assert "shard-00000-00000.tar" in str(caught.value)
         assert says == "token types" or f"00000000.{suffix}" in str(caught.value)
 
 
 def test_an_index_whose_table_does_not_fit_is_refused(dataset: Path) -> None:
     """Its own checksum holds, as after a faulty writer."""
-    sound = (dataset / "shard-00000.tar.idx").read_bytes()
+    sound = (dataset / "shard-00000-00000.tar.idx").read_bytes()
     for at, value in [(12, 3), (12, 2**31), (20, 9999)]:  # bytes of a token; chunks
         body = sound[:at] + struct.pack("<I", value) + sound[at + 4 : -4]
         with pytest.raises(CorruptShardError, match=r"x\.idx: .* do not fit the file"):
@@ -435,7 +468,7 @@ def test_an_index_whose_table_does_not_fit_is_refused(dataset: Path) -> None:
 
 def test_verify_finds_ids_above_what_dataset_json_promises(write_ids: Any, tmp_path: Path) -> None:
     path = write_ids(tmp_path / "d", [30, 30], chunk_tokens=16)
-    (path / "shard-00009.tar").write_bytes(b"")
+    (path / "shard-00000-00009.tar").write_bytes(b"")
     report = verify(path)
-    assert "shard-00009.tar is not listed" in report.problems[0]
+    assert "shard-00000-00009.tar is not listed" in report.problems[0]
     assert read_manifest(path).max_token < 300

@@ -169,6 +169,7 @@ def test_contiguous_ids_that_do_not_fit_are_refused(write_ids: Any, tmp_path: Pa
     for documents, fits in [(2**30 - 1, True), (2**30, False)]:
         fields = json.loads((path / "dataset.json").read_text())
         del fields["fingerprint"]
+        fields["parts"][0]["documents"] = documents
         manifest = make_manifest({**fields, "documents": documents})
         (path / "dataset.json").write_bytes(manifest.to_bytes())
         both = [stage(other), stage(path, start=4)]
