@@ -155,7 +155,7 @@ def sample(
     dataset = TokenDataset(path, tokenizer_sha256=tokenizer.sha256)
     if not 0 <= chunk < dataset.chunks:
         raise DatasetError(f"dataset {path} has chunks 0 to {dataset.chunks - 1}; there is no chunk {chunk}")
-    stored = dataset.last_chunk_tokens if chunk == dataset.chunks - 1 else dataset.manifest.chunk_tokens + 1
+    stored = dataset.chunk_size(chunk)
     if not 0 <= start < stored or tokens < 1:
         raise DatasetError(f"chunk {chunk} of {path} holds tokens 0 to {stored - 1}; cannot read {tokens} from {start}")
     zero, width = np.zeros(1, np.int64), min(tokens, stored - start)

@@ -17,7 +17,7 @@ import numpy as np
 
 from potamos.data.errors import DatasetError, SourceError, TokenizerError
 from potamos.data.files import flush_names, write_atomically
-from potamos.data.manifest import MANIFEST, Manifest, make_manifest, read_manifest, verify
+from potamos.data.manifest import MANIFEST, Manifest, make_manifest, read_manifest, totals, verify
 from potamos.data.shards import CHUNK_TOKENS, ShardWriter, token_dtype
 from potamos.data.sources import MAX_BAD_RATIO, Counts, Document, Record, Source, open_source
 from potamos.data.tokenizer import Tokenizer
@@ -91,17 +91,26 @@ def prepare(
         )  # fmt: skip
         counts = Counts()
         text_bytes = _write(_read(documents, out, max_bad_ratio, counts), tokenizer, writer, progress)
+        part = {
+            "name": "all",
+            "files": [],
+            "shards": writer.shards,
+            "tokens": writer.tokens,
+            "documents": writer.documents,
+            "text_bytes": text_bytes,
+            "max_token": writer.max_token,
+            "blank": counts.blank,
+            "rejected": counts.rejected,
+            "mended": counts.mended,
+            "duplicates": 0,
+        }
         manifest = make_manifest(
             {
                 **settings,
-                "shards": writer.shards,
-                "tokens": writer.tokens,
-                "documents": writer.documents,
-                "text_bytes": text_bytes,
-                "max_token": writer.max_token,
-                "blank": counts.blank,
-                "rejected": counts.rejected,
-                "mended": counts.mended,
+                "layout": "chunks",
+                "deduplicated": False,
+                "parts": [part],
+                **totals([part]),
             }
         )
         write_atomically(partial / MANIFEST, manifest.to_bytes())

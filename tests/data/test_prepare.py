@@ -62,10 +62,10 @@ def test_the_same_bytes_every_time(corpus: Path, tokenizer: Tokenizer, tmp_path:
     for name in ("one", "two"):
         prepare(corpus, "all", tokenizer, tmp_path / name, chunk_tokens=2000)
     assert content(tmp_path / "one") == content(tmp_path / "two")
-    moment = (tmp_path / "one" / "shard-00000.tar").stat().st_mtime_ns
+    moment = (tmp_path / "one" / "shard-00000-00000.tar").stat().st_mtime_ns
     prepare(corpus, "all", tokenizer, tmp_path / "one", chunk_tokens=2000)
-    assert (tmp_path / "one" / "shard-00000.tar").stat().st_mtime_ns == moment, "an equal dataset is left alone"
-    (tmp_path / "one" / "shard-00000.tar").write_bytes(b"damaged")
+    assert (tmp_path / "one" / "shard-00000-00000.tar").stat().st_mtime_ns == moment, "an equal dataset is left alone"
+    (tmp_path / "one" / "shard-00000-00000.tar").write_bytes(b"damaged")
     prepare(corpus, "all", tokenizer, tmp_path / "one", chunk_tokens=2000)
     assert content(tmp_path / "one") == content(tmp_path / "two"), "a damaged one is mended"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two"]
