@@ -1,45 +1,51 @@
-"""What a trainer reads from: this rank's rows of every global batch, and the windows of a held-out dataset."""
+"""What a trainer reads from: this rank's rows of every global batch."""
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
-from potamos.data.dataset import TokenDataset, read_rows
 from potamos.data.errors import DatasetError, MixtureError
 from potamos.data.rows import Rows
-from potamos.data.stream import SourceSpec, SourceSummary, StageSpec, TokenStream, crossing
+from potamos.data.stages import SourcePlan, SourceSpec, SourceSummary, StageSpec
+from potamos.data.stream import TokenStream
+from potamos.data.windows import Windows
 
-__all__ = ["Loader", "Rows", "SourceSpec", "SourceSummary", "StageSpec", "TokenStream", "Windows"]
+__all__ = ["Loader", "Rows", "SourcePlan", "SourceSpec", "SourceSummary", "StageSpec", "TokenStream", "Windows"]
+
+GROUP = 2**17  # tokens handed from thread to thread at once: a hand-over costs as much as cutting 10^4 of them
+
+_Batch = tuple[int, Rows]  # place where the global batch begins, this rank's rows
 
 
 class Loader:
     """Iterator over this rank's slice of each global batch, read ahead by one thread.
 
-    Global batch b holds samples ``next_sample + b * sequences`` on; rank r of W gets its r-th of W equal slices, so the
-    batches joined over ranks are the same for every W. Use it as a context manager, or call `close`.
+    A global batch holds the next ``sequences`` samples that are not skipped; rank r of W gets its r-th of W equal
+    slices, so the batches joined over ranks are the same for every W. Ranks that hold parts of one model (tensor,
+    pipeline, sequence or expert peers) give the same data rank and get the same rows. Use it as a context manager, or
+    call `close`.
 
     Args:
         stream: where rows come from.
         sequences: rows of a global batch; a multiple of ``world``.
         rank, world: this data-parallel rank and their number.
-        next_sample: first sample of the first batch.
+        next_sample: place where the first batch begins.
         allow_repeat: accept a batch larger than one epoch of a source's share in it.
-        ahead: batches kept ready.
+        ahead: batches kept ready, at least. Small ones are kept ready by the `GROUP`.
 
     Attributes:
-        next_sample: first sample of the batch that comes next; batches only read ahead do not count.
+        next_sample: place where the batch that comes next begins; batches only read ahead do not count.
         data_wait: seconds the consumer has waited for rows so far.
 
     Raises:
         MixtureError: sizes that do not fit together.
-        DatasetError: a source smaller than its share of one batch.
+        DatasetError: a source smaller than its share of one batch. Later, from the iteration: whatever went wrong in
+            reading or fetching, and again at every further call.
     """
 
     def __init__(
@@ -57,26 +63,25 @@ class Loader:
             raise MixtureError(f"sequences {sequences} cannot be cut into {world} equal parts, one for each data rank")
         if not 0 <= rank < world or next_sample < 0:
             raise MixtureError(f"rank {rank} of {world} from sample {next_sample}: out of range")
-        if stream.slots is not None and sequences % stream.slots:
-            raise MixtureError(f"sequences {sequences} must be a multiple of slots {stream.slots} in contiguous order")
+        if stream.slots is not None and (sequences % stream.slots or next_sample % stream.slots):
+            raise MixtureError(
+                f"sequences {sequences} from sample {next_sample}: both must be a multiple of slots {stream.slots} in "
+                f"contiguous order"
+            )
         if not allow_repeat:
-            self._refuse_small(stream, sequences)
+            _refuse_small(stream, sequences)
         self.stream, self.sequences, self.rank, self.world = stream, sequences, rank, world
         self.next_sample, self.data_wait = next_sample, 0.0
-        self._queue: queue.Queue[Rows | BaseException] = queue.Queue(ahead)
+        self._group = max(1, GROUP // (sequences // world * (stream.sequence_length + 1)))
+        self._held: deque[_Batch | BaseException] = deque()  # handed over, not asked for yet
+        # Two queues in C cost a fraction of a queue.Queue: groups that are ready, and leave to make another.
+        self._ready: queue.SimpleQueue[list[_Batch | BaseException]] = queue.SimpleQueue()
+        self._leave: queue.SimpleQueue[None] = queue.SimpleQueue()
+        for _ in range(max(1, ahead)):
+            self._leave.put(None)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
-
-    @staticmethod
-    def _refuse_small(stream: TokenStream, sequences: int) -> None:
-        for source in stream.describe():
-            if source.samples_per_epoch < sequences * source.share:
-                raise DatasetError(
-                    f"source {source.name} has {source.samples_per_epoch} rows of {stream.sequence_length} tokens, "
-                    f"a batch of {sequences} needs {sequences * source.share:g} of them; use smaller batches, "
-                    f"a shorter sequence or more text, or allow repeats within a batch"
-                )
 
     def __iter__(self) -> Iterator[Rows]:
         return self
@@ -91,39 +96,46 @@ class Loader:
                 target=self._fill, args=(self.next_sample,), name="potamos-loader", daemon=True
             )
             self._thread.start()
-        begin = time.perf_counter()
-        item = self._take(self._thread)
-        self.data_wait += time.perf_counter() - begin
+        if not self._held:
+            begin = time.perf_counter()
+            self._held.extend(self._take(self._thread))
+            self._leave.put(None)
+            self.data_wait += time.perf_counter() - begin
+        item = self._held.popleft()
         if isinstance(item, BaseException):
             self._failure = item
             raise item
-        self.next_sample += self.sequences
-        return item
+        begins, rows = item
+        assert begins == self.next_sample, f"batch from sample {begins} where {self.next_sample} comes next"
+        self.next_sample = self.stream.after(begins, self.sequences)
+        return rows
 
-    def _take(self, thread: threading.Thread) -> Rows | BaseException:
-        """The next item; never waits for a thread that is gone (as after a fork)."""
+    def _take(self, thread: threading.Thread) -> list[_Batch | BaseException]:
+        """The next group; never waits for a thread that is gone (as after a fork)."""
         while True:
             try:
-                return self._queue.get(timeout=5)
+                return self._ready.get(timeout=5)
             except queue.Empty:
-                if not thread.is_alive():
-                    return RuntimeError("the loader's thread has ended; make the loader in the process that reads it")
+                if not thread.is_alive() and self._ready.empty():
+                    return [RuntimeError("the loader's thread has ended; make the loader in the process that reads it")]
 
     def _fill(self, sample: int) -> None:
-        share = self.sequences // self.world
-        try:
-            while not self._stop.is_set():
-                self._put(self.stream.read(sample + self.rank * share, share))
-                sample += self.sequences
-        except BaseException as error:  # handed to the consumer, whatever it is
-            self._put(error)
-
-    def _put(self, item: Rows | BaseException) -> None:
-        while not self._stop.is_set():
+        """The thread: groups of batches, the first of one batch so that it comes early."""
+        group, share = 1, self.sequences // self.world
+        while True:
+            self._leave.get()
+            items: list[_Batch | BaseException] = []
             try:
-                return self._queue.put(item, timeout=0.1)
-            except queue.Full:
-                continue
+                for _ in range(group):
+                    if self._stop.is_set():
+                        return
+                    items.append((sample, self.stream.read(self.stream.after(sample, self.rank * share), share)))
+                    sample = self.stream.after(sample, self.sequences)
+            except BaseException as error:  # handed to the consumer, whatever it is, behind the batches before it
+                self._ready.put([*items, error])
+                return
+            self._ready.put(items)
+            group = min(2 * group, self._group)
 
     def state_dict(self) -> dict[str, Any]:
         """State to continue after the batch handed out last; see `TokenStream.state_dict`."""
@@ -132,6 +144,7 @@ class Loader:
     def close(self) -> None:
         """Stop reading ahead and end the thread; safe to call twice."""
         self._stop.set()
+        self._leave.put(None)
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -143,48 +156,11 @@ class Loader:
         self.close()
 
 
-class Windows:
-    """A whole dataset as non-overlapping windows in order, every token but the first a target exactly once.
-
-    Rows have the shape of `TokenStream`'s. A chunk's last window is filled up with padding (document id -1).
-    Positions of a document cut by a window's start count from the window's start.
-
-    Args:
-        path: a prepared dataset.
-        sequence_length: L; each row holds L + 1 tokens.
-        boundaries: ``isolate``, or ``cross`` for document id 0 wherever there is no padding.
-        tokenizer_sha256, vocabulary: see `TokenDataset`, which also says what is raised.
-    """
-
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        sequence_length: int,
-        boundaries: str = "isolate",
-        tokenizer_sha256: str | None = None,
-        vocabulary: int | None = None,
-    ):
-        if sequence_length < 1:
-            raise MixtureError(f"sequence_length {sequence_length} must be at least 1")
-        if boundaries not in ("isolate", "cross"):
-            raise MixtureError(f"boundaries {boundaries!r} is unknown; known: isolate, cross")
-        self.dataset = TokenDataset(path, tokenizer_sha256=tokenizer_sha256, vocabulary=vocabulary)
-        self.sequence_length, self.boundaries = sequence_length, boundaries
-        self._cut = self.dataset.cut(sequence_length, rest=True)
-
-    def __len__(self) -> int:
-        return self._cut.total
-
-    def read(self, start: int, count: int) -> Rows:
-        """Windows ``start`` to ``start + count - 1``; fewer at the end of the dataset."""
-        numbers = np.arange(start, min(start + count, self._cut.total))
-        chunk, place = self._cut.place(numbers)
-        source = np.zeros(len(numbers), np.int32)
-        width = self.sequence_length + 1
-        tokens, document_ids, positions = read_rows([self.dataset], source, chunk, place, width)
-        if self.boundaries == "cross":
-            padding = document_ids < 0
-            document_ids, positions = crossing(len(numbers), width)
-            document_ids[padding], positions[padding] = -1, 0
-        return Rows(tokens, document_ids, positions, numbers, source)
+def _refuse_small(stream: TokenStream, sequences: int) -> None:
+    for source in stream.describe():
+        if source.samples_per_epoch < sequences * source.share:
+            raise DatasetError(
+                f"source {source.name} has {source.samples_per_epoch} rows of {stream.sequence_length} tokens, a batch "
+                f"of {sequences} needs {sequences * source.share:g} of them; use smaller batches, a shorter sequence "
+                f"or more text, or allow repeats within a batch"
+            )

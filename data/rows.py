@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ class Rows:
             that follow each other in a slot are equal exactly where the text goes on (see `TokenStream`).
         positions: (n, L + 1) int32, restart at 0 with each document. For a document cut by the row's start they count
             from the row's start; in contiguous order they are the true place in the document.
+            With boundaries ``cross`` document ids and positions are read-only, one array for all batches of a size.
         samples: (n,) int64, global sample indices.
         source: (n,) int32, the source's number in the stream's list of distinct datasets.
     """
@@ -43,3 +45,12 @@ class Rows:
         return Rows(
             self.tokens[cut], self.document_ids[cut], self.positions[cut], self.samples[cut], self.source[cut]
         )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=8)
+def crossing(n: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Document ids and positions of n rows that ignore document boundaries: equal for all, so made once, read-only."""
+    document_ids = np.zeros((n, width), np.int32)
+    positions = np.tile(np.arange(width, dtype=np.int32), (n, 1))
+    document_ids.flags.writeable = positions.flags.writeable = False
+    return document_ids, positions

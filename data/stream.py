@@ -2,72 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import json
-import os
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from potamos.data import state
 from potamos.data.dataset import TokenDataset, read_rows
-from potamos.data.errors import DatasetError, MixtureError, StateMismatchError, TokenizerMismatchError
-from potamos.data.order import Mixture, check_weights, contiguous, derive_key, laps, shuffled
-from potamos.data.rows import Rows
+from potamos.data.errors import DatasetError, MixtureError
+from potamos.data.order import derive_key
+from potamos.data.rows import Rows, crossing
+from potamos.data.skips import SkipList
+from potamos.data.stages import SourcePlan, SourceSpec, SourceSummary, Stage, Stages, StageSpec
+from potamos.data.walks import Contiguous, Shuffled, Walk, Windowed, check_contiguous, first_ids
 
-_Places = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-STATE_VERSION = 1
 PLAN = 4096  # samples whose places are worked out at once when samples are read in order
-LAPS = 2  # sets of document ids that a dataset has in contiguous order; laps of a slot take them in turn
-_PARTS = ("tokenizer", "seed", "sequence_length", "boundaries", "order", "stages")
+ORDERS = ("shuffled", "contiguous", "window")
 
 
-@dataclass(frozen=True)
-class SourceSpec:
-    """A prepared dataset and its weight in a mixture; ``name`` defaults to the folder's path."""
+class _Places(NamedTuple):
+    """Where samples are: arrays of int64, one value a sample."""
 
-    path: str | os.PathLike[str]
-    weight: float = 1.0
-    name: str | None = None
+    source: np.ndarray  # dataset
+    draw: np.ndarray  # number of the draw from it
+    chunk: np.ndarray
+    start: np.ndarray  # first token in the chunk
+    shift: np.ndarray  # what is added to document numbers
 
-    @property
-    def label(self) -> str:
-        return self.name if self.name is not None else os.fspath(self.path)
-
-
-@dataclass(frozen=True)
-class StageSpec:
-    """From global sample ``start`` on, rows are drawn from this mixture."""
-
-    start: int
-    mixture: tuple[SourceSpec, ...]
-
-
-@dataclass(frozen=True)
-class SourceSummary:
-    """What one source of one stage holds for rows of the stream's length."""
-
-    stage: int
-    name: str
-    path: Path
-    share: float
-    samples_per_epoch: int
-    tokens: int
-    documents: int
-    unread_tokens: int
-
-
-@dataclass(frozen=True)
-class _Stage:
-    start: int
-    sources: tuple[int, ...]  # numbers of datasets
-    labels: tuple[str, ...]
-    mixture: Mixture
-    drawn_before: np.ndarray  # draws from each source in earlier stages
+    def part(self, begin: int, end: int) -> _Places:
+        return _Places(*(values[begin:end] for values in self))
 
 
 class TokenStream:
@@ -75,29 +39,40 @@ class TokenStream:
 
     Sample g of stage k is the next draw of one source of that stage's mixture; how often a source was drawn before
     counts over all stages, so a source that two stages share goes on where it was. A draw becomes a row of the source
-    by a fresh permutation per epoch (``shuffled``), or by letting slot = g mod slots walk its own share
-    (``contiguous``). Nothing depends on a batch size, a rank or a world size; a later stage changes no earlier sample.
+    by a fresh permutation per epoch (``shuffled``), by one within windows of a few shards at a time, the shards
+    permuted per epoch (``window``), or by letting slot = g mod slots walk its own share (``contiguous``). Nothing
+    depends on a batch size, a rank or a world size; a later stage changes no earlier sample. Skipped samples keep
+    their numbers: the rows of all others are what they would be without the skip.
 
     In contiguous order a model carries state from a row to the next row of its slot, and only a changed document id
     tells it to begin anew. So an id there is the document's number, plus its dataset's document count on every other
-    lap of the slot, plus twice the documents of the datasets that earlier stages brought in. The ids of two rows that
-    follow each other in a slot are then equal exactly where the text goes on: not where the slot begins its share
-    again, even inside one huge document, nor where a stage changes the dataset. Ids repeat after two laps, so what a
-    model looks back on should be shorter than a slot's share.
+    stretch of the slot (a new one begins where the slot begins its share again, and behind skipped samples), plus twice
+    the documents of the datasets that earlier stages brought in. The ids of two rows that follow each other in a slot
+    are then equal exactly where the text goes on: not where a slot starts over or skips, even inside one huge document,
+    nor at the end of one of the dataset's parts, nor where a stage changes the dataset. Ids repeat after two stretches,
+    so what a model looks back on should be shorter than a slot's share.
+
+    In window order the shards of the windows that are being read are kept, and those of the next windows asked for
+    ahead, from whatever thread calls `read` (`TokenDataset.keep`, `ShardFiles.prefetch`).
 
     Args:
         stages: the first begins at sample 0, starts rise.
         sequence_length: L; rows hold L + 1 tokens and never cross a chunk.
         seed: of the permutations.
-        order: ``shuffled`` or ``contiguous`` (one source a stage, stages begin at multiples of ``slots``).
+        order: ``shuffled``, ``window`` or ``contiguous`` (one source a stage, stages begin at multiples of ``slots``).
         slots: number of walks of the contiguous order.
+        window: shards a window, in window order.
+        skip: ranges [a, b) of samples that are left out; in contiguous order bounds are multiples of ``slots``.
         boundaries: ``isolate`` gives true document ids; ``cross`` gives id 0 and positions 0..L in every row, which
             contiguous order, whose rows go on, does not take.
+        on_bad_shard: ``error``, or ``skip`` to leave out shards that are damaged at the start; see `TokenDataset`.
+        cache: where shards of datasets behind URLs are kept. These are read in window order only.
         tokenizer_sha256, vocabulary: what the model expects; checked against every dataset.
 
     Raises:
         MixtureError, DatasetError, CorruptShardError, TokenizerMismatchError: see `TokenDataset`; all are raised here,
-            before the first row. In contiguous order also a DatasetError where document ids would not fit in int32.
+            before the first row. In contiguous order also a DatasetError where document ids would not fit in int32, or
+            shards were left out.
     """
 
     def __init__(
@@ -108,139 +83,87 @@ class TokenStream:
         seed: int,
         order: str = "shuffled",
         slots: int | None = None,
+        window: int | None = None,
+        skip: Sequence[Sequence[int]] = (),
         boundaries: str = "isolate",
+        on_bad_shard: str = "error",
+        cache: Any = None,
         tokenizer_sha256: str | None = None,
         vocabulary: int | None = None,
     ):
-        if sequence_length < 1:
-            raise MixtureError(f"sequence_length {sequence_length} must be at least 1")
-        if order not in ("shuffled", "contiguous"):
-            raise MixtureError(f"order {order!r} is unknown; known orders: shuffled, contiguous")
-        if boundaries not in ("isolate", "cross"):
-            raise MixtureError(f"boundaries {boundaries!r} is unknown; known: isolate, cross")
-        if order == "contiguous" and boundaries == "cross":
-            raise MixtureError(
-                "order contiguous with boundaries cross: rows go on where the last ended, but positions without "
-                "documents begin anew in every row; use boundaries isolate, or order shuffled"
-            )
-        if (order == "contiguous") != (slots is not None) or (slots is not None and slots < 1):
-            raise MixtureError(
-                f"slots {slots} with order {order}: contiguous order needs slots >= 1, shuffled takes none"
-            )
+        _check_options(sequence_length, boundaries, order, slots, window)
         self.sequence_length, self.seed = sequence_length, seed
-        self.order, self.slots, self.boundaries = order, slots, boundaries
-        self.datasets: list[TokenDataset] = []
-        self._stages = self._open_stages(stages, tokenizer_sha256, vocabulary)
-        self._starts = np.array([stage.start for stage in self._stages])
+        self.order, self.slots, self.window, self.boundaries = order, slots, window, boundaries
+        self.skip = SkipList(skip)
+        if slots is not None and any(bound % slots for bounds in self.skip.ranges for bound in bounds):
+            raise MixtureError(
+                f"skip ranges {[list(bounds) for bounds in self.skip.ranges]}: contiguous order needs multiples of "
+                f"slots {slots}, so that every slot skips the same steps"
+            )
+
+        def open_dataset(spec: SourceSpec) -> TokenDataset:
+            return TokenDataset(
+                spec.path, tokenizer_sha256=tokenizer_sha256, vocabulary=vocabulary, on_bad_shard=on_bad_shard
+            )
+
+        self._stages = Stages(stages, seed, slots, open_dataset)
+        self.datasets = self._stages.datasets
         self._cuts = [dataset.cut(sequence_length) for dataset in self.datasets]
-        self._rows = [cut.total for cut in self._cuts]
-        for dataset, rows in zip(self.datasets, self._rows, strict=True):
-            self._check_length(dataset, rows)
-        self._first_id = self._first_ids()
+        self._walks = self._make_walks()
+        # Draws of each dataset that lie in the windows at hand.
+        self._at_hand = np.zeros((2, len(self.datasets)), np.int64)
         self._plans: dict[int, _Places] = {}
         self._lock = threading.Lock()
 
-    def _open_stages(
-        self, stages: Sequence[StageSpec], tokenizer_sha256: str | None, vocabulary: int | None
-    ) -> list[_Stage]:
-        starts = [stage.start for stage in stages]
-        if not starts or starts[0] != 0 or any(a >= b for a, b in itertools.pairwise(starts)):
-            raise MixtureError(f"stages start at {starts}; the first must start at 0 and each later one after the last")
-        if self.slots is not None and any(start % self.slots for start in starts):
-            raise MixtureError(f"stages start at {starts}; contiguous order needs multiples of slots {self.slots}")
-        opened: list[_Stage] = []
-        by_path: dict[str, int] = {}
-        drawn: dict[int, int] = {}
-        for number, spec in enumerate(stages):
-            labels = tuple(source.label for source in spec.mixture)
-            shares = check_weights([source.weight for source in spec.mixture], labels)
-            if self.order == "contiguous" and len(labels) > 1:
-                raise MixtureError(
-                    f"stage {number} mixes {len(labels)} sources; contiguous order reads one; prepare one"
+    def _make_walks(self) -> list[Walk]:
+        length = self.sequence_length
+        for dataset, cut in zip(self.datasets, self._cuts, strict=True):
+            if cut.total == 0:
+                raise DatasetError(
+                    f"dataset {dataset.path} has no row of sequence_length {length}: {dataset.manifest.tokens} tokens "
+                    f"in chunks of {dataset.manifest.chunk_tokens}; use a shorter length or more text"
                 )
-            sources = tuple(self._open(s, by_path, tokenizer_sha256, vocabulary) for s in spec.mixture)
-            if len(set(sources)) < len(sources):
-                raise MixtureError(
-                    f"stage {number} names the same dataset twice ({', '.join(labels)}); add the weights"
+            if self.slots is not None:
+                check_contiguous(dataset, cut.total, self.slots, length)
+        if self.slots is not None:
+            skipped = self._stages.draws_of(self.skip.ranges)
+            return [
+                Contiguous(cut, self.slots, first, dataset.manifest.documents, skipped[number])
+                for number, (dataset, cut, first) in enumerate(
+                    zip(self.datasets, self._cuts, first_ids(self.datasets), strict=True)
                 )
-            mixture = Mixture(shares, derive_key("mixture", self.seed, spec.start))
-            before = np.array([drawn.get(source, 0) for source in sources], np.int64)
-            opened.append(_Stage(spec.start, sources, labels, mixture, before))
-            if number + 1 < len(stages):
-                for source, count in zip(sources, mixture.drawn(starts[number + 1] - spec.start), strict=True):
-                    drawn[source] = drawn.get(source, 0) + count
-        return opened
+            ]
+        keys = [derive_key("rows", self.seed, dataset.fingerprint) for dataset in self.datasets]
+        if self.window is not None:
+            return [Windowed(cut, self.window, key) for cut, key in zip(self._cuts, keys, strict=True)]
+        return [Shuffled(cut, key) for cut, key in zip(self._cuts, keys, strict=True)]
 
-    def _open(
-        self, spec: SourceSpec, by_path: dict[str, int], tokenizer_sha256: str | None, vocabulary: int | None
-    ) -> int:
-        """Number of the dataset; equal content is one dataset wherever it lies."""
-        path = os.path.realpath(spec.path)
-        if path not in by_path:
-            dataset = TokenDataset(spec.path, tokenizer_sha256=tokenizer_sha256, vocabulary=vocabulary)
-            known = next((i for i, d in enumerate(self.datasets) if d.fingerprint == dataset.fingerprint), None)
-            if known is None:
-                known = len(self.datasets)
-                self.datasets.append(dataset)
-                mine, first = dataset.manifest.tokenizer["sha256"], self.datasets[0].manifest.tokenizer["sha256"]
-                if mine != first:
-                    raise TokenizerMismatchError(
-                        f"datasets {self.datasets[0].path} (tokenizer {first[:12]}) and {dataset.path} ({mine[:12]}) "
-                        f"were prepared with different tokenizers; prepare them with one"
-                    )
-            by_path[path] = known
-        return by_path[path]
+    def after(self, sample: int, count: int) -> int:
+        """The place right behind the next ``count`` samples, from place ``sample`` on, that are not skipped."""
+        return self.skip.after(sample, count)
 
-    def _check_length(self, dataset: TokenDataset, rows: int) -> None:
-        chunk_tokens, length = dataset.manifest.chunk_tokens, self.sequence_length
-        if rows == 0:
-            raise DatasetError(
-                f"dataset {dataset.path} has no row of sequence_length {length}: {dataset.manifest.tokens} tokens in "
-                f"chunks of {chunk_tokens}; use a shorter length or more text"
-            )
-        if self.slots is None:
-            return
-        if dataset.chunks > 1 and chunk_tokens % length:
-            raise DatasetError(
-                f"dataset {dataset.path}: sequence_length {length} does not divide its chunk_tokens {chunk_tokens}, so "
-                f"contiguous order would skip {chunk_tokens % length} tokens at each chunk's end; choose a divisor"
-            )
-        if rows < self.slots:
-            raise DatasetError(
-                f"dataset {dataset.path} has {rows} rows of {length} tokens, fewer than slots {self.slots}"
-            )
-
-    def _first_ids(self) -> np.ndarray:
-        """Where each dataset's document ids begin. Datasets count in the order in which stages first name them, so that
-        a stage added later changes no id before it."""
-        if self.slots is None:
-            return np.zeros(len(self.datasets), np.int64)
-        ends = np.cumsum([LAPS * dataset.manifest.documents for dataset in self.datasets])
-        if ends[-1] > 2**31:
-            raise DatasetError(
-                f"contiguous order gives every document {LAPS} int32 ids, and the {len(ends)} datasets from "
-                f"{self.datasets[0].path} on hold {ends[-1] // LAPS} documents, more than {2**31 // LAPS}; "
-                f"use fewer or smaller datasets, or shuffled order"
-            )
-        return np.concatenate([[0], ends[:-1]])
+    def samples(self, first: int, count: int) -> np.ndarray:
+        """The next ``count`` samples from place ``first`` on that are not skipped, (count,) int64."""
+        return self.skip.samples(first, count)
 
     def read(self, first: int, count: int) -> Rows:
-        """Rows of global samples ``first`` to ``first + count - 1``."""
-        samples = np.arange(first, first + count)
+        """Rows of the next ``count`` samples from place ``first`` on that are not skipped."""
+        samples = self.samples(first, count)
         parts = []
-        while count > 0:
-            block, offset = divmod(first, PLAN)
-            take = min(count, PLAN - offset)
-            parts.append([part[offset : offset + take] for part in self._plan(block)])
-            first, count = first + take, count - take
+        for begin, end in self.skip.runs(first, self.after(first, count)):
+            while begin < end:
+                block, offset = divmod(begin, PLAN)
+                stop = min(PLAN, offset + end - begin)
+                parts.append(self._plan(block).part(offset, stop))
+                begin += stop - offset
         if len(parts) == 1:
-            return self._cut(samples, *parts[0])
-        return self._cut(samples, *(np.concatenate(part) for part in zip(*parts, strict=True)))
+            return self._cut(samples, parts[0])
+        return self._cut(samples, _Places(*(np.concatenate(part) for part in zip(*parts, strict=True))))
 
     def rows(self, samples: np.ndarray) -> Rows:
-        """Rows of any global samples, shape (n,), in the order given."""
+        """Rows of any global samples, shape (n,), in the order given, skipped or not."""
         samples = np.asarray(samples, np.int64)
-        return self._cut(samples, *self._places(samples))
+        return self._cut(samples, self._places(samples), in_order=False)
 
     def _plan(self, block: int) -> _Places:
         plan = self._plans.get(block)
@@ -253,62 +176,90 @@ class TokenStream:
         return plan
 
     def _places(self, samples: np.ndarray) -> _Places:
-        """(dataset, chunk, first token in the chunk, what is added to document numbers) of each sample."""
-        if samples.size and samples.min() < 0:
-            raise ValueError(f"sample {samples.min()} is negative")
-        source, chunk, start, shift = (np.empty(samples.shape, np.int64) for _ in range(4))
-        stage_of = np.searchsorted(self._starts, samples, side="right") - 1
-        for number in np.unique(stage_of):
-            stage = self._stages[number]
-            in_stage = np.flatnonzero(stage_of == number)
-            member, draw = stage.mixture.locate(samples[in_stage] - stage.start)
-            draw = draw + stage.drawn_before[member]
-            for m in np.unique(member):
-                here = in_stage[member == m]
-                dataset = stage.sources[m]
-                source[here] = dataset
-                chunk[here], start[here], shift[here] = self._place(dataset, draw[member == m])
-        return source, chunk, start, shift
+        places = _Places(*(np.empty(samples.shape, np.int64) for _ in _Places._fields))
+        for source, here, draw in self._stages.locate(samples):
+            places.source[here], places.draw[here] = source, draw
+            walk = self._walks[source]
+            places.chunk[here], places.start[here] = self._cuts[source].place(walk.rows(draw))
+            places.shift[here] = walk.shift(draw)
+        return places
 
-    def _place(self, number: int, draw: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        dataset, rows = self.datasets[number], self._rows[number]
-        if self.slots is not None:
-            row = contiguous(draw, rows, self.slots)
-            shift = self._first_id[number] + laps(draw, rows, self.slots) % LAPS * dataset.manifest.documents
-        else:
-            row = shuffled(draw, rows, derive_key("rows", self.seed, dataset.fingerprint))
-            shift = np.zeros_like(row)
-        return *self._cuts[number].place(row), shift
-
-    def _cut(
-        self, samples: np.ndarray, source: np.ndarray, chunk: np.ndarray, start: np.ndarray, shift: np.ndarray
-    ) -> Rows:
+    def _cut(self, samples: np.ndarray, places: _Places, *, in_order: bool = True) -> Rows:
+        if self.window is not None and in_order:
+            self._have(samples, places)
         width = self.sequence_length + 1
-        tokens, document_ids, positions = read_rows(
-            self.datasets, source, chunk, start, width, true_positions=self.slots is not None
-        )
+        where = (self.datasets, places.source, places.chunk, places.start, width)
+        tokens, document_ids, positions = read_rows(*where, true_positions=self.slots is not None)
         if self.boundaries == "cross":
             document_ids, positions = crossing(len(tokens), width)
         if self.slots is not None:
-            document_ids += shift.astype(np.int32)[:, None]  # rows of a stream are whole: no id is the -1 of padding
-        return Rows(tokens, document_ids, positions, samples, source.astype(np.int32))
+            document_ids += places.shift.astype(np.int32)[:, None]  # rows of a stream are whole: no id is padding's -1
+        return Rows(tokens, document_ids, positions, samples, places.source.astype(np.int32))
+
+    def _have(self, samples: np.ndarray, places: _Places) -> None:
+        """Keep the shards of the windows that these draws lie in, and ask for those of the next windows."""
+        source, draw = places.source, places.draw
+        begin, end = self._at_hand
+        away = (draw < begin[source]) | (draw >= end[source])
+        if not away.any():
+            return
+        used = self._stages.sources(int(samples[0]), int(samples[-1]))
+        for number in set(np.flatnonzero(end > begin).tolist()) - used:  # of a stage that is over
+            self.datasets[number].keep([])
+            begin[number] = end[number] = 0
+        for number in np.unique(source[away]).tolist():
+            walk, dataset, draws = self._walks[number], self.datasets[number], draw[source == number]
+            assert isinstance(walk, Windowed)
+            first = window = walk.window(int(draws.min()))
+            shards = window.shards.tolist()
+            while window.end <= draws.max():
+                window = walk.window(window.end)
+                shards += window.shards.tolist()
+            ahead = walk.window(window.end).shards.tolist()
+            # The next window is kept from now on, as it is being fetched. Only the first window counts as at hand, so
+            # that draws beyond it come here again and let it go.
+            dataset.keep([*shards, *ahead])
+            dataset.files.prefetch([*shards, *ahead])
+            begin[number], end[number] = first.begin, first.end
 
     def describe(self) -> list[SourceSummary]:
         """One entry per stage and source: its share of the stage, rows per epoch, tokens, and tokens no row reads."""
         summaries = []
-        for number, stage in enumerate(self._stages):
+        for number, stage in enumerate(self._stages.stages):
             for label, source, share in zip(stage.labels, stage.sources, stage.mixture.shares, strict=True):
-                dataset, rows = self.datasets[source], self._rows[source]
-                if self.slots is not None:
-                    rows -= rows % self.slots
-                tokens = dataset.manifest.tokens
-                unread = dataset.targets - rows * self.sequence_length
+                dataset, epoch = self.datasets[source], self._walks[source].epoch
+                manifest, unread = dataset.manifest, dataset.targets - epoch * self.sequence_length
                 summaries.append(
                     SourceSummary(
-                        number, label, dataset.path, float(share), rows, tokens, dataset.manifest.documents, unread
+                        number, label, dataset.path, float(share), epoch, manifest.tokens, manifest.documents, unread
                     )
                 )
         return summaries
+
+    def plan(self, samples: int, start: int = 0) -> list[SourcePlan]:
+        """What the next ``samples`` samples from place ``start`` on read of each source of each stage, exactly.
+
+        Stages that these samples do not reach are listed with none.
+        """
+        if samples < 0 or start < 0:
+            raise ValueError(f"plan of {samples} samples from sample {start}: both must be at least 0")
+        plans = []
+        for number, (stage, begin, end) in enumerate(self._stages.within(start, self.after(start, samples))):
+            drawn = sum((stage.drawn(*run) for run in self.skip.runs(begin, end)), np.zeros(len(stage.sources), int))
+            before = stage.drawn_before + stage.drawn(stage.start, begin)
+            plans += [
+                self._plan_of(number, stage, member, count, past)
+                for member, (count, past) in enumerate(zip(drawn.tolist(), before.tolist(), strict=True))
+            ]
+        return plans
+
+    def _plan_of(self, number: int, stage: Stage, member: int, count: int, before: int) -> SourcePlan:
+        source, length = stage.sources[member], self.sequence_length
+        dataset, epoch = self.datasets[source], self._walks[source].epoch
+        return SourcePlan(
+            number, stage.labels[member], dataset.path, float(stage.mixture.shares[member]), count, count * length,
+            count / epoch, epoch, dataset.targets - epoch * length, before / epoch,
+        )  # fmt: skip
 
     @property
     def text_bytes_per_token(self) -> float:
@@ -318,51 +269,62 @@ class TokenStream:
     def fingerprint(self, next_sample: int) -> str:
         """What the samples before ``next_sample`` were read from: a hash, then a short hash of each part of it.
 
-        Covers tokenizer, seed, sequence length, boundaries, order with slots, and of the stages that begin before
-        ``next_sample`` the starts, dataset fingerprints and shares. Not batch size, world size, names or paths.
+        Covers tokenizer, seed, sequence length, boundaries, order with slots and window; of the stages that begin
+        before ``next_sample`` the starts, dataset fingerprints and shares; and the skipped samples before it. Not
+        batch size, world size, names or paths.
         """
-        begun = [stage for stage in self._stages if stage.start < next_sample]
-        content: dict[str, Any] = {
-            "tokenizer": self.datasets[0].manifest.tokenizer["sha256"],
-            "seed": self.seed,
-            "sequence_length": self.sequence_length,
-            "boundaries": self.boundaries,
-            "order": [self.order, self.slots],
-            "stages": [
-                [
-                    s.start,
-                    [[self.datasets[d].fingerprint, str(w)] for d, w in zip(s.sources, s.mixture.shares, strict=True)],
-                ]
-                for s in begun
-            ],
-        }
-        whole = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
-        parts = [hashlib.sha256(json.dumps(content[part]).encode()).hexdigest()[:8] for part in _PARTS]
-        return "-".join([whole, *parts])
+        begun = [stage for stage in self._stages.stages if stage.start < next_sample]
+        return state.fingerprint(
+            {
+                "tokenizer": self.datasets[0].manifest.tokenizer["sha256"],
+                "seed": self.seed,
+                "sequence_length": self.sequence_length,
+                "boundaries": self.boundaries,
+                "order": [self.order, self.slots, self.window],
+                "stages": [
+                    [
+                        s.start,
+                        [
+                            [self.datasets[d].fingerprint, str(w)]
+                            for d, w in zip(s.sources, s.mixture.shares, strict=True)
+                        ],
+                    ]
+                    for s in begun
+                ],
+                "skip": self.skip.before(next_sample),
+            }
+        )
 
     def state_dict(self, next_sample: int) -> dict[str, Any]:
         """What a checkpoint keeps: equal on every rank, free of the world size."""
-        return {"version": STATE_VERSION, "fingerprint": self.fingerprint(next_sample), "next_sample": next_sample}
+        return {
+            "version": state.STATE_VERSION,
+            "fingerprint": self.fingerprint(next_sample),
+            "next_sample": next_sample,
+        }
 
-    def check_state(self, state: dict[str, Any]) -> int:
+    def check_state(self, saved: dict[str, Any]) -> int:
         """Make sure that a saved state continues this stream; returns its next sample.
 
         Raises:
             StateMismatchError: naming both fingerprints and the parts that differ.
         """
-        if state.get("version") != STATE_VERSION or not isinstance(state.get("next_sample"), int):
-            raise StateMismatchError(f"data state {state} is not of version {STATE_VERSION} with a next_sample")
-        theirs, mine = str(state.get("fingerprint")), self.fingerprint(state["next_sample"])
-        if theirs != mine:
-            pairs = zip(_PARTS, theirs.split("-")[1:], mine.split("-")[1:], strict=False)
-            differ = [part for part, a, b in pairs if a != b] or ["everything"]
-            raise StateMismatchError(
-                f"the checkpoint's data differ from the recipe's in: {', '.join(differ)} (fingerprint {theirs} there, "
-                f"{mine} here, at sample {state['next_sample']}); restore the recipe's data section or begin a new run"
-            )
-        return state["next_sample"]
+        return state.check_state(saved, self.fingerprint)
 
 
-def crossing(n: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Document ids and positions of n rows that ignore document boundaries."""
-    return np.zeros((n, width), np.int32), np.tile(np.arange(width, dtype=np.int32), (n, 1))
+def _check_options(length: int, boundaries: str, order: str, slots: int | None, window: int | None) -> None:
+    if length < 1:
+        raise MixtureError(f"sequence_length {length} must be at least 1")
+    if order not in ORDERS:
+        raise MixtureError(f"order {order!r} is unknown; known orders: {', '.join(ORDERS)}")
+    if boundaries not in ("isolate", "cross"):
+        raise MixtureError(f"boundaries {boundaries!r} is unknown; known: isolate, cross")
+    if order == "contiguous" and boundaries == "cross":
+        raise MixtureError(
+            "order contiguous with boundaries cross: rows go on where the last ended, but positions without "
+            "documents begin anew in every row; use boundaries isolate, or order shuffled"
+        )
+    for name, value, taken in (("slots", slots, order == "contiguous"), ("window", window, order == "window")):
+        if taken != (value is not None) or (value is not None and value < 1):
+            rule = f"it needs {name} >= 1" if taken else f"it takes no {name}"
+            raise MixtureError(f"{name} {value} with order {order}: {rule}")
