@@ -1,4 +1,8 @@
-"""The functions behind ``potamos data tokenizer | prepare | inspect | verify``: plain arguments in, dataclasses out."""
+"""The functions behind ``potamos data ...``: plain arguments in, dataclasses out.
+
+``tokenizer``: `train`; ``prepare``: `prepare_datasets`, with `prepare_dataset` for programs that want one dataset from
+one process; ``finalize``: `finalize_datasets`; ``inspect``: `summarize` and `sample`; ``verify``: `verify`.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +17,22 @@ import numpy as np
 from potamos.data.dataset import TokenDataset, read_rows
 from potamos.data.errors import DatasetError, SourceError
 from potamos.data.manifest import Manifest, VerifyReport, verify
-from potamos.data.prepare import Progress, prepare
+from potamos.data.prepare import WAIT, Progress, Share, finalize, prepare_parts
 from potamos.data.shards import CHUNK_TOKENS
-from potamos.data.sources import MAX_BAD_RATIO, Counts, documents, open_source
+from potamos.data.sources import MAX_BAD_RATIO, MAX_LINE_BYTES, Counts, documents, open_source
 from potamos.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
 __all__ = [
     "DatasetSummary",
     "Excerpt",
+    "Preparation",
+    "Progress",
+    "Share",
     "TokenizerSummary",
     "VerifyReport",
+    "finalize_datasets",
     "prepare_dataset",
+    "prepare_datasets",
     "sample",
     "summarize",
     "train",
@@ -49,6 +58,7 @@ class DatasetSummary:
     path: Path
     source: dict[str, object]
     tokenizer: dict[str, object]
+    parts: int
     shards: int
     chunks: int
     chunk_tokens: int
@@ -58,11 +68,24 @@ class DatasetSummary:
     blank: int
     rejected: int
     mended: int
+    duplicates: int  # left out; 0 also where nobody looked for them
+    deduplicated: bool
     fingerprint: str
 
     @property
     def bytes_per_token(self) -> float:
         return self.text_bytes / self.tokens
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What one process of `prepare_datasets` did.
+
+    ``datasets`` is empty where other processes have their share to do, and `finalize_datasets` follows them all.
+    """
+
+    share: Share
+    datasets: tuple[DatasetSummary, ...]
 
 
 @dataclass(frozen=True)
@@ -118,23 +141,54 @@ def prepare_dataset(
     chunk_tokens: int = CHUNK_TOKENS,
     shard_chunks: int | None = None,
     max_bad_ratio: float = MAX_BAD_RATIO,
+    max_line_bytes: int = MAX_LINE_BYTES,
+    deduplicate: bool = False,
     force: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> DatasetSummary:
-    """Load a tokenizer and `prepare` a dataset with it."""
+    """`prepare_datasets` in this process alone, for one dataset."""
+    done = prepare_datasets(
+        source, out, tokenizer_path=tokenizer_path, tokenizer_kind=tokenizer_kind, split=split,
+        chunk_tokens=chunk_tokens, shard_chunks=shard_chunks, max_bad_ratio=max_bad_ratio,
+        max_line_bytes=max_line_bytes, deduplicate=deduplicate, force=force, progress=progress,
+    )  # fmt: skip
+    return done.datasets[0]
+
+
+def prepare_datasets(
+    source: str,
+    out: str | os.PathLike[str],
+    *,
+    tokenizer_path: str | os.PathLike[str],
+    tokenizer_kind: str = "json",
+    split: str = "all",
+    chunk_tokens: int = CHUNK_TOKENS,
+    shard_chunks: int | None = None,
+    max_bad_ratio: float = MAX_BAD_RATIO,
+    max_line_bytes: int = MAX_LINE_BYTES,
+    deduplicate: bool = False,
+    by: str | None = None,
+    rank: int = 0,
+    world: int = 1,
+    wait: float = WAIT,
+    force: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> Preparation:
+    """Load a tokenizer and write this process's share of a dataset (`prepare_parts`); alone, finalize it too."""
     tokenizer = load_tokenizer(tokenizer_kind, tokenizer_path)
-    manifest = prepare(
-        source,
-        split,
-        tokenizer,
-        out,
-        chunk_tokens=chunk_tokens,
-        shard_chunks=shard_chunks,
-        max_bad_ratio=max_bad_ratio,
-        force=force,
-        progress=progress,
-    )
-    return _summary(Path(out), manifest)
+    share = prepare_parts(
+        source, split, tokenizer, out, chunk_tokens=chunk_tokens, shard_chunks=shard_chunks,
+        max_bad_ratio=max_bad_ratio, max_line_bytes=max_line_bytes, deduplicate=deduplicate, by=by, rank=rank,
+        world=world, wait=wait, force=force, progress=progress,
+    )  # fmt: skip
+    return Preparation(share, finalize_datasets(out, force=force, wait=wait) if world == 1 else ())
+
+
+def finalize_datasets(
+    out: str | os.PathLike[str], *, force: bool = False, wait: float = WAIT
+) -> tuple[DatasetSummary, ...]:
+    """Make the dataset, or one a group, of the parts of all processes (`finalize`)."""
+    return tuple(_summary(path, manifest) for path, manifest in finalize(out, force=force, wait=wait).items())
 
 
 def summarize(path: str | os.PathLike[str]) -> DatasetSummary:
@@ -176,6 +230,7 @@ def _summary(path: Path, manifest: Manifest) -> DatasetSummary:
         path=path,
         source=fields["source"],
         tokenizer=manifest.tokenizer,
+        parts=len(manifest.parts),
         shards=len(manifest.shards),
         chunks=sum(entry["chunks"] for entry in manifest.shards),
         chunk_tokens=manifest.chunk_tokens,
@@ -185,5 +240,7 @@ def _summary(path: Path, manifest: Manifest) -> DatasetSummary:
         blank=fields["blank"],
         rejected=fields["rejected"],
         mended=fields["mended"],
+        duplicates=fields["duplicates"],
+        deduplicated=fields["deduplicated"],
         fingerprint=manifest.fingerprint,
     )

@@ -1,37 +1,65 @@
-"""Documents to token shards: read, tokenize in batches, close each document, cut into chunks, describe.
+"""Documents to token shards: every input read, tokenized and written as a part, then all parts made one dataset.
 
-Everything is written into a hidden folder beside the target, which takes the target's name in one rename at the end.
-The bytes are a function of the documents, the tokenizer and the sizes alone.
+Inputs are shared out to any number of processes. The work grows in the folder ``<out>.prepare`` (`WorkFolder`), which
+a killed process leaves such that the same command goes on; the dataset takes its name in one rename at the end. Its
+bytes are a function of the documents, the tokenizer and the sizes alone.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from potamos.data.errors import DatasetError, SourceError, TokenizerError
-from potamos.data.files import flush_names, write_atomically
-from potamos.data.manifest import MANIFEST, Manifest, make_manifest, read_manifest, totals, verify
-from potamos.data.shards import CHUNK_TOKENS, ShardWriter, token_dtype
-from potamos.data.sources import MAX_BAD_RATIO, Counts, Document, Record, Source, open_source
+from potamos.data.dedup import bits_of, find_duplicates, save_array
+from potamos.data.errors import DatasetError, SourceError
+from potamos.data.finalize import (
+    DATASET_SETTINGS,
+    finalize,
+    is_sound,
+    read_datasets,
+    read_groups,
+    refuse_other_things,
+    remove_published,
+)
+from potamos.data.manifest import Manifest
+from potamos.data.parts import (
+    Job,
+    Meter,
+    Progress,
+    hash_entry,
+    hash_input,
+    hash_table,
+    is_hashed,
+    is_written,
+    same_files,
+    write_part,
+)
+from potamos.data.shards import CHUNK_TOKENS, token_dtype
+from potamos.data.sources import MAX_BAD_RATIO, MAX_LINE_BYTES, Input, Source, open_source
 from potamos.data.tokenizer import Tokenizer
+from potamos.data.workfolder import Lock, WorkFolder, differences, poll, read_json
 
-BATCH_CHARACTERS = 2_000_000
+__all__ = ["Progress", "Share", "finalize", "prepare", "prepare_parts"]
+
+WAIT = 600.0
 
 
 @dataclass(frozen=True)
-class Progress:
-    """How far `prepare` has come; handed to its ``progress`` callback after every batch."""
+class Share:
+    """What one process of ``world`` was asked for."""
 
-    documents: int
-    tokens: int
-    text_bytes: int
+    out: Path
+    rank: int
+    world: int
+    inputs: int  # of this process
+    inputs_total: int
+    kept: bool  # an equal dataset was there already, so that nothing had to be done
 
 
 def prepare(
@@ -43,10 +71,47 @@ def prepare(
     chunk_tokens: int = CHUNK_TOKENS,
     shard_chunks: int | None = None,
     max_bad_ratio: float = MAX_BAD_RATIO,
+    max_line_bytes: int = MAX_LINE_BYTES,
+    deduplicate: bool = False,
+    wait: float = WAIT,
     force: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Manifest:
-    """Write the dataset ``out`` from a corpus.
+    """Write the dataset ``out`` from a corpus in this one process: `prepare_parts` with all inputs, then `finalize`.
+
+    Arguments and errors are those of `prepare_parts`.
+    """
+    prepare_parts(
+        source, split, tokenizer, out, chunk_tokens=chunk_tokens, shard_chunks=shard_chunks,
+        max_bad_ratio=max_bad_ratio, max_line_bytes=max_line_bytes, deduplicate=deduplicate, wait=wait, force=force,
+        progress=progress,
+    )  # fmt: skip
+    (manifest,) = finalize(out, force=force, wait=wait).values()
+    return manifest
+
+
+def prepare_parts(
+    source: str | os.PathLike[str] | Source,
+    split: str,
+    tokenizer: Tokenizer,
+    out: str | os.PathLike[str],
+    *,
+    chunk_tokens: int = CHUNK_TOKENS,
+    shard_chunks: int | None = None,
+    max_bad_ratio: float = MAX_BAD_RATIO,
+    max_line_bytes: int = MAX_LINE_BYTES,
+    deduplicate: bool = False,
+    by: str | None = None,
+    rank: int = 0,
+    world: int = 1,
+    wait: float = WAIT,
+    force: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> Share:
+    """Write the parts of every ``world``-th input from ``rank`` on; `finalize` makes a dataset of all parts.
+
+    Parts that are there already are not written again, whoever wrote them: run the same command again after a failure
+    or a kill, with the same or another ``world``. An input that fails does not keep the others from being prepared.
 
     Args:
         source: what `open_source` understands, or a source of your own.
@@ -55,20 +120,57 @@ def prepare(
         out: the dataset's folder. An equal dataset there is kept; another one is replaced only with ``force``.
         chunk_tokens: stride of the chunks; a row never crosses one.
         shard_chunks: chunks a shard, by default what suits the source.
-        max_bad_ratio: share of bad lines of a JSON-lines source above which it fails.
+        max_bad_ratio: share of an input's records that may be bad before it fails.
+        max_line_bytes: a longer line, or a larger text file, is a bad record.
+        deduplicate: keep only the first of documents with equal texts, over all inputs. Reads every input twice.
+        by: a dotted path into the documents' meta, for instance ``meta.pile_set_name``: one dataset a value, in a
+            folder each. A document without a value is a bad record.
+        wait: seconds to wait for what other processes are at.
+        force: replace another dataset, and unfinished work with other settings.
 
-    Rejected lines are listed in ``<out>.rejects.jsonl``, those of later inputs in ``<out>.rejects-N.jsonl``.
+    Bad records are listed in ``<out>.rejects.jsonl``, of an input that failed in ``<out>.prepare/parts``.
 
     Raises:
-        SourceError: nothing to read, or too much of it bad.
+        SourceError: nothing to read, or inputs that cannot be read or are too bad; names all of them.
         TokenizerError: the tokenizer loses text or writes its own end-of-document id.
-        DatasetError: ``out`` holds something else.
+        DatasetError: ``out`` or its work folder hold something else, or other processes' work is waited for in vain.
     """
+    if not 0 <= rank < world:
+        raise DatasetError(f"rank {rank} of world {world}: ranks are numbered 0 to world - 1")
     out = Path(out)
-    documents = open_source(source, split) if isinstance(source, (str, os.PathLike)) else source
-    per_shard = shard_chunks or documents.shard_chunks
+    opened = source if not isinstance(source, (str, os.PathLike)) else open_source(
+        source, split, max_line_bytes=max_line_bytes
+    )  # fmt: skip
+    inputs = opened.inputs()
+    job = Job(opened, inputs, tokenizer, chunk_tokens, shard_chunks or opened.shard_chunks, max_bad_ratio, by)
+    mine = range(rank, len(inputs), world)
+    share = Share(out, rank, world, len(mine), len(inputs), kept=False)
+    settings = _settings(job, split, deduplicate)
+    refuse_other_things(out)
+    remove_published(out)
+    if not force and out.exists() and _is_kept(job, out, settings, mine):
+        return Share(out, rank, world, len(mine), len(inputs), kept=True)
+    work = WorkFolder(out)
+    try:
+        with work.joined(settings, replace=force, wait=wait):
+            passes = 2 if deduplicate else 1
+            meter = Meter([inputs[number] for number in mine], passes, progress)
+            counts = _find_duplicates(job, work, mine, meter, wait) if deduplicate else None
+            _write_parts(job, work, mine, meter, wait, counts)
+    except OSError as error:
+        place = error.filename or work.path
+        raise DatasetError(
+            f"{place}: {error.strerror or error}; nothing half written has a final name: mend this and run the same "
+            f"command again, which goes on with what is finished"
+        ) from error
+    return share
+
+
+def _settings(job: Job, split: str, deduplicate: bool) -> dict[str, Any]:
+    """What all processes must agree on, in terms of JSON; part of it goes into dataset.json."""
+    tokenizer = job.tokenizer
     settings = {
-        "source": documents.description,
+        "source": job.source.description,
         "split": split,
         "tokenizer": {
             "kind": tokenizer.kind,
@@ -77,142 +179,145 @@ def prepare(
             "end_of_document": tokenizer.end_of_document,
         },
         "dtype": token_dtype(tokenizer.vocabulary).str,
-        "chunk_tokens": chunk_tokens,
-        "shard_chunks": per_shard,
+        "chunk_tokens": job.chunk_tokens,
+        "shard_chunks": job.shard_chunks,
+        "deduplicated": deduplicate,
+        "by": job.by,
+        "inputs": [input.name for input in job.inputs],
     }
-    _refuse_other(out, settings, force)
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    _remove_stale(out)
-    partial.mkdir(parents=True)
-    try:
-        writer = ShardWriter(
-            partial, token_dtype(tokenizer.vocabulary), chunk_tokens=chunk_tokens, shard_chunks=per_shard,
-            source=str(documents.description.get("name", documents.description["kind"])),
-        )  # fmt: skip
-        counts = Counts()
-        text_bytes = _write(_read(documents, out, max_bad_ratio, counts), tokenizer, writer, progress)
-        part = {
-            "name": "all",
-            "files": [],
-            "shards": writer.shards,
-            "tokens": writer.tokens,
-            "documents": writer.documents,
-            "text_bytes": text_bytes,
-            "max_token": writer.max_token,
-            "blank": counts.blank,
-            "rejected": counts.rejected,
-            "mended": counts.mended,
-            "duplicates": 0,
-        }
-        manifest = make_manifest(
-            {
-                **settings,
-                "layout": "chunks",
-                "deduplicated": False,
-                "parts": [part],
-                **totals([part]),
-            }
-        )
-        write_atomically(partial / MANIFEST, manifest.to_bytes())
-        _publish(partial, out, manifest, force)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return manifest
+    return json.loads(json.dumps(settings))  # as it is read back, for instance tuples as lists
 
 
-def _read(source: Source, out: Path, max_bad_ratio: float, counts: Counts) -> Iterator[Document]:
-    for number, input in enumerate(source.inputs()):
-        record = Record(out.with_name(f"{out.name}.rejects{f'-{number}' if number else ''}.jsonl"), max_bad_ratio)
-        yield from source.read(input, record)
-        counts.add(record.counts)
+def _is_kept(job: Job, out: Path, settings: dict[str, Any], mine: Sequence[int]) -> bool:
+    """Whether the dataset at ``out`` is the one asked for, and whole; this process looks at its own inputs.
 
-
-def _write(
-    documents: Iterable[Document],
-    tokenizer: Tokenizer,
-    writer: ShardWriter,
-    progress: Callable[[Progress], None] | None,
-) -> int:
-    """Tokenize all documents into the writer; returns the bytes of their texts."""
-    sizes = tokenizer.token_bytes()
-    end = np.array([tokenizer.end_of_document], np.int32)
-    text_bytes = 0
-    for batch in _batches(documents):
-        for document, ids in zip(batch, tokenizer.encode_batch([d.text for d in batch]), strict=True):
-            length = len(document.text.encode())
-            if tokenizer.exact_bytes and int(sizes[ids].sum()) != length:
-                raise TokenizerError(f"document {document.name}: {length} bytes of text, but its ids stand for others")
-            if (ids == tokenizer.end_of_document).any():
-                raise TokenizerError(f"document {document.name}: the tokenizer put an end of document into its text")
-            text_bytes += length
-            writer.add(np.concatenate([ids, end]))
-        if progress is not None:
-            progress(Progress(writer.documents, writer.tokens, text_bytes))
-    writer.finish()
-    if writer.tokens < 2:
-        raise SourceError("the source gave no document with text; nothing to prepare")
-    return text_bytes
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document.text)
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _refuse_other(out: Path, settings: dict[str, Any], force: bool) -> None:
-    """Fail before the work where the target cannot be, or cannot be made, this dataset."""
-    if not out.exists():
-        return
-    if not (out / MANIFEST).is_file():
-        if not out.is_dir() or any(out.iterdir()):
-            raise DatasetError(f"{out} exists and is no dataset; choose another place or remove it yourself")
-        return
-    if force:
-        return
-    fields = read_manifest(out).fields
-    different = [
-        f"{key} {fields.get(key)!r} there, {value!r} here"
-        for key, value in settings.items()
-        if fields.get(key) != value
-    ]
-    if different:
-        raise DatasetError(
-            f"{out} already holds another dataset ({'; '.join(different)}); choose another place or force"
-        )
-
-
-def _publish(partial: Path, out: Path, manifest: Manifest, force: bool) -> None:
-    """Give the finished folder its name; an equal, sound dataset already there stays as it is.
-
-    The names in the folder reached the disk with its last file, dataset.json (see `write_atomically`), before its own
-    does, so that a power cut leaves no final name without files.
+    Raises:
+        DatasetError: it is another one.
     """
-    if (out / MANIFEST).is_file():
-        if not force and read_manifest(out).fingerprint != manifest.fingerprint:
-            raise DatasetError(f"{out} already holds a dataset of other texts; choose another place or force")
-        if verify(out, deep=True).ok and read_manifest(out).fingerprint == manifest.fingerprint:
-            return
-        old = out.with_name(f".{out.name}.partial-old-{os.getpid()}")
-        os.replace(out, old)
-        os.replace(partial, out)
-        flush_names(out.parent)
-        shutil.rmtree(old)
-        return
-    os.replace(partial, out)
-    flush_names(out.parent)
+    remedy = "choose another place or force"
+    try:
+        groups = read_groups(out)
+        fields = groups or read_datasets(out)[out].fields
+    except DatasetError as error:
+        raise DatasetError(f"{out} holds a dataset that cannot be read ({error}); {remedy}") from None
+    parts = fields["inputs"] if groups else fields["parts"]
+    names = [part["input" if groups else "name"] for part in parts]
+    there = {**{key: fields.get(key) for key in DATASET_SETTINGS}, "by": fields.get("by"), "inputs": names}
+    if there != settings:
+        raise DatasetError(f"{out} already holds another dataset ({differences(there, settings)}); {remedy}")
+    for number in mine:
+        input, files = job.inputs[number], parts[number]["files"]
+        if not input.files:
+            return False  # texts that are in no file: only preparing them again tells
+        if not same_files(job.source, input, files):
+            raise DatasetError(f"{out} already holds a dataset of other texts: {input.name} has changed; {remedy}")
+    return is_sound(out)
 
 
-def _remove_stale(out: Path) -> None:
-    """Remove what a killed run of the same target left behind, if its process is gone."""
-    for stale in out.parent.glob(f".{out.name}.partial-*"):
-        process = stale.name.rpartition("-")[2]
-        if process.isdigit() and not Path(f"/proc/{process}").exists():
-            shutil.rmtree(stale, ignore_errors=True)
+# --- the two stages ----------------------------------------------------------------------------------------------
+
+
+def _write_parts(
+    job: Job, work: WorkFolder, mine: Sequence[int], meter: Meter, wait: float, counts: list[int] | None
+) -> None:
+    meter.begin("tokenizing")
+    found = np.load(work.duplicates, mmap_mode="r", allow_pickle=False) if counts is not None else None
+
+    def write(number: int) -> None:
+        if found is None or counts is None:
+            write_part(job, work, number, meter, None, None)
+        else:
+            hashed = read_json(hash_entry(work, number))
+            write_part(job, work, number, meter, bits_of(found, counts, number), hashed)
+
+    _each(job, mine, meter, is_done=lambda number: is_written(job, work, number), lock=work.part_lock, do=write,
+          wait=wait)  # fmt: skip
+
+
+def _find_duplicates(job: Job, work: WorkFolder, mine: Sequence[int], meter: Meter, wait: float) -> list[int]:
+    """Hash this process's inputs, wait for the others' hashes, and compare all; returns the documents of each input."""
+    meter.begin("hashing")
+    _each(job, mine, meter, is_done=lambda number: is_hashed(job, work, number), lock=work.hash_lock,
+          do=lambda number: hash_input(job, work, number, meter), wait=wait)  # fmt: skip
+    missing: list[int] = list(range(len(job.inputs)))
+    for _ in poll(wait):
+        missing = [number for number in missing if not hash_entry(work, number).exists()]
+        if not missing:
+            break
+    if missing:
+        raise DatasetError(
+            f"duplicates can only be found when all inputs are hashed; after {wait:.0f} s there is still nothing of "
+            f"{_some(job.inputs, missing)}. Their processes are still at it, have failed, or were not started: run the "
+            f"same command again to go on"
+        )
+    counts = [read_json(hash_entry(work, number))["documents"] for number in range(len(job.inputs))]
+    for _ in poll(wait):
+        with work.duplicates_lock().holding() as turn:
+            if work.duplicates.exists():
+                return counts
+            if turn:
+                tables = [hash_table(work, number) for number in range(len(job.inputs))]
+                save_array(work.duplicates, find_duplicates(tables, counts))
+                return counts
+    raise DatasetError(
+        f"another process is still comparing documents after {wait:.0f} s; run the same command again to go on"
+    )
+
+
+def _each(
+    job: Job,
+    numbers: Sequence[int],
+    meter: Meter,
+    *,
+    is_done: Callable[[int], bool],
+    lock: Callable[[int], Lock],
+    do: Callable[[int], None],
+    wait: float,
+) -> None:
+    """Do what is not done for every input; one that another process is at comes last.
+
+    Raises:
+        SourceError: inputs that failed, after all others were done.
+        DatasetError: another process did not come to an end with an input.
+    """
+    failed: dict[int, SourceError] = {}
+
+    def attempt(number: int) -> bool:
+        with lock(number).holding() as mine:
+            if not mine:
+                return False
+            try:
+                if not is_done(number):
+                    do(number)
+                meter.finish(job.inputs[number])
+            except SourceError as error:
+                failed[number] = error
+            return True
+
+    busy = [number for number in numbers if not attempt(number)]
+    for _ in poll(wait if busy else 0.0):
+        busy = [number for number in busy if not attempt(number)]
+        if not busy:
+            break
+    if failed:
+        raise _failure(job.inputs, failed)
+    if busy:
+        raise DatasetError(
+            f"another process is still at work on {_some(job.inputs, busy)} after {wait:.0f} s; run the same command "
+            f"again when it has ended"
+        )
+
+
+def _failure(inputs: Sequence[Input], failed: dict[int, SourceError]) -> SourceError:
+    if len(inputs) == 1:
+        return next(iter(failed.values()))
+    listed = "".join(f"\n  {error}" for error in failed.values())
+    return SourceError(
+        f"{len(failed)} of {len(inputs)} inputs failed; what others gave is kept, so mend these and run the same "
+        f"command again:{listed}"
+    )
+
+
+def _some(inputs: Sequence[Input], numbers: Sequence[int]) -> str:
+    names = ", ".join(inputs[number].name for number in numbers[:10])
+    return f"{names} and {len(numbers) - 10} more inputs" if len(numbers) > 10 else names
