@@ -22,7 +22,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -42,6 +42,10 @@ _control: dist.ProcessGroup | None = None
 
 class LaunchError(ValueError):
     """The launcher's environment is incomplete, contradicts itself, or asks for a device that is not there."""
+
+
+class PeerError(ValueError):
+    """Another rank failed, and this one ends with it; the message is that rank's."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +196,7 @@ def any_rank(flag: bool) -> bool:
 def together(action: Callable[[], T]) -> T:
     """`action()` on every rank; where it raises on some, it raises on all, so that none waits for one that has left.
 
-    The rank that failed raises its own error, the others a `LaunchError` that says so.
+    A rank that failed raises its own error, the others a `PeerError` with the message of the first of those.
     """
     result, error = None, None
     try:
@@ -200,8 +204,28 @@ def together(action: Callable[[], T]) -> T:
     except Exception as caught:
         error = caught
     if any_rank(error is not None):
-        raise error or LaunchError("another rank failed; its own message says why")
+        fail_together(error)
     return cast(T, result)
+
+
+def fail_together(error: Exception | None) -> NoReturn:
+    """End every rank, once all know that at least one has an `error` (None on the others).
+
+    Raises:
+        the rank's own error where it has one, else a `PeerError` with the message of the first rank that has.
+    """
+    world = world_size()
+    rank = dist.get_rank() if world > 1 else 0
+    first = world - int(all_max(torch.tensor(0 if error is None else world - rank)).item())
+    assert first < world, "no rank has an error"
+    message = broadcast_object(None if error is None else _in_words(error), first)
+    raise error or PeerError(f"rank {first}: {message}")
+
+
+def _in_words(error: Exception) -> str:
+    """What a user reads; the type as well where it is no mistake of theirs."""
+    text = str(error)
+    return text if text and isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text}"
 
 
 def barrier() -> None:

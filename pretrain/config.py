@@ -18,6 +18,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from typing_extensions import is_typeddict
 
+from potamos.data.skips import SkipList
 from potamos.pretrain.component import Component, Location, suggestion
 from potamos.pretrain.recipe import Recipe
 from potamos.pretrain.recipe_file import (
@@ -298,7 +299,7 @@ def resume_check(old: Recipe, new: Recipe, next_sample: int) -> list[Change]:
     for path, before, after in _differences(old, new):
         free = path[0] in FREE_SECTIONS or (len(path) > 1 and path[1] in FREE.get(str(path[0]), ()))
         later_stage = path[:2] == ("data", "stages") and len(path) > 2 and int(path[2]) >= begun
-        later_range = path == SKIP and _before(before, next_sample) == _before(after, next_sample)
+        later_range = path == SKIP and SkipList(before).before(next_sample) == SkipList(after).before(next_sample)
         (allowed if free or later_stage or later_range else refused).append((dotted(path), before, after))
     if refused:
         raise RecipeError(
@@ -307,10 +308,6 @@ def resume_check(old: Recipe, new: Recipe, next_sample: int) -> list[Change]:
             for key, before, after in refused
         )
     return allowed
-
-
-def _before(ranges: Sequence[tuple[int, int]], next_sample: int) -> list[tuple[int, int]]:
-    return [(first, end) for first, end in ranges if first < next_sample]
 
 
 def _remedy(key: str, next_sample: int) -> str:

@@ -58,7 +58,7 @@ class Demo:
 
     @property
     def training(self) -> Path:
-        return Path(self.recipe.data.stages[0].mixture[0].path)
+        return Path(self.recipe.data.stages[0].sources[0].path)
 
     @property
     def validation(self) -> Path:

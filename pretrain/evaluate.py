@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from potamos.data.loader import Rows, Windows
-from potamos.parallel.launch import Rank, all_sum
+from potamos.data.loader import Windows
+from potamos.parallel.launch import Rank, all_sum, fail_together
+from potamos.pretrain.agreement import blank_rows
 from potamos.pretrain.objectives.base import System
 
 SINGLE = Rank()
@@ -73,22 +74,31 @@ def score(
 
     Raises:
         EvaluationError: nothing to score, or the objective has no likelihood.
+        DatasetError: a window cannot be read; on the other ranks a `PeerError`.
     """
     device = torch.device(device)
     count = len(windows) if limit is None else min(limit, len(windows))
     nats = torch.zeros((), dtype=torch.float64, device=device)
     targets = scored_bytes = 0
+    failure: Exception | None = None
     with evaluating(system):
-        for rows, counted in _batches(windows, count, rows_per_batch, rank):
+        for begin, size, counted in _shares(count, rows_per_batch, rank):
+            try:
+                rows = windows.read(begin, size) if failure is None else blank_rows(1, windows.sequence_length)
+            except Exception as error:  # kept until all ranks can be told; until then this one goes on beside them
+                failure, rows = error, blank_rows(1, windows.sequence_length)
             batch = system.objective.prepare(rows, seed=seed, step=0).to(device)
             term = system(batch).terms.get(system.objective.options.kind)
             if term is None:
                 raise EvaluationError(f"objective {system.objective.options.kind!r} has no term of its name to measure")
-            if counted:
+            if counted and failure is None:
                 nats += term.sum.double()  # added on the device: no wait for each batch
                 targets += batch.counts[term.count]
                 scored_bytes += int(token_bytes[batch.scored[batch.scored >= 0]].sum())
-    total = all_sum(torch.stack([nats, _scalar(targets, nats), _scalar(scored_bytes, nats)])).tolist()
+    own = [nats, *(_scalar(value, nats) for value in (targets, scored_bytes, 0 if failure is None else 1))]
+    total = all_sum(torch.stack(own)).tolist()
+    if total[3]:
+        fail_together(failure)
     if not total[1]:
         raise EvaluationError(
             f"{windows.dataset.path}: the first {count} windows of {windows.sequence_length} tokens hold no target: "
@@ -97,8 +107,8 @@ def score(
     return Score(total[0], int(total[1]), int(total[2]))
 
 
-def _batches(windows: Windows, count: int, rows_per_batch: int, rank: Rank) -> Iterator[tuple[Rows, bool]]:
-    """This rank's batches, and whether each counts.
+def _shares(count: int, rows_per_batch: int, rank: Rank) -> Iterator[tuple[int, int, bool]]:
+    """(first window, windows, whether they count) of each of this rank's batches.
 
     A rank that has run out reads the first window once more without counting it: where parameters are sharded, every
     rank has to enter the model equally often.
@@ -108,9 +118,9 @@ def _batches(windows: Windows, count: int, rows_per_batch: int, rank: Rank) -> I
     for first in range(0, count, rows_per_batch * rank.world):
         begin = first + rank.rank * rows_per_batch
         if begin < count:
-            yield windows.read(begin, min(rows_per_batch, count - begin)), True
+            yield begin, min(rows_per_batch, count - begin), True
         else:
-            yield windows.read(0, 1), False
+            yield 0, 1, False
 
 
 def _scalar(value: int, like: Tensor) -> Tensor:

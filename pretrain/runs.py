@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from potamos.data.loader import Windows
-from potamos.data.tokenizer import Tokenizer, load_tokenizer
+from potamos.data.tokenizer import Tokenizer
 from potamos.pretrain import setup
 from potamos.pretrain.checkpoint import Checkpoints, Loaded, load, step_folders
 from potamos.pretrain.config import parse_recipe
@@ -138,7 +138,7 @@ def _open_tokenizer(folder: RunFolder, recipe: Recipe, loaded: Loaded) -> Tokeni
     """The run's own copy, else the recipe's file; it must be the one that the model was trained on."""
     copy = setup.tokenizer_copy(folder.path, recipe.tokenizer.kind)
     path = copy if copy.exists() else Path(recipe.tokenizer.path)
-    tokenizer = load_tokenizer(recipe.tokenizer.kind, path)
+    tokenizer = setup.load(recipe.tokenizer, path)
     trained_on = loaded.trainer.get("tokenizer")
     if trained_on is not None and trained_on != tokenizer.sha256:
         raise RunError(

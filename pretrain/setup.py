@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from potamos.data.loader import SourceSpec, StageSpec, TokenStream, Windows
+from potamos.data.mixtures import published
 from potamos.data.tokenizer import Tokenizer, load_tokenizer
 from potamos.pretrain.models import registry
 from potamos.pretrain.models.build import initializer, materialize
@@ -19,7 +22,13 @@ from potamos.pretrain.models.linear import set_compute_dtype
 from potamos.pretrain.models.trunk import Model
 from potamos.pretrain.objectives.base import Objective, System
 from potamos.pretrain.recipe import Recipe
+from potamos.pretrain.recipe_data import Cache, Published, Stage
+from potamos.pretrain.recipe_data import Tokenizer as TokenizerSection
 
+if TYPE_CHECKING:
+    from potamos.data.remote import CacheSpec
+
+COPIES = {"json": "json", "gpt2": "tiktoken", "sentencepiece": "model"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -67,7 +76,7 @@ def open_tokenizer(recipe: Recipe) -> Tokenizer:
             f"tokenizer.path: {recipe.tokenizer.path} does not exist; make one (potamos data tokenizer), or name yours "
             "with tokenizer.path=PATH. What the laptop recipes read is made by: potamos demo"
         )
-    tokenizer = load_tokenizer(recipe.tokenizer.kind, recipe.tokenizer.path)
+    tokenizer = load(recipe.tokenizer, recipe.tokenizer.path)
     vocabulary = getattr(recipe.model.frontend, "vocabulary", None)
     if vocabulary is not None and tokenizer.vocabulary > vocabulary:
         raise ValueError(
@@ -77,23 +86,53 @@ def open_tokenizer(recipe: Recipe) -> Tokenizer:
     return tokenizer
 
 
+def load(section: TokenizerSection, path: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer of a recipe's section from ``path``: the section's own, or a copy of it."""
+    return load_tokenizer(section.kind, path, end_of_document=section.end_of_document)
+
+
 def open_stream(recipe: Recipe, tokenizer: Tokenizer) -> TokenStream:
     """The training data. In contiguous order every row of a global batch is a slot that goes on in the next step."""
     data = recipe.data
-    stages = [
-        StageSpec(stage.start, tuple(SourceSpec(s.path, s.weight, s.name) for s in stage.mixture))
-        for stage in data.stages
-    ]
     return TokenStream(
-        stages,
+        [StageSpec(stage.start, _sources(stage)[0]) for stage in data.stages],
         sequence_length=data.sequence_length,
         seed=recipe.train.seed,
         order=data.order,
         slots=recipe.train.sequences if data.order == "contiguous" else None,
+        window=data.window,
+        skip=data.skip,
         boundaries=data.boundaries,
         tokenizer_sha256=tokenizer.sha256,
         vocabulary=tokenizer.vocabulary,
+        on_bad_shard=data.on_bad_shard,
+        cache=_cache(data.cache),
     )
+
+
+def _cache(section: Cache | None) -> CacheSpec | None:
+    if section is None:
+        return None
+    from potamos.data.remote import CacheSpec  # and with it fsspec, which only URLs need
+
+    return CacheSpec(Path(section.path), section.bytes)
+
+
+def notices(recipe: Recipe, stream: TokenStream) -> list[str]:
+    """What a user should know of the data before training: subsets that are missing, shards that are left out."""
+    found = [notice for stage in recipe.data.stages for notice in _sources(stage)[1]]
+    found += [
+        f"dataset {dataset.path}: {len(dataset.dropped)} shards are left out: {', '.join(dataset.dropped)}"
+        for dataset in stream.datasets
+        if dataset.dropped
+    ]
+    return list(dict.fromkeys(found))
+
+
+def _sources(stage: Stage) -> tuple[tuple[SourceSpec, ...], tuple[str, ...]]:
+    if isinstance(stage.mixture, Published):
+        return published(stage.mixture.published, stage.mixture.path)
+    return tuple(SourceSpec(s.path, s.weight, s.name) for s in stage.mixture), ()
 
 
 @dataclass(frozen=True)
@@ -128,4 +167,4 @@ def scored_bytes(scored: np.ndarray, token_bytes: np.ndarray) -> int:
 
 def tokenizer_copy(folder: Path, kind: str) -> Path:
     """Where a run keeps its own copy of the tokenizer."""
-    return folder / ("tokenizer.json" if kind == "json" else "tokenizer.tiktoken")
+    return folder / f"tokenizer.{COPIES[kind]}"

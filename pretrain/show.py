@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from potamos.data.commands import DatasetSummary, Excerpt, TokenizerSummary, VerifyReport
     from potamos.pretrain.catalog import Entry
     from potamos.pretrain.evaluate import Score
+    from potamos.pretrain.plan import Plan
 
 # A file or a pipe gets lines as long as they are.
 out = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
@@ -110,6 +111,37 @@ def verification(report: VerifyReport) -> None:
         line(
             f"{report.path}: sound ({report.shards} shards, {report.chunks} chunks, {report.tokens:,} tokens; {depth})"
         )
+
+
+def plan(found: Plan) -> None:
+    """What a run will read: a row for each source of each stage, totals, validation sets, and what to know of them."""
+    table = _table("stage", "source", right=("share", "samples", "tokens", "epochs", "rows an epoch", "unread tokens"))
+    for source in found.sources:
+        epochs = f"{source.epochs:.3f}"
+        if source.epochs and source.epochs_before + source.epochs > 1:
+            epochs += " repeats"
+        table.add_row(
+            f"{source.stage} from {found.starts[source.stage]:,}",
+            source.name,
+            f"{100 * source.share:.2f} %",
+            f"{source.samples:,}",
+            f"{source.tokens:,}",
+            epochs,
+            f"{source.samples_per_epoch:,}",
+            f"{source.unread_tokens:,}",
+        )
+    table.add_row("in all", "", "", f"{found.samples:,}", f"{found.tokens:,}", style="bold")
+    line(f"{found.name}: {found.steps:,} steps of {found.sequences:,} rows of {found.sequence_length:,} tokens", "bold")
+    out.print(table)
+    if found.end > found.samples:
+        line(f"data.skip leaves out {found.end - found.samples:,} samples; the run ends at sample {found.end:,}")
+    for held_out in found.validation:
+        line(
+            f"validation {held_out.name}: {held_out.tokens:,} tokens, {held_out.scored:,} of {held_out.windows:,} "
+            f"windows scored each time"
+        )
+    for notice in found.notices:
+        line(notice, style="yellow")
 
 
 def _table(*names: str, right: tuple[str, ...] = (), last: str | None = None) -> Table:

@@ -1,6 +1,6 @@
 """What a run tells: TensorBoard, records, `state.json`, and a progress line or plain lines on the console.
 
-    telemetry = Telemetry(run, attempt, total_steps=2000, tokens_per_sample=256, step=step, next_sample=next_sample)
+    telemetry = Telemetry(run, attempt, total_steps=2000, tokens_before=tokens_before, step=step, next_sample=sample)
     telemetry.log(step, {"loss": 3.2, "learning_rate": 1e-3}, next_sample=next_sample)
     telemetry.validation(step, {"heldout/loss": 3.3}, next_sample=next_sample)
     telemetry.close("finished")
@@ -74,7 +74,8 @@ class Telemetry:
         run: the run folder.
         attempt: this attempt's number, see `attempt_number`.
         total_steps: the last step of the recipe.
-        tokens_per_sample: the sequence length; tokens trained on are `next_sample` times this.
+        tokens_before: tokens that are trained on when the run comes to a sample; not in proportion to it where samples
+            are left out.
         step, next_sample: where this attempt begins. What earlier attempts recorded beyond `step` is superseded, in
             TensorBoard too.
         main: whether this rank writes and prints.
@@ -87,7 +88,7 @@ class Telemetry:
         attempt: int,
         *,
         total_steps: int,
-        tokens_per_sample: int,
+        tokens_before: Callable[[int], int],
         step: int = 0,
         next_sample: int = 0,
         main: bool = True,
@@ -95,9 +96,9 @@ class Telemetry:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.attempt = attempt
-        self._main, self._total, self._tokens_per_sample = main, total_steps, tokens_per_sample
+        self._main, self._total, self._tokens_before = main, total_steps, tokens_before
         self._folder, self._clock = RunFolder.of(run), clock
-        self._progress, self._tokens = Progress(step, clock), next_sample * tokens_per_sample
+        self._progress, self._tokens = Progress(step, clock), tokens_before(next_sample)
         self._state: dict[str, Any] = {"attempt": attempt, "step": step, "next_sample": next_sample}
         self._state |= {"total_steps": total_steps, "loss": None, "tokens_per_second": None, "eta": None}
         self._state_written = -float("inf")
@@ -122,7 +123,7 @@ class Telemetry:
         """
         if not self._main:
             return
-        tokens = next_sample * self._tokens_per_sample
+        tokens = self._tokens_before(next_sample)
         seconds = self._progress.update(step)
         left = self._progress.left(self._total)
         metrics = {"tokens_per_second": (tokens - self._tokens) / max(seconds, 1e-9), **metrics}
@@ -144,7 +145,7 @@ class Telemetry:
         if not self._main:
             return
         with self._tolerating():
-            self._records.write("validation", step, next_sample, next_sample * self._tokens_per_sample, metrics)
+            self._records.write("validation", step, next_sample, self._tokens_before(next_sample), metrics)
         self._scalars({f"validation/{name}": value for name, value in metrics.items()}, step)
         values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         self._console.line(f"step {step}  validation  {values}")

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,10 +18,12 @@ from torch import Tensor
 
 from potamos.data.files import write_atomically
 from potamos.data.loader import Loader, Rows
+from potamos.data.skips import SkipList
 from potamos.parallel import launch
 from potamos.parallel.apply import apply, data_ranks, gradient_sync
 from potamos.parallel.facts import parameter_table
 from potamos.pretrain import carried, resume, setup
+from potamos.pretrain.agreement import Reader, check_same_data
 from potamos.pretrain.checkpoint import CheckpointError, Checkpoints, CheckpointWriteError, Loaded, Snapshot
 from potamos.pretrain.config import Change, parse_recipe, resume_check, to_yaml
 from potamos.pretrain.environment import write_environment
@@ -77,8 +80,9 @@ class Trainer:
         self.micro_batches = micro_batches(recipe, data_ranks(recipe.parallel.layout(), rank.world))
         self.tokenizer = setup.open_tokenizer(recipe)
         self.token_bytes = self.tokenizer.token_bytes()
-        self.stream = setup.open_stream(recipe, self.tokenizer)
-        self.validation = setup.open_validation(recipe, self.tokenizer)
+        self.stream = launch.together(lambda: setup.open_stream(recipe, self.tokenizer))
+        self.validation = launch.together(lambda: setup.open_validation(recipe, self.tokenizer))
+        check_same_data(self.stream, self.validation)
 
         self.system = setup.build_system(recipe, self.device)
         self.model, self.objective = self.system.model, self.system.objective
@@ -100,6 +104,7 @@ class Trainer:
             )
         self.carried: list[State] = [None] * self.micro_batches
         self.step = self.next_sample = 0
+        self.reader: Reader | None = None
         self.changes: list[Change] = []
 
         self.lock = launch.together(lambda: resume.hold(self.folder) if rank.is_main else None)
@@ -112,7 +117,7 @@ class Trainer:
         )
         loaded = resume.newest(self.checkpoints, rank)
         if loaded is not None:
-            self.restore(loaded)
+            launch.together(lambda: self.restore(loaded))
         self.parallel = apply(self.system, recipe.parallel.layout(), rank, self.device)
         self.flops_per_token = 3.0 * self.model.flops_per_token(recipe.data.sequence_length)
         self.peak = peak_flops(self.device, setup.DTYPES[recipe.train.precision])
@@ -134,11 +139,14 @@ class Trainer:
             next_sample=self.next_sample,
             allow_repeat=recipe.data.allow_repeat,
         ) as loader:
+            self.reader = Reader(loader, recipe.data.sequence_length)
             self.system.train()
             while self.step < recipe.train.steps and stop is None:
-                result = self.train_step(next(loader))
+                result = self.train_step(self.reader.rows())
                 self.step += 1
-                self.next_sample += recipe.train.sequences
+                first = int(self.stream.samples(self.next_sample, 1)[0])
+                self.guard.record(self.step, first, loader.next_sample - 1, result.refused)
+                self.next_sample = loader.next_sample
                 self.observe(result, loader.data_wait)
                 if self._due(recipe.validation.every):
                     self.validate()
@@ -196,22 +204,24 @@ class Trainer:
     def total_counts(self, batches: list[Batch]) -> tuple[dict[str, float], float]:
         """Targets of each kind in the whole global batch, and its scored tokens per byte of text.
 
-        Over micro-batches and ranks, before the first backward; host numbers, so no device is waited for.
+        Over micro-batches and ranks, before the first backward; host numbers, so no device is waited for. A rank whose
+        rows could not be read says so in the same sum, and all of them raise.
         """
         names = sorted({name for batch in batches for name in batch.counts})
         own = [sum(batch.counts.get(name, 0) for batch in batches) for name in names]
         own.append(sum(int((batch.scored >= 0).sum()) for batch in batches))
         own.append(sum(setup.scored_bytes(batch.scored, self.token_bytes) for batch in batches))
-        *totals, scored, text_bytes = launch.all_sum(torch.tensor(own, dtype=torch.float64)).tolist()
+        failure = None if self.reader is None else self.reader.failure
+        own.append(0 if failure is None else 1)
+        *totals, scored, text_bytes, failed = launch.all_sum(torch.tensor(own, dtype=torch.float64)).tolist()
+        if failed:
+            launch.fail_together(failure)
         return {name: max(1.0, count) for name, count in zip(names, totals, strict=True)}, scored / max(1.0, text_bytes)
 
     # --- looking ---------------------------------------------------------------------------------------------------
 
     def observe(self, result: StepResult, data_wait: float) -> None:
         """Remember what the step told; write it down every ``telemetry.every`` steps, the only place that waits."""
-        self.guard.record(
-            self.step, self.next_sample - self.recipe.train.sequences, self.next_sample - 1, result.refused
-        )
         window = self.window
         window.steps += 1
         if not (self._due(self.recipe.telemetry.every) or self.step == self.recipe.train.steps):
@@ -246,7 +256,10 @@ class Trainer:
 
     def _tell_skipped(self) -> None:
         for step in self.guard.report():
-            self.telemetry.note(f"step {step.step} skipped: samples {step.first} to {step.last}")
+            self.telemetry.note(
+                f"step {step.step} skipped: samples {step.first} to {step.last} (to leave them out when going on from "
+                f"an earlier checkpoint, add to data.skip: [{step.first}, {step.last + 1}])"
+            )
 
     def validate(self) -> None:
         """Score every held-out dataset and write the result down."""
@@ -387,7 +400,7 @@ class Trainer:
             folder.path,
             attempt,
             total_steps=recipe.train.steps,
-            tokens_per_sample=recipe.data.sequence_length,
+            tokens_before=partial(tokens_before, self.stream.skip, recipe.data.sequence_length),
             step=self.step,
             next_sample=self.next_sample,
             main=self.rank.is_main,
@@ -403,6 +416,8 @@ class Trainer:
         telemetry.note(
             f"{recipe.name}: {parameters:,} parameters, step {self.step} of {recipe.train.steps}, {folder.path}"
         )
+        for notice in setup.notices(recipe, self.stream):
+            telemetry.note(notice)
         for key, before, after in self.changes:
             telemetry.note(f"resumed with {key}: {after} (was {before})")
         return telemetry
@@ -418,6 +433,12 @@ class Window:
     began: float
     data_wait: float = 0.0
     steps: int = 0
+
+
+def tokens_before(skips: SkipList, sequence_length: int, next_sample: int) -> int:
+    """Tokens that a run has trained on when it comes to this sample."""
+    left_out = sum(end - first for first, end in skips.before(next_sample))
+    return (next_sample - left_out) * sequence_length
 
 
 def micro_batches(recipe: Recipe, ranks: int) -> int:

@@ -7,7 +7,7 @@ uneven numbers of targets cannot change a gradient. There is no mean of means an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
@@ -37,28 +37,39 @@ class Batch:
     scored: np.ndarray
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch with its tensors on ``device``, copied without waiting where the memory is pinned."""
+        """The same batch with its tensors on ``device``. Toward a GPU they are pinned first, so that the copies run
+        beside the host and the kernels before them instead of waiting for both."""
         if device.type == "cpu":
             return self
+        return self.pin()._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin(self) -> Batch:
+        """The same batch in page-locked host memory; the batch itself where there is no GPU.
+
+        The memory is torch's to reuse: it keeps a pinned tensor until the copies from it are done.
+        """
+        return self._map(Tensor.pin_memory) if torch.cuda.is_available() else self
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         return replace(
             self,
-            inputs={k: v.to(device, non_blocking=True) for k, v in self.inputs.items()},
-            seq=_seq_to(self.seq, device),
-            targets={k: v.to(device, non_blocking=True) for k, v in self.targets.items()},
+            inputs={name: change(value) for name, value in self.inputs.items()},
+            seq=_map_seq(self.seq, change),
+            targets={name: change(value) for name, value in self.targets.items()},
         )
 
 
-def _seq_to(seq: Seq, device: torch.device) -> Seq:
-    moved: dict[str, Any] = {}
+def _map_seq(seq: Seq, change: Callable[[Tensor], Tensor]) -> Seq:
+    mapped: dict[str, Any] = {}
     for f in fields(seq):
         value = getattr(seq, f.name)
         if isinstance(value, Tensor):
-            moved[f.name] = value.to(device, non_blocking=True)
+            mapped[f.name] = change(value)
         elif isinstance(value, Seq):
-            moved[f.name] = _seq_to(value, device)
+            mapped[f.name] = _map_seq(value, change)
         elif isinstance(value, Mapping):
-            moved[f.name] = {k: v.to(device, non_blocking=True) for k, v in value.items()}
-    return replace(seq, **moved)
+            mapped[f.name] = {name: change(item) for name, item in value.items()}
+    return replace(seq, **mapped)
 
 
 @dataclass(frozen=True)

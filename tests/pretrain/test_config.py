@@ -65,7 +65,7 @@ def test_components_become_their_own_options() -> None:
     assert recipe.slurm.time == "12:00:00"
     assert recipe.validation.every == 500
     assert recipe.data.stages[1].start == 640
-    assert [s.label for s in recipe.data.stages[1].mixture] == ["train", "late"]
+    assert [s.label for s in recipe.data.stages[1].sources] == ["train", "late"]
 
 
 def test_an_override_replaces_the_whole_block_of_its_layer_alone() -> None:
@@ -268,8 +268,8 @@ def test_overrides_reach_every_kind_of_place() -> None:
     assert recipe.train.steps == 9
     assert recipe.optimizer.lr == 1e-3
     assert [getattr(recipe.model.layer(i).mixer, "heads", None) for i in range(3)] == [2, 6, None]
-    assert recipe.data.stages[0].mixture[0].path == "other/train"
-    assert [s.path for s in recipe.data.stages[1].mixture] == ["demo/train", "demo/late", "third"]
+    assert recipe.data.stages[0].sources[0].path == "other/train"
+    assert [s.path for s in recipe.data.stages[1].sources] == ["demo/train", "demo/late", "third"]
     assert recipe.data.validation == ()
     assert recipe.telemetry.samples.prompts == ("a", "b, c")
     assert (recipe.model.norm.kind, recipe.model.norm.epsilon) == ("layernorm", 1e-6)
@@ -497,7 +497,7 @@ def test_the_data_section_says_what_it_means() -> None:
     assert recipe.data.cache is not None
     assert recipe.data.cache.bytes == 200_000_000_000
     assert [getattr(stage.mixture, "published", None) for stage in recipe.data.stages] == [None, "pile"]
-    assert recipe.data.stages[0].mixture[0].label == "early"  # pyright: ignore[reportIndexIssue]
+    assert recipe.data.stages[0].sources[0].label == "early"
     text = to_yaml(recipe)
     assert parse_recipe(text) == recipe
     shown = read_document(text, "x").tree["data"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from potamos.parallel.launch import LaunchError, Rank, together
+from potamos.parallel.launch import PeerError, Rank, together
 from potamos.pretrain.checkpoint import CheckpointError
 from potamos.pretrain.resume import RunBusyError, hold
 from potamos.pretrain.run_folder import RunFolder
@@ -51,31 +51,39 @@ def test_ranks_go_on_from_the_step_that_rank_0_chooses(trial, run_ranks, tmp_pat
         folder = alone if rank == 0 else tmp_path / "empty"
         try:
             trial.trainer(folder, rank=Rank(rank, world, rank, world))
-        except (CheckpointError, LaunchError) as error:
+        except (CheckpointError, PeerError) as error:
             return f"{type(error).__name__}: {error}"
         return "nothing was said"
 
     first, second = run_ranks(2, apart)
-    assert first.startswith("LaunchError: another rank failed")
+    assert first.startswith("PeerError: rank 1: ")
+    assert first.endswith(second.removeprefix("CheckpointError: "))
     assert second.startswith("CheckpointError")
     assert "step-00000004" in second
 
 
 def test_together_raises_on_all(run_ranks) -> None:
+    """A rank that failed keeps its own error, the others are told the first one's: in words, whatever its type."""
+
     def attempt(rank: int, world: int) -> str:
         def action() -> int:
             if rank == 1:
-                raise KeyError("mine")
+                raise ValueError("mine")
+            if rank == 2:
+                raise KeyError("a fault")
             return rank
 
         try:
             together(action)
-        except (KeyError, LaunchError) as error:
-            return type(error).__name__
+        except (KeyError, ValueError) as error:
+            return f"{type(error).__name__}: {error}"
         return "none"
 
-    assert run_ranks(3, attempt) == ["LaunchError", "KeyError", "LaunchError"]
+    assert run_ranks(3, attempt) == ["PeerError: rank 1: mine", "ValueError: mine", "KeyError: 'a fault'"]
+    assert run_ranks(2, lambda rank, world: together(lambda: rank)) == [0, 1]
     assert together(lambda: 5) == 5
+    with pytest.raises(KeyError):
+        together(lambda: {}["missing"])
 
 
 def test_spikes_in_a_row_are_remembered_across_a_restart() -> None:

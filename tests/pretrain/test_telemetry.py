@@ -50,7 +50,8 @@ def _event_files_sort_by_age(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def open_telemetry(run: Path, attempt: int = 0, **given: Any) -> Telemetry:
-    defaults: dict[str, Any] = {"total_steps": 100, "tokens_per_sample": 32, "stream": io.StringIO(), "clock": Clock()}
+    defaults: dict[str, Any] = {"total_steps": 100, "stream": io.StringIO(), "clock": Clock()}
+    defaults["tokens_before"] = lambda sample: 32 * sample
     return Telemetry(run, attempt, **(defaults | given))
 
 

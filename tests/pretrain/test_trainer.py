@@ -140,7 +140,11 @@ def test_a_bad_step_is_skipped_counted_and_named(trial, run, capsys, poison, ski
     assert unchanged == skipped, "parameters and moments of a skipped step are those before it, to the bit"
     assert trial.history(run)[-1]["skipped_steps"] == len(skipped)
     told = [line for line in capsys.readouterr().out.splitlines() if "skipped:" in line]
-    assert told == [f"step {step} skipped: samples {8 * step - 8} to {8 * step - 1}" for step in skipped]
+    assert told == [
+        f"step {step} skipped: samples {8 * step - 8} to {8 * step - 1} (to leave them out when going on from an "
+        f"earlier checkpoint, add to data.skip: [{8 * step - 8}, {8 * step}])"
+        for step in skipped
+    ]
     assert math.isfinite(trial.losses(run)[-1])
 
 

@@ -126,8 +126,8 @@ def repeat_a_batch(trainer):
     trainer.next_sample -= trainer.recipe.train.sequences
 
 
-def skip_a_sample(trainer):
-    trainer.next_sample += 1
+def skip_a_batch(trainer):
+    trainer.next_sample += trainer.recipe.train.sequences
 
 
 def skip_a_step(trainer):
@@ -147,7 +147,7 @@ BUGS = [
     forget_guard,
     forget_carried_state,
     swap_slots,
-    *map(restored, [repeat_a_batch, skip_a_sample, skip_a_step, round_the_parameters]),
+    *map(restored, [repeat_a_batch, skip_a_batch, skip_a_step, round_the_parameters]),
 ]
 
 
