@@ -11,8 +11,9 @@ from typing import Any
 
 from potamos.data.errors import DatasetError, MixtureError
 from potamos.data.rows import Rows
-from potamos.data.stages import SourcePlan, SourceSpec, SourceSummary, StageSpec
+from potamos.data.stages import SourceSpec, StageSpec
 from potamos.data.stream import TokenStream
+from potamos.data.usage import SourcePlan, SourceSummary
 from potamos.data.windows import Windows
 
 __all__ = ["Loader", "Rows", "SourcePlan", "SourceSpec", "SourceSummary", "StageSpec", "TokenStream", "Windows"]

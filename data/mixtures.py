@@ -8,6 +8,7 @@ from pathlib import Path
 
 from potamos.data.errors import MixtureError
 from potamos.data.manifest import MANIFEST
+from potamos.data.remote import is_url
 from potamos.data.stages import SourceSpec
 
 # Gao et al. 2020, "The Pile: An 800GB Dataset of Diverse Text for Language Modeling" (arXiv 2101.00027), Table 1,
@@ -68,7 +69,7 @@ def published(name: str, folder: str | os.PathLike[str]) -> tuple[tuple[SourceSp
     """
     if name not in PUBLISHED:
         raise MixtureError(f"published mixture {name!r} is unknown; known: {', '.join(PUBLISHED)}")
-    if "://" in os.fspath(folder):
+    if is_url(folder):
         raise MixtureError(
             f"published mixture {name}: {os.fspath(folder)} is no local folder, so its subsets cannot be listed; write "
             f"the sources one by one with their weights"

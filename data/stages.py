@@ -6,13 +6,13 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from potamos.data.dataset import TokenDataset
 from potamos.data.errors import MixtureError, TokenizerMismatchError
 from potamos.data.order import Mixture, check_weights, derive_key
+from potamos.data.remote import is_url
 
 
 @dataclass(frozen=True)
@@ -34,48 +34,6 @@ class StageSpec:
 
     start: int
     mixture: tuple[SourceSpec, ...]
-
-
-@dataclass(frozen=True)
-class SourceSummary:
-    """What one source of one stage holds for rows of the stream's length."""
-
-    stage: int
-    name: str
-    path: Path
-    share: float
-    samples_per_epoch: int
-    tokens: int
-    documents: int
-    unread_tokens: int
-
-
-@dataclass(frozen=True)
-class SourcePlan:
-    """What a run will read of one source in one stage.
-
-    Attributes:
-        stage, name, path, share: which source of which stage, and its share of the stage.
-        samples: rows drawn, exactly.
-        tokens: targets in these rows.
-        epochs: how many times over the source is read in this stage.
-        samples_per_epoch: rows of the source.
-        unread_tokens: targets of the source that no row holds, at the ends of chunks and parts.
-        epochs_before: how many times over the source was read when the planned samples of this stage begin, by earlier
-            stages and by what lies before the plan. Skipped samples count here and not in ``epochs``: a skipped row is
-            passed over, not put off.
-    """
-
-    stage: int
-    name: str
-    path: Path
-    share: float
-    samples: int
-    tokens: int
-    epochs: float
-    samples_per_epoch: int
-    unread_tokens: int
-    epochs_before: float
 
 
 @dataclass(frozen=True)
@@ -148,8 +106,7 @@ class Stages:
 
     def _open(self, spec: SourceSpec) -> int:
         """Number of the dataset; equal content is one dataset wherever it lies."""
-        place = os.fspath(spec.path)
-        place = place if "://" in place else os.path.realpath(place)
+        place = os.fspath(spec.path) if is_url(spec.path) else os.path.realpath(spec.path)
         if place not in self._by_path:
             dataset = self._open_dataset(spec)
             known = next((i for i, d in enumerate(self.datasets) if d.fingerprint == dataset.fingerprint), None)

@@ -11,10 +11,13 @@ import numpy as np
 from potamos.data import state
 from potamos.data.dataset import TokenDataset, read_rows
 from potamos.data.errors import DatasetError, MixtureError
+from potamos.data.lookahead import Lookahead
 from potamos.data.order import derive_key
+from potamos.data.remote import CacheSpec, is_url, open_dataset_files
 from potamos.data.rows import Rows, crossing
 from potamos.data.skips import SkipList
-from potamos.data.stages import SourcePlan, SourceSpec, SourceSummary, Stage, Stages, StageSpec
+from potamos.data.stages import SourceSpec, Stages, StageSpec
+from potamos.data.usage import SourcePlan, SourceSummary, plans, summaries
 from potamos.data.walks import Contiguous, Shuffled, Walk, Windowed, check_contiguous, first_ids
 
 PLAN = 4096  # samples whose places are worked out at once when samples are read in order
@@ -87,7 +90,7 @@ class TokenStream:
         skip: Sequence[Sequence[int]] = (),
         boundaries: str = "isolate",
         on_bad_shard: str = "error",
-        cache: Any = None,
+        cache: CacheSpec | None = None,
         tokenizer_sha256: str | None = None,
         vocabulary: int | None = None,
     ):
@@ -102,16 +105,24 @@ class TokenStream:
             )
 
         def open_dataset(spec: SourceSpec) -> TokenDataset:
+            folder, files = spec.path, None
+            if is_url(spec.path):
+                self._refuse_elsewhere(spec)
+                folder, files = open_dataset_files(spec.path, cache)
             return TokenDataset(
-                spec.path, tokenizer_sha256=tokenizer_sha256, vocabulary=vocabulary, on_bad_shard=on_bad_shard
+                folder,
+                tokenizer_sha256=tokenizer_sha256,
+                vocabulary=vocabulary,
+                on_bad_shard=on_bad_shard,
+                files=files,
             )
 
         self._stages = Stages(stages, seed, slots, open_dataset)
         self.datasets = self._stages.datasets
         self._cuts = [dataset.cut(sequence_length) for dataset in self.datasets]
         self._walks = self._make_walks()
-        # Draws of each dataset that lie in the windows at hand.
-        self._at_hand = np.zeros((2, len(self.datasets)), np.int64)
+        windowed = [walk for walk in self._walks if isinstance(walk, Windowed)]
+        self._lookahead = Lookahead(self._stages, windowed, window) if window is not None else None
         self._plans: dict[int, _Places] = {}
         self._lock = threading.Lock()
 
@@ -137,6 +148,18 @@ class TokenStream:
         if self.window is not None:
             return [Windowed(cut, self.window, key) for cut, key in zip(self._cuts, keys, strict=True)]
         return [Shuffled(cut, key) for cut, key in zip(self._cuts, keys, strict=True)]
+
+    def _refuse_elsewhere(self, spec: SourceSpec) -> None:
+        if self.order != "window":
+            raise DatasetError(
+                f"source {spec.label} is behind a URL, and order {self.order} reads all of its shards at once; use "
+                f"order: window, which fetches a few at a time, or copy the dataset to a local folder"
+            )
+
+    def close(self) -> None:
+        """End what fetches shards in the background."""
+        if self._lookahead is not None:
+            self._lookahead.close()
 
     def after(self, sample: int, count: int) -> int:
         """The place right behind the next ``count`` samples, from place ``sample`` on, that are not skipped."""
@@ -185,8 +208,8 @@ class TokenStream:
         return places
 
     def _cut(self, samples: np.ndarray, places: _Places, *, in_order: bool = True) -> Rows:
-        if self.window is not None and in_order:
-            self._have(samples, places)
+        if self._lookahead is not None and in_order:
+            self._lookahead.have(samples, places.source, places.draw)
         width = self.sequence_length + 1
         where = (self.datasets, places.source, places.chunk, places.start, width)
         tokens, document_ids, positions = read_rows(*where, true_positions=self.slots is not None)
@@ -196,70 +219,19 @@ class TokenStream:
             document_ids += places.shift.astype(np.int32)[:, None]  # rows of a stream are whole: no id is padding's -1
         return Rows(tokens, document_ids, positions, samples, places.source.astype(np.int32))
 
-    def _have(self, samples: np.ndarray, places: _Places) -> None:
-        """Keep the shards of the windows that these draws lie in, and ask for those of the next windows."""
-        source, draw = places.source, places.draw
-        begin, end = self._at_hand
-        away = (draw < begin[source]) | (draw >= end[source])
-        if not away.any():
-            return
-        used = self._stages.sources(int(samples[0]), int(samples[-1]))
-        for number in set(np.flatnonzero(end > begin).tolist()) - used:  # of a stage that is over
-            self.datasets[number].keep([])
-            begin[number] = end[number] = 0
-        for number in np.unique(source[away]).tolist():
-            walk, dataset, draws = self._walks[number], self.datasets[number], draw[source == number]
-            assert isinstance(walk, Windowed)
-            first = window = walk.window(int(draws.min()))
-            shards = window.shards.tolist()
-            while window.end <= draws.max():
-                window = walk.window(window.end)
-                shards += window.shards.tolist()
-            ahead = walk.window(window.end).shards.tolist()
-            # The next window is kept from now on, as it is being fetched. Only the first window counts as at hand, so
-            # that draws beyond it come here again and let it go.
-            dataset.keep([*shards, *ahead])
-            dataset.files.prefetch([*shards, *ahead])
-            begin[number], end[number] = first.begin, first.end
-
     def describe(self) -> list[SourceSummary]:
         """One entry per stage and source: its share of the stage, rows per epoch, tokens, and tokens no row reads."""
-        summaries = []
-        for number, stage in enumerate(self._stages.stages):
-            for label, source, share in zip(stage.labels, stage.sources, stage.mixture.shares, strict=True):
-                dataset, epoch = self.datasets[source], self._walks[source].epoch
-                manifest, unread = dataset.manifest, dataset.targets - epoch * self.sequence_length
-                summaries.append(
-                    SourceSummary(
-                        number, label, dataset.path, float(share), epoch, manifest.tokens, manifest.documents, unread
-                    )
-                )
-        return summaries
+        return list(summaries(self._stages, self._walks, self.sequence_length))
 
     def plan(self, samples: int, start: int = 0) -> list[SourcePlan]:
         """What the next ``samples`` samples from place ``start`` on read of each source of each stage, exactly.
 
-        Stages that these samples do not reach are listed with none.
+        Skipped samples do not count; stages that these samples do not reach are listed with none.
         """
         if samples < 0 or start < 0:
             raise ValueError(f"plan of {samples} samples from sample {start}: both must be at least 0")
-        plans = []
-        for number, (stage, begin, end) in enumerate(self._stages.within(start, self.after(start, samples))):
-            drawn = sum((stage.drawn(*run) for run in self.skip.runs(begin, end)), np.zeros(len(stage.sources), int))
-            before = stage.drawn_before + stage.drawn(stage.start, begin)
-            plans += [
-                self._plan_of(number, stage, member, count, past)
-                for member, (count, past) in enumerate(zip(drawn.tolist(), before.tolist(), strict=True))
-            ]
-        return plans
-
-    def _plan_of(self, number: int, stage: Stage, member: int, count: int, before: int) -> SourcePlan:
-        source, length = stage.sources[member], self.sequence_length
-        dataset, epoch = self.datasets[source], self._walks[source].epoch
-        return SourcePlan(
-            number, stage.labels[member], dataset.path, float(stage.mixture.shares[member]), count, count * length,
-            count / epoch, epoch, dataset.targets - epoch * length, before / epoch,
-        )  # fmt: skip
+        end = self.after(start, samples)
+        return list(plans(self._stages, self._walks, self.sequence_length, self.skip, start, end))
 
     @property
     def text_bytes_per_token(self) -> float:

@@ -123,16 +123,19 @@ def check_contiguous(dataset: TokenDataset, rows: int, slots: int, length: int) 
     Raises:
         DatasetError: rows do not fill chunks, there are fewer rows than slots, or shards were left out.
     """
-    chunk_tokens = dataset.manifest.chunk_tokens
+    manifest = dataset.manifest
     if dataset.dropped:
         raise DatasetError(
             f"dataset {dataset.path} is read without {', '.join(dataset.dropped)}, so its text no longer goes on from "
             f"shard to shard, as contiguous order needs; mend the shards, or use order shuffled"
         )
-    if dataset.chunks > 1 and chunk_tokens % length:
+    # A chunk that goes on in the next lies in a part of several; in foreign tars each shard is one chunk of its own.
+    goes_on = any(sum(shard["chunks"] for shard in part["shards"]) > 1 for part in manifest.parts)
+    if manifest.layout == "chunks" and goes_on and manifest.chunk_tokens % length:
         raise DatasetError(
-            f"dataset {dataset.path}: sequence_length {length} does not divide its chunk_tokens {chunk_tokens}, so "
-            f"contiguous order would skip {chunk_tokens % length} tokens at each chunk's end; choose a divisor"
+            f"dataset {dataset.path}: sequence_length {length} does not divide its chunk_tokens "
+            f"{manifest.chunk_tokens}, so contiguous order would skip {manifest.chunk_tokens % length} tokens at each "
+            f"chunk's end; choose a divisor"
         )
     if rows < slots:
         raise DatasetError(f"dataset {dataset.path} has {rows} rows of {length} tokens, fewer than slots {slots}")
