@@ -124,7 +124,7 @@ def samples(content: mmap.mmap | bytes, place: str) -> Iterator[tuple[str, dict[
         if parts[1] != key:
             if key is not None:
                 yield key, fields
-            key, fields = parts[1], {}
+            key, fields = str(parts[1]), {}
             if key in seen:
                 raise CorruptShardError(
                     f"{place}, byte {member.offset - BLOCK}: key {key!r} comes again after other samples; stock "

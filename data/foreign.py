@@ -169,7 +169,7 @@ def _expand(name: str) -> list[Path]:
 
     try:
         expanded = [Path(one) for one in braceexpand.braceexpand(name)]
-    except braceexpand.UnbalancedBracesError as error:
+    except ValueError as error:
         raise DatasetError(f"{name}: {error}; write {{000..123}}") from None
     missing = [path for path in expanded if not path.is_file()]
     if missing:
@@ -294,7 +294,7 @@ def _layout(folder: Path) -> str | None:
 
 def _link(here: Path, path: Path) -> None:
     """A relative link, so that a tree that holds both can be moved."""
-    if here.exists(follow_symlinks=False) and not here.is_symlink():
+    if os.path.lexists(here) and not here.is_symlink():
         raise DatasetError(f"{here} is another file than {path}; index into an empty folder with --out")
     temporary = here.with_name(f".{here.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
