@@ -262,6 +262,7 @@ class TokenDataset:
         with _opening:
             for number in self._open.keys() - set(shards):
                 del self._open[number]
+            self._known = {number: known for number, known in self._known.items() if number in self._open}
         self.files.keep(shards)
 
     def _map(self, number: int) -> _Shard | MemberShard:
