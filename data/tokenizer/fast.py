@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -30,15 +30,15 @@ class BytePairEncoder:
 
     def encode_batch(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:
         """Ids of each text; one thread encodes in the caller's."""
-        if threads == 1 or len(texts) == 1:
-            return [self.encode(text) for text in texts]
         tasks = list(_tasks(texts))
+        if threads == 1 or len(tasks) < 2:
+            return [self.encode(text) for text in texts]
         with ThreadPoolExecutor(min(threads, len(tasks))) as pool:  # the library releases the interpreter's lock
             done = pool.map(lambda task: [self.encode(text) for text in task], tasks)
             return [ids for part in done for ids in part]
 
 
-def _tasks(texts: Sequence[str]):
+def _tasks(texts: Sequence[str]) -> Iterator[list[str]]:
     task: list[str] = []
     size = 0
     for text in texts:

@@ -81,7 +81,7 @@ class JsonBackend:
     def encode_batch(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:
         if self._fast is not None:
             return self._fast.encode_batch(texts, threads)
-        if threads == 1 or len(texts) == 1:
+        if threads == 1 or len(texts) < 2:
             encodings = [self._tokenizer.encode(text, add_special_tokens=False) for text in texts]
         else:  # the library has one pool of threads, of a size of its own choice
             encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
