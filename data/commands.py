@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,7 @@ __all__ = [
     "TokenizerSummary",
     "VerifyReport",
     "finalize_datasets",
+    "place_of_row",
     "prepare_dataset",
     "prepare_datasets",
     "sample",
@@ -105,9 +106,11 @@ def train(
     out: str | os.PathLike[str],
     *,
     split: str = "all",
+    special_tokens: Sequence[str] = (),
+    sentinels: int = 0,
     max_bad_ratio: float = MAX_BAD_RATIO,
 ) -> tuple[Tokenizer, TokenizerSummary]:
-    """Train a byte-level BPE tokenizer on a corpus; hold-out text stays out of it when ``split`` is ``train``.
+    """Train a byte-level BPE tokenizer on a corpus (`train_bpe`); hold-out text stays out where ``split`` is ``train``.
 
     Raises:
         SourceError: the corpus cannot be read, too much of it is bad, or it holds no text.
@@ -127,7 +130,8 @@ def train(
             f"source {source!r}: no document with text ({counts.blank} blank), so there is nothing to "
             f"train a tokenizer on; choose another source"
         )
-    tokenizer = train_bpe(itertools.chain([first], read), vocabulary, out)
+    texts_read = itertools.chain([first], read)
+    tokenizer = train_bpe(texts_read, vocabulary, out, special_tokens=special_tokens, sentinels=sentinels)
     return tokenizer, TokenizerSummary(Path(out), tokenizer.vocabulary, tokenizer.sha256, counts.documents, size)
 
 
@@ -222,6 +226,19 @@ def sample(
         ends = bool(part[-1] == tokenizer.end_of_document)
         excerpts.append(Excerpt(int(number), begins, ends, tuple(part.tolist()), tokenizer.decode(part)))
     return excerpts
+
+
+def place_of_row(path: str | os.PathLike[str], row: int, length: int) -> tuple[int, int]:
+    """(chunk, first token in it) of a row of ``length`` tokens, rows numbered as training numbers them.
+
+    Raises:
+        DatasetError: the dataset has no such row.
+    """
+    cut = TokenDataset(path).cut(length)
+    if not 0 <= row < cut.total:
+        raise DatasetError(f"dataset {path} has {cut.total} rows of {length} tokens; there is no row {row}")
+    chunk, start = cut.place(np.array([row]))
+    return int(chunk[0]), int(start[0])
 
 
 def _summary(path: Path, manifest: Manifest) -> DatasetSummary:

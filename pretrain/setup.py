@@ -14,7 +14,7 @@ import torch
 
 from potamos.data.loader import SourceSpec, StageSpec, TokenStream, Windows
 from potamos.data.mixtures import published
-from potamos.data.tokenizer import Tokenizer, load_tokenizer
+from potamos.data.tokenizer import FILE_NAMES, Tokenizer, load_tokenizer
 from potamos.pretrain.models import registry
 from potamos.pretrain.models.build import initializer, materialize
 from potamos.pretrain.models.initialize import initialize
@@ -28,7 +28,6 @@ from potamos.pretrain.recipe_data import Tokenizer as TokenizerSection
 if TYPE_CHECKING:
     from potamos.data.remote import CacheSpec
 
-COPIES = {"json": "json", "gpt2": "tiktoken", "sentencepiece": "model"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -88,7 +87,9 @@ def open_tokenizer(recipe: Recipe) -> Tokenizer:
 
 def load(section: TokenizerSection, path: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer of a recipe's section from ``path``: the section's own, or a copy of it."""
-    return load_tokenizer(section.kind, path, end_of_document=section.end_of_document)
+    return load_tokenizer(
+        section.kind, path, end_of_document=section.end_of_document, special_tokens=section.special_tokens
+    )
 
 
 def open_stream(recipe: Recipe, tokenizer: Tokenizer) -> TokenStream:
@@ -115,7 +116,7 @@ def _cache(section: Cache | None) -> CacheSpec | None:
         return None
     from potamos.data.remote import CacheSpec  # and with it fsspec, which only URLs need
 
-    return CacheSpec(Path(section.path), section.bytes)
+    return CacheSpec(section.path, section.bytes)
 
 
 def notices(recipe: Recipe, stream: TokenStream) -> list[str]:
@@ -167,4 +168,4 @@ def scored_bytes(scored: np.ndarray, token_bytes: np.ndarray) -> int:
 
 def tokenizer_copy(folder: Path, kind: str) -> Path:
     """Where a run keeps its own copy of the tokenizer."""
-    return folder / f"tokenizer.{COPIES[kind]}"
+    return folder / FILE_NAMES[kind]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -11,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from potamos.data.commands import DatasetSummary, Excerpt, TokenizerSummary, VerifyReport
+    from potamos.data.commands import DatasetSummary, Excerpt, Share, TokenizerSummary, VerifyReport
+    from potamos.data.manifest import Manifest
     from potamos.pretrain.catalog import Entry
     from potamos.pretrain.evaluate import Score
     from potamos.pretrain.plan import Plan
@@ -77,6 +79,28 @@ def dataset(summary: DatasetSummary) -> None:
     )
 
 
+def datasets(made: Sequence[DatasetSummary]) -> None:
+    for summary in made:
+        dataset(summary)
+
+
+def share(done: Share) -> None:
+    """What is left to do where a `prepare` process was one of several, or had nothing to do."""
+    if done.kept:
+        note(f"{done.out} is there already, and equal")
+    elif done.world > 1:
+        line(
+            f"{done.out}: process {done.rank} of {done.world} has done its {done.inputs} of {done.inputs_total} "
+            f"inputs; when all have, run: potamos data finalize {shlex.quote(str(done.out))}"
+        )
+
+
+def indexed(manifest: Manifest) -> None:
+    """A dataset made of foreign tars."""
+    what = "text" if manifest.layout == "text" else f"{manifest.tokens:,} tokens of {manifest.documents:,} documents"
+    line(f"indexed {len(manifest.shards)} tars: {what}")
+
+
 def dataset_details(summary: DatasetSummary) -> None:
     table = Table.grid(padding=(0, 2))
     rows = {
@@ -84,10 +108,12 @@ def dataset_details(summary: DatasetSummary) -> None:
         "tokenizer": f"{summary.tokenizer['kind']}, {summary.tokenizer['vocabulary']:,} ids, "
         f"sha256 {str(summary.tokenizer['sha256'])[:12]}",
         "documents": f"{summary.documents:,} ({summary.blank:,} blank left out, {summary.rejected:,} rejected, "
-        f"{summary.mended:,} mended)",
+        f"{summary.mended:,} mended, "
+        + (f"{summary.duplicates:,} duplicates left out)" if summary.deduplicated else "duplicates not looked for)"),
         "tokens": f"{summary.tokens:,} ({summary.bytes_per_token:.2f} bytes each)",
         "text": f"{summary.text_bytes:,} bytes",
-        "shards": f"{summary.shards} ({summary.chunks} chunks of {summary.chunk_tokens:,} tokens)",
+        "shards": f"{summary.shards} ({summary.chunks} chunks of {summary.chunk_tokens:,} tokens), from "
+        f"{summary.parts} inputs",
         "fingerprint": summary.fingerprint,
     }
     for name, value in rows.items():

@@ -1,0 +1,215 @@
+"""``potamos data``: tokenizers and datasets, made, looked into and measured. Imports nothing heavy; see ``cli.py``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from potamos.pretrain import show
+from potamos.pretrain.arguments import (
+    Dataset,
+    EndOfDocument,
+    Kind,
+    MaxBadRatio,
+    MaxLineBytes,
+    Overrides,
+    RecipeName,
+    Source,
+    Special,
+    TokenizerPath,
+)
+
+app = typer.Typer(help="Make tokenizers and datasets, and look into them.", no_args_is_help=True)
+
+LINE_BYTES = 256 * 2**20
+
+
+@app.command()
+def tokenizer(
+    source: Source,
+    out: Annotated[Path, typer.Argument(help="The tokenizer.json to write.")],
+    vocabulary: Annotated[int, typer.Option(help="How many ids, special tokens included.")] = 32_768,
+    split: Annotated[str, typer.Option(help="train, validation or all; sotu has a train split.")] = "all",
+    special: Special = None,
+    sentinels: Annotated[int, typer.Option(help="Sentinels of span corruption: <extra_id_0> and on.")] = 0,
+    max_bad_ratio: MaxBadRatio = 1e-4,
+) -> None:
+    """Train a byte-level BPE tokenizer on a corpus.
+
+    Example: potamos data tokenizer sotu demo/tokenizer.json --vocabulary 8192 --split train
+    """
+    from potamos.data.commands import train
+
+    made = train(
+        source,
+        vocabulary,
+        out,
+        split=split,
+        special_tokens=special or (),
+        sentinels=sentinels,
+        max_bad_ratio=max_bad_ratio,
+    )
+    show.tokenizer(made[1])
+
+
+@app.command()
+def prepare(
+    source: Source,
+    out: Annotated[Path, typer.Argument(help="The dataset's folder.")],
+    tokenizer: TokenizerPath,
+    kind: Kind = "json",
+    end_of_document: EndOfDocument = None,
+    special: Special = None,
+    split: Annotated[str, typer.Option(help="train, validation or all; sotu holds out one year in twenty.")] = "all",
+    rank: Annotated[int, typer.Option(help="Which of the processes this is, from 0.")] = 0,
+    world: Annotated[int, typer.Option(help="How many processes share the inputs; then run `finalize`.")] = 1,
+    deduplicate: Annotated[bool, typer.Option("--deduplicate", help="Keep the first of equal documents only.")] = False,
+    by: Annotated[
+        str | None, typer.Option(metavar="KEY", help="One dataset for each value, as in meta.pile_set_name.")
+    ] = None,
+    max_line_bytes: MaxLineBytes = LINE_BYTES,
+    max_bad_ratio: MaxBadRatio = 1e-4,
+    wait: Annotated[float, typer.Option(help="Seconds to wait for what other processes are at.")] = 600.0,
+    threads: Annotated[int | None, typer.Option(help="Threads of the tokenizer; all cores by default.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace another dataset of this name.")] = False,
+) -> None:
+    """Turn a corpus into token shards. After a kill, the same command goes on where it was.
+
+    Example: potamos data prepare sotu demo/train --tokenizer demo/tokenizer.json --split train
+
+    On several machines: potamos data prepare 'pile/*.jsonl.zst' data/pile --tokenizer gpt2 --kind gpt2
+    --by meta.pile_set_name --rank $SLURM_ARRAY_TASK_ID --world 30, and when all have ended: potamos data finalize
+    """
+    from potamos.data.commands import finalize_datasets
+    from potamos.data.prepare import prepare_parts
+    from potamos.data.tokenizer import load_tokenizer
+    from potamos.pretrain.progress import preparing
+
+    loaded = load_tokenizer(
+        kind, tokenizer, end_of_document=end_of_document, special_tokens=special or (), threads=threads
+    )
+    with preparing() as progress:
+        share = prepare_parts(
+            source,
+            split,
+            loaded,
+            out,
+            max_bad_ratio=max_bad_ratio,
+            max_line_bytes=max_line_bytes,
+            deduplicate=deduplicate,
+            by=by,
+            rank=rank,
+            world=world,
+            wait=wait,
+            force=force,
+            progress=progress,
+        )
+    show.share(share)
+    if world == 1:
+        show.datasets(finalize_datasets(out, force=force, wait=wait))
+
+
+@app.command()
+def finalize(
+    out: Annotated[Path, typer.Argument(help="The folder that `prepare` was given.")],
+    wait: Annotated[float, typer.Option(help="Seconds to wait for processes that are still at it.")] = 600.0,
+    force: Annotated[bool, typer.Option("--force", help="Replace another dataset of this name.")] = False,
+) -> None:
+    """Make one dataset of what several `prepare` processes wrote.
+
+    Example: potamos data finalize data/pile
+    """
+    from potamos.data.commands import finalize_datasets
+
+    show.datasets(finalize_datasets(out, force=force, wait=wait))
+
+
+@app.command()
+def index(
+    tars: Annotated[list[str], typer.Argument(help="WebDataset tars: a folder, files, globs, {000..123}.tar.")],
+    out: Annotated[Path | None, typer.Option(help="Where indexes go; beside the tars by default.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="What the ids came from; tars of text need none.")] = None,
+    kind: Kind = "json",
+    end_of_document: EndOfDocument = None,
+    special: Special = None,
+    field: Annotated[str | None, typer.Option(help="The field with ids or text, as in tokens.npy.")] = None,
+    documents: Annotated[
+        str, typer.Option(help="members: each member is a document; rows: members are pieces of one stream.")
+    ] = "members",
+    force: Annotated[bool, typer.Option("--force", help="Replace another index that lies there.")] = False,
+) -> None:
+    """Make a dataset of WebDataset tars that other tools wrote, without copying them.
+
+    Example: potamos data index 'tokens/{000..063}.tar' --tokenizer demo/tokenizer.json --field tokens.npy
+    """
+    from potamos.data.foreign import index_tars
+    from potamos.data.tokenizer import load_tokenizer
+    from potamos.pretrain.progress import counting
+
+    known = None
+    if tokenizer is not None:
+        known = load_tokenizer(kind, tokenizer, end_of_document=end_of_document, special_tokens=special or ())
+    with counting("tars") as progress:
+        made = index_tars(tars, out, tokenizer=known, field=field, documents=documents, force=force, progress=progress)
+    show.indexed(made)
+
+
+@app.command()
+def inspect(
+    path: Dataset,
+    tokenizer: Annotated[Path | None, typer.Option(help="Show text as well, decoded with this tokenizer.")] = None,
+    kind: Kind = "json",
+    end_of_document: EndOfDocument = None,
+    special: Special = None,
+    chunk: Annotated[int, typer.Option(help="Which chunk to show text of.")] = 0,
+    start: Annotated[int, typer.Option(help="From which of its tokens on.")] = 0,
+    sample: Annotated[
+        int | None, typer.Option(help="Show the n-th row instead, rows being --tokens long.", min=0)
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="How many tokens of text.", min=1)] = 256,
+) -> None:
+    """Say what a dataset holds, and show some of its text.
+
+    Example: potamos data inspect demo/validation --tokenizer demo/tokenizer.json --sample 3
+    """
+    from potamos.data import commands
+    from potamos.data.tokenizer import load_tokenizer
+
+    show.dataset_details(commands.summarize(path))
+    if tokenizer is None:
+        return
+    loaded = load_tokenizer(kind, tokenizer, end_of_document=end_of_document, special_tokens=special or ())
+    if sample is not None:
+        chunk, start = commands.place_of_row(path, sample, tokens)
+        show.line(f"row {sample} is in chunk {chunk}, from token {start} on", style="bold")
+    show.excerpts(commands.sample(path, loaded, chunk=chunk, start=start, tokens=tokens))
+
+
+@app.command()
+def verify(
+    path: Dataset,
+    deep: Annotated[bool, typer.Option("--deep", help="Read and check every byte.")] = False,
+) -> None:
+    """Check that a dataset is whole; exits with 1 where it is not.
+
+    Example: potamos data verify demo/train --deep
+    """
+    from potamos.data.commands import verify as check
+
+    report = check(path, deep=deep)
+    show.verification(report)
+    raise typer.Exit(0 if report.ok else 1)
+
+
+@app.command()
+def plan(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Say what a run will read of each source: samples, tokens, epochs. Needs the data, but no GPU and no time.
+
+    Example: potamos data plan h3_hybrid_tiny train.steps=2000
+    """
+    from potamos.pretrain.config import load_recipe
+    from potamos.pretrain.plan import plan as work_out
+
+    show.plan(work_out(load_recipe(recipe, overrides or [])))
