@@ -60,16 +60,24 @@ class Retry:
 
 def join(url: str, name: str) -> str:
     """The URL of a file in a folder; a query (an access token of a storage) stays behind it."""
-    parts = urllib.parse.urlsplit(url)
-    path = f"{parts.path.rstrip('/')}/{urllib.parse.quote(name)}"
-    return urllib.parse.urlunsplit(parts._replace(path=path))
+    folder, mark, query = url.partition("?")
+    if url.startswith(("http:", "https:")):  # other storages take names as they are
+        name = urllib.parse.quote(name)
+    return f"{folder.rstrip('/')}/{name}{mark}{query}"
 
 
 def shown(url: str) -> str:
     """A URL without what may be secret: user, password and query."""
-    parts = urllib.parse.urlsplit(url)
-    query = "..." if parts.query else ""
-    return urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query, fragment=""))
+    for secret in _secrets(url):
+        url = url.replace(secret, "...")
+    return url
+
+
+def _secrets(url: str) -> list[str]:
+    """User and password, and the query, of a URL; by hand, since `urllib.parse` rebuilds unknown schemes otherwise."""
+    folder, _, query = url.partition("?")
+    user = folder.partition("://")[2].partition("/")[0].rpartition("@")[0]
+    return [secret for secret in (user, query) if secret]
 
 
 def read_url(url: str, retry: Retry, *, limit: int = 1 << 30) -> bytes:
@@ -252,11 +260,9 @@ def _rewritten(url: str) -> str:
 
 def _reason(error: BaseException, url: str) -> str:
     """An error's words without the secret parts of the URL."""
-    parts = urllib.parse.urlsplit(url)
     text = f"{error}" or type(error).__name__
-    for secret in (parts.netloc.rpartition("@")[0], parts.query):
-        if secret:
-            text = text.replace(secret, "...")
+    for secret in _secrets(url):
+        text = text.replace(secret, "...")
     return text
 
 
