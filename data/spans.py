@@ -21,7 +21,7 @@ from potamos.data.mask_vocabulary import MaskingError
 from potamos.data.masking import check_rows
 from potamos.data.randomness import RowRandom, smallest
 
-ATTEMPTS = 4
+ATTEMPTS = 16  # enough for spans of 3 at density 0.5 in documents of 60 tokens
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,8 @@ def corrupt_spans(
     Special tokens stay visible. A span that would reach over one, or over a change of document, is moved to the nearer
     side where there is room; a row where that fails is drawn again, up to `ATTEMPTS` times in all. Only then, among
     documents shorter than the spans asked for, may a span reach over, with the special token left in the input behind
-    its sentinel: the shapes stay what they are, and ``crossed`` counts it.
+    its sentinel: the shapes stay what they are, and ``crossed`` counts it. (For the same reason a row of little but
+    special tokens, of which too few can be hidden, loses what does not fit at the input's end.)
 
     Args:
         tokens: (n, L) integer ids below V.
@@ -133,22 +134,35 @@ def corrupt_spans(
     candidates = maskable.take(tokens) & valid
     seen = np.count_nonzero(valid, axis=1)
     hidden, spans = rule.counts(seen, np.count_nonzero(candidates, axis=1))
-    inputs, targets = rule.lengths(width)
-    result = CorruptedRows(
-        np.zeros((n, inputs), np.int32), np.full((n, inputs), -1, np.int32), np.full((n, inputs), -1, np.int64),
-        np.zeros((n, targets), np.int32), np.full((n, targets), -1, np.int32), np.zeros(n, np.int64),
-    )  # fmt: skip
-    # Rows of a batch share their counts unless padding or a lack of ordinary tokens sets some apart.
-    kinds, kind_of = np.unique(np.stack([seen, hidden, spans]), axis=1, return_inverse=True)
-    for number, (_, hide, count) in enumerate(kinds.T.tolist()):
-        rows = np.flatnonzero(kind_of.reshape(-1) == number) if kinds.shape[1] > 1 else slice(None)
+    result = _empty(n, *rule.lengths(width))
+    for rows in _alike(seen, hidden, spans):
         line = _Line.of(candidates[rows], document_ids[rows])
-        starts, lengths = _draw(line, hide, count, random.take(rows))
-        if count:
-            result.crossed[rows] = line.crossing(starts, lengths).sum(axis=1)
+        starts, lengths = _draw(line, int(hidden[rows][0]), int(spans[rows][0]), random.take(rows))
+        result.crossed[rows] = line.crossing(starts, lengths).sum(axis=1)
         content = tokens[rows].astype(np.int32), document_ids[rows], valid[rows]
-        _write(result, rows, rule, *content, line.place[starts], _hidden(line, starts, lengths), lengths, sentinels)
+        _write(result, rows, rule, *content, line, starts, lengths, sentinels)
     return result
+
+
+def _empty(n: int, inputs: int, targets: int) -> CorruptedRows:
+    return CorruptedRows(
+        inputs=np.zeros((n, inputs), np.int32),
+        input_document_ids=np.full((n, inputs), -1, np.int32),
+        input_columns=np.full((n, inputs), -1, np.int64),
+        targets=np.zeros((n, targets), np.int32),
+        target_document_ids=np.full((n, targets), -1, np.int32),
+        crossed=np.zeros(n, np.int64),
+    )
+
+
+def _alike(*counts: np.ndarray) -> list[np.ndarray | slice]:
+    """The rows in groups of equal counts: one group, unless padding or a lack of ordinary tokens sets some apart."""
+    if not counts[0].size:
+        return []
+    if all((count == count[0]).all() for count in counts):
+        return [slice(None)]
+    _, group = np.unique(np.stack(counts), axis=1, return_inverse=True)
+    return [np.flatnonzero(group.reshape(-1) == number) for number in range(group.max() + 1)]
 
 
 def _check_sentinels(sentinels: np.ndarray, needed: int, width: int, maskable: np.ndarray) -> np.ndarray:
@@ -181,24 +195,34 @@ class _Line:
     def of(cls, maskable: np.ndarray, document_ids: np.ndarray) -> _Line:
         place = np.flatnonzero(maskable)
         begin = np.concatenate([[0], np.cumsum(np.count_nonzero(maskable, axis=1))])
-        apart = np.diff(place) > 1
-        apart |= np.diff(document_ids.reshape(-1)[place]) != 0
-        return cls(place, begin, np.unique(np.concatenate([np.flatnonzero(apart) + 1, begin])))
+        documents = document_ids.reshape(-1).take(place)
+        wall = np.ones(len(place) + 1, bool)
+        np.not_equal(place[1:], place[:-1] + 1, out=wall[1:-1])
+        wall[1:-1] |= documents[1:] != documents[:-1]
+        wall[begin] = True
+        return cls(place, begin, np.flatnonzero(wall))
+
+    @property
+    def free(self) -> bool:
+        """Whether there is no wall but the rows' own ends."""
+        return len(self.walls) <= len(self.begin)
 
     def crossing(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Bool of the shape of ``starts``: the spans with a wall inside."""
+        if self.free or not starts.size:
+            return np.zeros(starts.shape, bool)
         return self.walls[np.searchsorted(self.walls, starts, "right")] < starts + lengths
 
 
 def _draw(line: _Line, hidden: int, spans: int, random: RowRandom) -> tuple[np.ndarray, np.ndarray]:
     """(starts on the line, lengths), (n, spans) int64, ascending in every row."""
     starts, lengths = _place(line, np.arange(len(random)), hidden, spans, random, 0)
-    for attempt in range(1, ATTEMPTS):
-        if len(line.walls) == len(line.begin):
+    failed = np.arange(len(random))
+    for attempt in range(1, 1 if line.free else ATTEMPTS):
+        failed = failed[line.crossing(starts[failed], lengths[failed]).any(axis=1)]
+        if not len(failed):
             break
-        failed = np.flatnonzero(line.crossing(starts, lengths).any(axis=1))
-        if len(failed):
-            starts[failed], lengths[failed] = _place(line, failed, hidden, spans, random.take(failed), attempt)
+        starts[failed], lengths[failed] = _place(line, failed, hidden, spans, random.take(failed), attempt)
     return starts, lengths
 
 
@@ -211,11 +235,12 @@ def _place(
         return np.zeros((len(rows), 0), np.int64), np.zeros((len(rows), 0), np.int64)
     # Cut the hidden tokens at spans - 1 of their hidden - 1 seams: every composition is as likely as every other.
     cuts = _choose(random, f"lengths {attempt}", np.full(len(rows), hidden - 1), spans - 1) + 1
-    edges = np.pad(cuts, ((0, 0), (1, 1)), constant_values=((0, 0), (0, hidden)))
+    edges = np.zeros((len(rows), spans + 1), np.int64)
+    edges[:, 1:-1], edges[:, -1] = cuts, hidden
     lengths = np.diff(edges, axis=1)
     # The visible tokens leave one more place than they are for spans to fall into, at most one span in each.
     starts = _choose(random, f"gaps {attempt}", end - begin - hidden + 1, spans) + edges[:, :-1] + begin[:, None]
-    if len(line.walls) > len(line.begin):
+    if not line.free:
         for parity in (0, 1):  # neighbors do not move at once, so none takes the room that another has just taken
             _move(line, starts, lengths, parity)
     return starts, lengths
@@ -227,7 +252,8 @@ def _choose(random: RowRandom, stream: str, items: np.ndarray, count: int) -> np
     if count == 0:
         return np.zeros((n, 0), np.int64)
     rank = None if items.min() == most else (np.arange(most) >= items[:, None]).view(np.uint8)
-    return (np.flatnonzero(smallest(random.words(stream, most), count, rank)) % most).reshape(n, count)
+    chosen = np.flatnonzero(smallest(random.words(stream, most), count, rank)).reshape(n, count)
+    return chosen - (np.arange(n) * most)[:, None]
 
 
 def _move(line: _Line, starts: np.ndarray, lengths: np.ndarray, parity: int) -> None:
@@ -248,14 +274,6 @@ def _move(line: _Line, starts: np.ndarray, lengths: np.ndarray, parity: int) -> 
     starts[row[possible], number[possible]] = moved[possible]
 
 
-def _hidden(line: _Line, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """(n, hidden) int64: the flat index in the rows of every hidden token, in order."""
-    n = len(starts)
-    before = np.cumsum(lengths, axis=1) - lengths
-    jump = np.repeat((starts - before).reshape(-1), lengths.reshape(-1)).reshape(n, -1)
-    return line.place[jump + np.arange(jump.shape[1])]
-
-
 def _write(
     result: CorruptedRows,
     rows: np.ndarray | slice,
@@ -263,40 +281,44 @@ def _write(
     tokens: np.ndarray,
     document_ids: np.ndarray,
     valid: np.ndarray,
-    heads: np.ndarray,
-    hidden: np.ndarray,
+    line: _Line,
+    starts: np.ndarray,
     lengths: np.ndarray,
     sentinels: np.ndarray,
 ) -> None:
-    """Inputs and targets of rows with equal counts. heads, hidden: flat indices of first and of all hidden tokens."""
-    n, width = tokens.shape
-    spans, marks = heads.shape[1], sentinels[: heads.shape[1]]
+    """Inputs and targets of rows with equal counts, from spans on the line."""
+    (n, width), spans = tokens.shape, starts.shape[1]
+    heads, marks = line.place.take(starts), sentinels[:spans]
     documents = document_ids.reshape(-1)
 
-    # Each hidden token goes behind those before it and the sentinels of its own and all earlier spans.
-    behind = np.repeat(np.tile(np.arange(1, spans + 1), n), lengths.reshape(-1)).reshape(hidden.shape)
-    place = np.arange(hidden.shape[1]) + behind
-    mark_place = np.cumsum(lengths, axis=1) - lengths + np.arange(spans)
-    targets = np.empty((n, hidden.shape[1] + spans), np.int32)
-    target_documents = np.empty_like(targets)
-    row = np.arange(n)[:, None]
-    targets[row, place], target_documents[row, place] = tokens.reshape(-1)[hidden], documents[hidden]
-    targets[row, mark_place], target_documents[row, mark_place] = marks, documents[heads]
+    # Where each token of the target comes from: a span's tokens in order, and before them its first one, for the mark.
+    parts = lengths + 1
+    before = np.cumsum(parts, axis=1) - parts
+    source = np.repeat((starts - before - 1).reshape(-1), parts.reshape(-1)).reshape(n, -1)
+    source += np.arange(source.shape[1])
+    place = before + (np.arange(n) * source.shape[1])[:, None]
+    source.reshape(-1)[place] = starts
+    source = line.place.take(source)
+    targets, target_documents = tokens.reshape(-1).take(source), documents.take(source)
+    targets.reshape(-1)[place] = marks
 
     visible = valid.copy()
-    visible.reshape(-1)[hidden] = False
+    visible.reshape(-1)[source] = False
     visible.reshape(-1)[heads] = True
     tokens.reshape(-1)[heads] = marks
     source = np.flatnonzero(visible).reshape(n, -1)
+    inputs, input_documents = tokens.reshape(-1).take(source), documents.take(source)
 
     last = document_ids.max(axis=1, initial=-1)[:, None]  # ids only rise along a row, or are padding
-    closing = [] if not rule.final_sentinel else [sentinels[spans]]
     ending = [] if rule.end_of_sequence is None else [rule.end_of_sequence]
+    closing = [sentinels[spans], *ending] if rule.final_sentinel else ending
     for out, out_documents, ids, ids_documents, extra in (
-        (result.inputs, result.input_document_ids, tokens.reshape(-1)[source], documents[source], ending),
-        (result.targets, result.target_document_ids, targets, target_documents, closing + ending),
+        (result.inputs, result.input_document_ids, inputs, input_documents, ending),
+        (result.targets, result.target_document_ids, targets, target_documents, closing),
     ):
-        length = ids.shape[1]
-        out[rows, :length], out_documents[rows, :length] = ids, ids_documents
-        out[rows, length : length + len(extra)], out_documents[rows, length : length + len(extra)] = extra, last
-    result.input_columns[rows, : source.shape[1]] = source - row * width
+        length = min(ids.shape[1], out.shape[1] - len(extra))
+        end = length + len(extra)
+        out[rows, :length], out_documents[rows, :length] = ids[:, :length], ids_documents[:, :length]
+        out[rows, length:end], out_documents[rows, length:end] = extra, last
+    length = min(source.shape[1], result.inputs.shape[1] - len(ending))
+    result.input_columns[rows, :length] = source[:, :length] - (np.arange(n) * width)[:, None]
