@@ -38,7 +38,7 @@ from potamos.data.shards import index_path, token_dtype
 if TYPE_CHECKING:
     from potamos.data.tokenizer import Tokenizer
 
-__all__ = ["MemberIndex", "MemberShard", "TokenizerFacts", "find_tars", "index_tars", "verify_shard"]
+__all__ = ["MemberIndex", "MemberShard", "TokenizerFacts", "choose_field", "find_tars", "index_tars", "verify_shard"]
 
 TEXT_FIELDS = ("txt", "text", "json", "jsonl")  # by their last extension, in order of preference
 _OWN = {"tok.npy", "doc.npy", "json"}
@@ -87,7 +87,7 @@ def index_tars(
         raise DatasetError(f"documents {documents!r} is unknown; known: {', '.join(DOCUMENTS)}")
     paths = find_tars(tars)
     folder = Path(out) if out is not None else _common_folder(paths)
-    chosen, ids = _choose_field(paths[0], field)
+    chosen, ids = choose_field(paths[0], field)
     rules = _rules(tokenizer, documents) if ids else None
     facts = _settings(paths, chosen, tokenizer, documents if ids else None)
     known = _known(folder, facts, paths, force)
@@ -184,8 +184,13 @@ def _common_folder(paths: Sequence[Path]) -> Path:
     return folders[0]
 
 
-def _choose_field(tar: Path, wanted: str | None) -> tuple[str, bool]:
-    """The field to read and whether it holds ids, from the first sample."""
+def choose_field(tar: Path, wanted: str | None = None, *, text_only: bool = False) -> tuple[str, bool]:
+    """The field to read and whether it holds ids, from the first sample of a tar.
+
+    Raises:
+        CorruptShardError: the tar is damaged.
+        DatasetError: no such field, none that holds ids or text, or several that hold ids.
+    """
     content = map_tar(tar)
     first = next(samples(content, str(tar)), None)
     if first is None:
@@ -200,7 +205,8 @@ def _choose_field(tar: Path, wanted: str | None) -> tuple[str, bool]:
         if not _is_text(wanted):
             holds_ids(content, fields[wanted], f"{tar}: {key}.{wanted}", explain=True)
         return wanted, not _is_text(wanted)
-    ids = sorted(f for f, m in fields.items() if f.endswith("npy") and holds_ids(content, m, f"{tar}: {key}.{f}"))
+    arrays = () if text_only else sorted(field for field in fields if field.endswith("npy"))
+    ids = [field for field in arrays if holds_ids(content, fields[field], f"{tar}: {key}.{field}")]
     text = sorted((f for f in fields if _is_text(f)), key=lambda f: TEXT_FIELDS.index(f.rpartition(".")[2]))
     if len(ids) > 1:
         raise DatasetError(f"{tar}: fields {', '.join(ids)} all hold ids; choose one with --field")
