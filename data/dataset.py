@@ -207,7 +207,7 @@ class TokenDataset:
         else:
             from potamos.data.members import open_member_index
 
-            open_member_index(path, entry, self.manifest)
+            open_member_index(path, entry, self.manifest.tokenizer["end_of_document"])
 
     @property
     def fingerprint(self) -> str:

@@ -115,7 +115,7 @@ class MemberShard:
 
     def __init__(self, path: Path, entry: dict[str, Any], manifest: Manifest, first_document: int = 0):
         self.path, self.first_document = path, first_document
-        self.index = index = open_member_index(path, entry, manifest)
+        self.index = index = open_member_index(path, entry, manifest.tokenizer["end_of_document"])
         self.tokens = index.tokens
         self._checked = bytearray(len(index.crcs))
         self._bytes = map_tar(path)
@@ -164,16 +164,20 @@ class MemberShard:
             self._checked[block] = 1
 
 
-def open_member_index(shard: Path, entry: dict[str, Any], manifest: Manifest) -> MemberIndex:
+def open_member_index(shard: Path, entry: dict[str, Any], end_of_document: int | None) -> MemberIndex:
     """Read the index of one foreign tar and check it against dataset.json, without a scan of the tar.
+
+    Args:
+        entry: what dataset.json says of the shard.
+        end_of_document: id that closes documents, None for text.
 
     Raises:
         CorruptShardError: missing or truncated tar or index, or an index that says other than dataset.json.
     """
     index = MemberIndex.from_bytes(read_index(shard, entry), str(index_path(shard)))
-    ids = manifest.layout == "members"
-    end = manifest.tokenizer["end_of_document"] if ids else -1
-    said = (entry["bytes"], entry["sha256"], end, entry["tokens"] if ids else index.tokens)
+    text = end_of_document is None
+    end, tokens = (-1, index.tokens) if text else (end_of_document, entry["tokens"])
+    said = (entry["bytes"], entry["sha256"], end, tokens)
     if (index.tar_bytes, index.tar_sha256, index.end_of_document, index.tokens) != said:
         raise CorruptShardError(
             f"index {index_path(shard)} does not describe the shard that {MANIFEST} lists; {_AGAIN}"

@@ -118,12 +118,14 @@ def _of_text(raw: bytes, beside: bytes, place: str, record: Record) -> Iterator[
 def _of_json(raw: bytes, place: str, record: Record) -> Iterator[Document]:
     record.lines += 1
     fields, reason = _object(raw)
-    text = fields.pop("text", None)
+    if not reason and "text" not in fields:
+        reason = "no key 'text'"
+    text = fields.pop("text", "")
     if not reason and not isinstance(text, str):
-        reason = "no key 'text'" if text is None else f"'text' is {type(text).__name__}, not a string"
+        reason = f"'text' is {type(text).__name__}, not a string"
     if reason:
         record.reject(place, reason, raw)
-    elif document := record.admit(text, place, fields):
+    elif document := record.admit(str(text), place, fields):
         yield document
 
 
