@@ -83,9 +83,13 @@ class Contiguous:
         self.epoch = cut.total - cut.total % slots
         self._rows, self._slots, self._first_id, self._documents = cut.total, slots, first_id, documents
         share = cut.total // slots
-        # A skipped stretch of steps [a, b) is one break at b, and takes the place of all laps that end in a to b.
+        # A skipped stretch of steps [a, b) is one break at b, and takes the place of all laps that begin in a to b; it
+        # is none where whole laps are skipped, so that the text goes on.
         steps = [(begin // slots, end // slots) for begin, end in skipped]
-        breaks = [1 - (end // share - (begin - 1) // share) for begin, end in steps]
+        breaks = [
+            int((end - begin) % share > 0 or end % share == 0) - (end // share - (begin - 1) // share)
+            for begin, end in steps
+        ]
         self._skip_ends = np.array([end for _, end in steps], np.int64)
         self._breaks = np.concatenate([[0], np.cumsum(np.array(breaks, np.int64))])
 
