@@ -83,6 +83,8 @@ def bits_of(found: np.ndarray, counts: Sequence[int], number: int) -> np.ndarray
 
 def _repeated(high: np.ndarray, low: np.ndarray, place: np.ndarray) -> np.ndarray:
     """Places (int64) of all but the first among equal hashes."""
+    if not len(high):
+        return np.empty(0, np.int64)
     order = np.argsort(high, kind="stable")  # of sorted runs, which this sort merges
     same = high[order][1:] == high[order][:-1]
     some = order[np.append(same, False) | np.insert(same, 0, False)]
@@ -96,6 +98,7 @@ class _Table:
 
     def __init__(self, path: Path, edges: np.ndarray):
         table = np.load(path, mmap_mode="r", allow_pickle=False)
+        assert table.flags.c_contiguous, f"{path} was not written by DocumentHashes"
         self._path, self._start, self._documents = path, table.offset, table.shape[1]
         self._edges = [0, *np.searchsorted(table[0], edges).tolist(), self._documents]
 

@@ -142,6 +142,8 @@ def prepare_parts(
         source, split, max_line_bytes=max_line_bytes
     )  # fmt: skip
     inputs = opened.inputs()
+    if not inputs:
+        raise SourceError(f"the source {opened.description} has nothing to read")
     job = Job(opened, inputs, tokenizer, chunk_tokens, shard_chunks or opened.shard_chunks, max_bad_ratio, by)
     mine = range(rank, len(inputs), world)
     share = Share(out, rank, world, len(mine), len(inputs), kept=False)

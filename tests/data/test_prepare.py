@@ -71,18 +71,6 @@ def test_the_same_bytes_every_time(corpus: Path, tokenizer: Tokenizer, tmp_path:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two"]
 
 
-def test_the_final_name_comes_by_a_rename(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """The folder that is filled is the folder that ends up there: no moment shows half a dataset."""
-    filled: list[int] = []
-
-    def watch(_: Progress) -> None:
-        assert not (tmp_path / "d").exists()
-        filled.extend(p.stat().st_ino for p in tmp_path.iterdir())
-
-    prepare(corpus, "all", tokenizer, tmp_path / "d", chunk_tokens=2000, progress=watch)
-    assert filled == [(tmp_path / "d").stat().st_ino]
-
-
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     """What is asked of the disk from here on, in order: ("fsync", path), ("replace", from, to), ("rmtree", path)."""
@@ -121,18 +109,34 @@ def test_a_file_is_on_the_disk_before_its_name_and_its_name_before_the_return(
 def test_a_dataset_is_on_the_disk_before_its_name(
     corpus: Path, tokenizer: Tokenizer, tmp_path: Path, disk: list[tuple[str, ...]]
 ) -> None:
-    out, parent = tmp_path / "d", str(tmp_path)
-    partial, old = (str(tmp_path / f".d.{kind}-{os.getpid()}") for kind in ("partial", "partial-old"))
+    out, work = tmp_path / "d", tmp_path / "d.prepare"
+    part, dataset = work / "parts" / "00000", work / "dataset"
+    new, old = str(part.with_name(".00000.tmp")), ("replace", str(out), str(work / "replaced"))
+
+    def check(*replaced: tuple[str, ...]) -> None:
+        began = disk.index(("replace", new, str(part)))
+        assert disk[began - 1] == ("fsync", new)
+        assert disk[began + 1] == ("fsync", str(work / "parts"))
+        flushed = {Path(call[1]).name for call in disk[:began] if call[0] == "fsync"}
+        assert {f"shard-00000-{n:05d}.tar" for n in range(len(list(out.glob("*.tar"))))} <= flushed
+        given = {call[2] for call in disk[:began] if call[0] == "replace"}  # by `write_atomically`, tested above
+        assert {f"{new}/{name}" for name in os.listdir(out) if name.endswith(".idx")} < given
+        assert f"{new}/part.json" in given
+        named = disk.index(("replace", str(dataset), str(out)))
+        assert disk[named - 1 - len(replaced) : named] == [*replaced, ("fsync", str(dataset))]
+        assert disk[named + 1] == ("fsync", str(tmp_path))
+        assert ("replace", str(dataset / ".dataset.json"), str(dataset / "dataset.json")) in [
+            (call[0], call[1].removesuffix(f".{os.getpid()}.tmp"), *call[2:]) for call in disk[began:named]
+        ]
+        removed = [number for number, call in enumerate(disk) if call[:2] == ("rmtree", str(work / "parts"))]
+        assert removed
+        assert min(removed) > named, "nothing is removed before the dataset has its name"
+
     prepare(corpus, "all", tokenizer, out, chunk_tokens=2000)
-    last = [("fsync", partial), ("replace", partial, str(out)), ("fsync", parent), ("rmtree", partial)]
-    assert disk[-4:] == last
-    kept = {Path(call[1]).name for call in disk[:-4] if call[0] == "fsync"}
-    kept |= {Path(call[2]).name for call in disk[:-4] if call[0] == "replace"}  # `write_atomically`, tested above
-    assert set(os.listdir(out)) <= kept
+    check()
     disk.clear()
     prepare(corpus, "all", tokenizer, out, chunk_tokens=1000, force=True)
-    moved = [("replace", str(out), old), ("replace", partial, str(out))]
-    assert disk[-6:] == [last[0], *moved, last[2], ("rmtree", old), last[3]]
+    check(old)
 
 
 def test_another_dataset_is_not_overwritten(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -143,7 +147,7 @@ def test_another_dataset_is_not_overwritten(corpus: Path, tokenizer: Tokenizer, 
         prepare(corpus, "all", tokenizer, out, chunk_tokens=1000)
     other = tmp_path / corpus.name
     other.write_text('{"text": "other words"}\n')
-    with pytest.raises(DatasetError, match="dataset of other texts"):
+    with pytest.raises(DatasetError, match=r"dataset of other texts: river\.jsonl has changed"):
         prepare(other, "all", tokenizer, out, chunk_tokens=2000)
     assert content(out) == before
     prepare(other, "all", tokenizer, out, chunk_tokens=2000, force=True)
@@ -159,21 +163,29 @@ def test_another_dataset_is_not_overwritten(corpus: Path, tokenizer: Tokenizer, 
 def test_failures_leave_nothing_but_the_rejects(tokenizer: Tokenizer, tmp_path: Path) -> None:
     corpus = tmp_path / "bad.jsonl"
     corpus.write_text('{"text": "good"}\n{"text": 5}\n')
-    with pytest.raises(SourceError, match=r"1 of 2 lines are bad.*d\.rejects\.jsonl"):
+    rejects = tmp_path / "d.prepare" / "parts" / "00000.rejects.jsonl"
+    with pytest.raises(SourceError, match=rf"1 of 2 lines are bad.*{rejects}"):
         prepare(corpus, "all", tokenizer, tmp_path / "d")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.jsonl", "d.rejects.jsonl"]
-    assert "'text' is int" in (tmp_path / "d.rejects.jsonl").read_text()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.jsonl", "d.prepare"]
+    assert "'text' is int" in rejects.read_text()
     corpus.write_text('{"text": " "}\n')
     with pytest.raises(SourceError, match="no document"):
         prepare(corpus, "all", tokenizer, tmp_path / "d")
-    assert not (tmp_path / "d").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.jsonl"]
+    corpus.write_text('{"text": "good"}\n{"text": 5}\n')
+    prepare(corpus, "all", tokenizer, tmp_path / "d", max_bad_ratio=0.5)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.jsonl", "d", "d.rejects.jsonl"]
+    assert json.loads((tmp_path / "d.rejects.jsonl").read_text())["place"] == "bad.jsonl:2"
+    corpus.write_text('{"text": "better"}\n')
+    prepare(corpus, "all", tokenizer, tmp_path / "d", force=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.jsonl", "d"], "the rejects go with their dataset"
 
 
 class Misbehaving(Tokenizer):
     """A tokenizer whose ids for the second text of a batch are changed."""
 
     def __init__(self, sound: Tokenizer, change: Callable[[np.ndarray], np.ndarray]):
-        super().__init__(sound._backend)
+        vars(self).update(vars(sound))
         self._change = change
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -216,7 +228,7 @@ class Endless(TextList):
             number += 1
             yield Document("the river runs past quiet mills " * 2000, str(number))
 
-prepare(Endless([]), "all", load_tokenizer("json", sys.argv[1]), sys.argv[2], chunk_tokens=2000,
+prepare(Endless([], "endless"), "all", load_tokenizer("json", sys.argv[1]), sys.argv[2], chunk_tokens=2000,
         progress=lambda p: print(p.documents, flush=True))
 """
 
@@ -230,12 +242,12 @@ def test_a_killed_run_leaves_no_final_name(corpus: Path, tokenizer: Tokenizer, t
     process.send_signal(signal.SIGKILL)
     process.wait(timeout=20)
     assert not out.exists()
-    left = [p for p in tmp_path.iterdir() if p.name.startswith(".d.partial")]
-    assert len(left) == 1
-    assert list(left[0].glob("*.tar")), "the kill came too early to prove anything"
-    prepare(corpus, "all", tokenizer, out, chunk_tokens=2000)
+    left = list((tmp_path / "d.prepare" / "parts").iterdir())
+    assert sorted(path.name for path in left) == [".00000.tmp", "00000.lock"]
+    assert list(left[0].parent.glob(".00000.tmp/*.tar")), "the kill came too early to prove anything"
+    prepare(corpus, "all", tokenizer, out, chunk_tokens=2000)  # other settings: nothing of theirs was finished
     assert verify(out, deep=True).ok
-    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".d")], "the next run cleans up"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "tokenizer.json"], "the next run cleans up"
 
 
 def test_an_interrupted_run_cleans_up(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
