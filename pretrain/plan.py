@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from potamos.data.loader import Loader
-from potamos.data.stages import SourcePlan
+from potamos.data.loader import Loader, SourcePlan
 from potamos.pretrain import setup
 from potamos.pretrain.recipe import Recipe
 

@@ -133,7 +133,7 @@ def notices(recipe: Recipe, stream: TokenStream) -> list[str]:
 def _sources(stage: Stage) -> tuple[tuple[SourceSpec, ...], tuple[str, ...]]:
     if isinstance(stage.mixture, Published):
         return published(stage.mixture.published, stage.mixture.path)
-    return tuple(SourceSpec(s.path, s.weight, s.name) for s in stage.mixture), ()
+    return tuple(SourceSpec(s.path, s.weight, s.label) for s in stage.mixture), ()
 
 
 @dataclass(frozen=True)

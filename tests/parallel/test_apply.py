@@ -304,9 +304,16 @@ def test_validation_scores_are_equal(trial, tmp_path, run_ranks):
 # --- elastic --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [(), ("data.order=contiguous",)], ids=["shuffled", "carried state"])
+SKIPPED = [*range(12, 15), *range(30, 41)]
+WINDOWS = ("data.order=window", "data.window=1", "data.skip=[[12, 15], [30, 41]]")
+
+
+@pytest.mark.parametrize(
+    "changes", [(), ("data.order=contiguous",), WINDOWS], ids=["shuffled", "carried state", "windows, samples left out"]
+)
 def test_a_run_goes_on_with_other_numbers_of_ranks(trial, tmp_path, run_ranks, changes):
     """1 rank, then 2, then 4, then 1 again: the same rows at the same steps, and the same losses to rounding."""
+    order = [sample for sample in range(200) if changes is not WINDOWS or sample not in SKIPPED]
     whole, run = tmp_path / "whole", tmp_path / "run"
     changes = (*changes, "train.micro_sequences=2", "optimizer={kind: adamw, lr: 1.0e-3}")
     assert trial.fit(whole, *changes) == 0
@@ -318,7 +325,7 @@ def test_a_run_goes_on_with_other_numbers_of_ranks(trial, tmp_path, run_ranks, c
         for rank in ranks:
             for step, samples in rank["read"]:
                 read.setdefault(step, []).extend(samples)
-    assert read == {step: list(range(8 * step, 8 * step + 8)) for step in range(12)}
+    assert read == {step: order[8 * step : 8 * step + 8] for step in range(12)}
     assert trial.losses(run) == pytest.approx(trial.losses(whole), rel=2e-6)
     before, after = trial.newest(whole), trial.newest(run)
     for name, expected in before.carried.items():
@@ -326,6 +333,54 @@ def test_a_run_goes_on_with_other_numbers_of_ranks(trial, tmp_path, run_ranks, c
             torch.testing.assert_close(after.carried[name], expected, rtol=1e-3, atol=1e-4)
         else:
             assert torch.equal(after.carried[name], expected)
+
+
+def test_rows_do_not_depend_on_when_ranks_batches_and_stages_changed(trial, tmp_path, run_ranks):
+    """A run whose number of ranks, batch size, later stages and later skips change on the way reads, sample by sample,
+    what the recipe it ends with says, as one process that was never interrupted."""
+    train, other = trial.folder / "train", trial.folder / "held_out"
+    first = f"{{from: 0, mixture: [{{path: {train}}}]}}"
+    second = f"{{from: 50, mixture: [{{path: {train}, weight: 2}}, {{path: {other}}}]}}"
+    third = f"{{from: 100, mixture: [{{path: {other}, weight: 2}}, {{path: {train}}}]}}"
+    segments = [  # ranks, rows of a step, stages, skips, steps
+        (1, 8, [first], [], 4),
+        (2, 16, [first, second], [[40, 45]], 6),
+        (4, 8, [first, second], [[40, 45], [77, 80]], 9),
+        (1, 16, [first, second, third], [[40, 45], [77, 80], [110, 130]], 12),
+    ]
+    run, read, everything = tmp_path / "run", [], []
+
+    class Reading(trainer.Trainer):
+        def prepare(self, rows):
+            read.append((self.step, self.rank.rank, rows))
+            return super().prepare(rows)
+
+    for world, sequences, stages, skips, steps in segments:
+        changes = (
+            f"data.stages=[{', '.join(stages)}]",
+            f"data.skip={skips}",
+            "data.allow_repeat=true",
+            f"train={{steps: {steps}, sequences: {sequences}, micro_sequences: 2, seed: 5, device: cpu}}",
+        )
+
+        def work(rank, size, changes=changes):
+            read.clear()
+            assert trial.trainer(run, *changes, rank=Rank(rank, size, rank, size), kind=Reading).fit() == 0
+            return list(read)
+
+        ranks = run_ranks(world, work) if world > 1 else [work(0, 1)]
+        found = sorted((item for rank in ranks for item in rank), key=lambda item: item[:2])
+        everything += [rows for _, _, rows in found]
+    stream = setup.open_stream(trial.recipe(*changes), trial.tokenizer)
+    numbers = np.concatenate([rows.samples for rows in everything])
+    skipped = {*range(40, 45), *range(77, 80), *range(110, 130)}
+    assert numbers.tolist() == [sample for sample in range(172) if sample not in skipped][: len(numbers)]
+    assert len(numbers) == 4 * 8 + 2 * 16 + 3 * 8 + 3 * 16
+    expected = stream.rows(numbers)
+    for name in ("tokens", "document_ids", "positions", "source"):
+        found = np.concatenate([getattr(rows, name) for rows in everything])
+        assert np.array_equal(found, getattr(expected, name)), name
+    assert len(set(expected.source.tolist())) == 2
 
 
 def test_a_resume_with_the_same_ranks_is_bitwise_too(trial, tmp_path, run_ranks):

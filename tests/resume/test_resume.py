@@ -4,6 +4,7 @@ Here attempts follow one another in one process, built anew each time; `test_kil
 itself tested: of each thing that a resume could forget, one is forgotten on purpose.
 """
 
+import re
 import shutil
 
 import pytest
@@ -20,6 +21,13 @@ CONFIGURATIONS = {
     "muon, fp32": (),
     "adamw, bf16": ("optimizer={kind: adamw, lr: 1.0e-2, spike: 6.0, window: 4}", "train.precision=bf16"),
     "muon, bf16, carried state": ("data.order=contiguous", "train.precision=bf16"),
+    "windows of shards, samples left out": (
+        "data.order=window",
+        "data.window=2",
+        "data.skip=[[20, 27], [48, 60], [88, 89]]",
+        "data.stages=[{from: 0, mixture: [{path: TRAIN, weight: 3}, {path: HELD_OUT}]}]",
+        "optimizer={kind: adamw, lr: 1.0e-2, spike: 6.0, window: 4}",
+    ),
     "adamw, fp32, carried state": (
         "data.order=contiguous",
         "optimizer={kind: adamw, lr: 1.0e-2, spike: 6.0, window: 4}",
@@ -30,6 +38,8 @@ CARRIED = CONFIGURATIONS["adamw, fp32, carried state"]
 
 @pytest.mark.parametrize("changes", CONFIGURATIONS.values(), ids=CONFIGURATIONS.keys())
 def test_a_run_in_pieces_equals_the_run_in_one(trial, tmp_path, changes):
+    folders = {"TRAIN": str(trial.folder / "train"), "HELD_OUT": str(trial.folder / "held_out")}
+    changes = [re.sub("TRAIN|HELD_OUT", lambda found: folders[found[0]], change) for change in changes]
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
     assert trial.fit(whole, *changes, kind=trial.variant(poison=POISON)) == 0
     for crash in (2, 5):  # before the first save, and between two
@@ -43,6 +53,10 @@ def test_a_run_in_pieces_equals_the_run_in_one(trial, tmp_path, changes):
     assert trial.newest(whole).optimizer["guard.skipped"] == len(POISON)
     assert trial.newest(whole).carried.keys() == trial.newest(pieces).carried.keys()
     assert bool(trial.newest(whole).carried) == ("data.order=contiguous" in changes)
+    records = trial.history(whole)
+    assert [record["tokens"] for record in records] == [8 * 32 * step for step in range(1, 13)], "of what was trained"
+    left_out = 20 if "data.order=window" in changes else 0
+    assert records[-1]["next_sample"] == 8 * 12 + left_out
 
 
 def test_looking_at_a_run_does_not_disturb_it(trial, tmp_path):
