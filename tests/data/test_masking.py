@@ -308,7 +308,8 @@ def test_masking_equals_the_slow_definition(
     assert np.array_equal(done.tokens, inputs)
     assert np.array_equal(select(rule, rows[0], rows[1], VOCABULARY, random), labels >= 0)
     if rule.exact:
-        check_late(rule, rows, inputs, labels, gone, mask_late(rule, *rows, VOCABULARY, random))
+        late = mask_late(rule, rows[0], rows[1], rows[2], VOCABULARY, random)
+        check_late(rule, rows, inputs, labels, gone, late)
 
 
 def check_late(rule: MaskRule, rows: Any, inputs: Any, labels: Any, gone: Any, late: LateMaskedRows) -> None:
