@@ -148,7 +148,8 @@ def test_cuts_change_no_id(gpt2: Tokenizer, trained: Tokenizer, text: str, limit
     "text",
     [
         "a" * 300_000, " " * 300_000, " " * 300_000 + "x", "\n" * 300_000 + "\x1cx", "!" * 200_000,
-        "1234567890" * 30_000, "京" * 200_000, "🌊" * 100_000, "word" + "\u3000" * 200_000 + "京。" * 10, "<|endoftext|>" * 20_000,
+        "1234567890" * 30_000, "京" * 200_000, "🌊" * 100_000,
+        "word" + "\u3000" * 200_000 + "京。" * 10, "<|endoftext|>" * 20_000,
     ],
     ids=lambda text: f"{text[0]!a}*{len(text)}",
 )  # fmt: skip
