@@ -54,16 +54,25 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
     value = np.asarray(index, np.int64)
     if value.size and (value.min() < 0 or value.max() >= n):
         raise ValueError(f"index outside [0, {n})")
+    return _walk(value.ravel(), np.array([_domain(n, key)], np.uint64).T).reshape(value.shape)
+
+
+def _domain(n: int, key: int) -> tuple[int, int, int, int]:
+    """What one permutation is made of: n, a, b, key."""
     a = math.isqrt(n - 1) + 1
-    b = -(-n // a)
-    result = _feistel(value.astype(np.uint64), a, b, key)
-    while (outside := result >= n).any():
-        result[outside] = _feistel(result[outside], a, b, key)
+    return n, a, -(-n // a), key
+
+
+def _walk(value: np.ndarray, domains: np.ndarray) -> np.ndarray:
+    """Images of ``value`` (m,) under one permutation, or each under its own: ``domains`` (4, 1) or (4, m) uint64."""
+    result = _feistel(value.astype(np.uint64), *domains[1:])
+    while (outside := np.flatnonzero(result >= domains[0])).size:
+        theirs = domains[1:, outside] if domains.shape[1] > 1 else domains[1:]
+        result[outside] = _feistel(result[outside], *theirs)
     return result.astype(np.int64)
 
 
-def _feistel(value: np.ndarray, a: int, b: int, key: int) -> np.ndarray:
-    wide, narrow = np.uint64(a), np.uint64(b)
+def _feistel(value: np.ndarray, wide: np.ndarray, narrow: np.ndarray, key: np.ndarray) -> np.ndarray:
     left, right = value // narrow, value % narrow
     for pair in range(ROUNDS // 2):
         left = (left + _scramble(right, key, 2 * pair) % wide) % wide
@@ -71,10 +80,9 @@ def _feistel(value: np.ndarray, a: int, b: int, key: int) -> np.ndarray:
     return left * narrow + right
 
 
-def _scramble(value: np.ndarray, key: int, round_number: int) -> np.ndarray:
+def _scramble(value: np.ndarray, key: np.ndarray, round_number: int) -> np.ndarray:
     """A keyed 64-bit hash: the finaliser of splitmix64 (Steele et al. 2014) of value + round key."""
-    add = np.uint64((key + (round_number + 1) * 0x9E3779B97F4A7C15) % 2**64)
-    mixed = value + add  # arrays wrap modulo 2**64
+    mixed = value + (key + np.uint64((round_number + 1) * 0x9E3779B97F4A7C15 % 2**64))  # arrays wrap modulo 2**64
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return mixed ^ (mixed >> np.uint64(31))
@@ -206,13 +214,16 @@ def windowed(draw: np.ndarray, per_shard: np.ndarray, window: int, key: int) -> 
     for epoch in np.unique(epochs).tolist():
         course = _course(per_shard.tobytes(), window, key, epoch)
         in_epoch = np.flatnonzero(epochs == epoch)
-        numbers = course.window_of(place[in_epoch])
-        for number in np.unique(numbers).tolist():
-            here = in_epoch[numbers == number]
-            begin, end = course.edges[number : number + 2].tolist()
-            mixed = begin + permute(place[here] - begin, end - begin, derive_key("window", key, epoch, number))
-            turn = np.searchsorted(course.starts, mixed, side="right") - 1
-            row[here] = first_row[course.shards[turn]] + mixed - course.starts[turn]
+        inside = place[in_epoch]
+        numbers, which = np.unique(course.window_of(inside), return_inverse=True)
+        begin, size = course.edges[numbers], course.edges[numbers + 1] - course.edges[numbers]
+        domains = [
+            _domain(n, derive_key("window", key, epoch, number))
+            for n, number in zip(size.tolist(), numbers.tolist(), strict=True)
+        ]
+        mixed = begin[which] + _walk(inside - begin[which], np.array(domains, np.uint64).T[:, which])
+        turn = np.searchsorted(course.starts, mixed, side="right") - 1
+        row[in_epoch] = first_row[course.shards[turn]] + mixed - course.starts[turn]
     return row.reshape(draw.shape)
 
 
