@@ -314,11 +314,8 @@ def verify(path: str | os.PathLike[str], deep: bool = False) -> VerifyReport:
             except DatasetError as error:
                 problems.append(str(error))
                 walk = _Walk(known=False)  # a sound shard after a damaged one is no problem of its own
-        if walk.last_token is not None and walk.document + 1 != part["documents"]:  # its last chunk closes one more
-            problems.append(
-                f"{folder}: the shards of part {part['name']} hold {walk.document + 1} documents, {MANIFEST} says "
-                f"{part['documents']}"
-            )
+        if walk.last_token is not None:
+            problems += _verify_end(folder, part, manifest, walk)
     known = {entry["name"] for entry in manifest.shards}
     problems += [
         f"shard {extra} is not listed in {MANIFEST}; remove it"
@@ -382,6 +379,16 @@ def _verify_chunk(
     walk.document = document + len(inner)
     walk.position = len(tokens) - 1 - int(inner[-1]) if len(inner) else position + len(tokens) - 1
     walk.last_token, walk.known = int(tokens[-1]), True
+
+
+def _verify_end(folder: Path, part: dict[str, Any], manifest: Manifest, walk: _Walk) -> list[str]:
+    """What is wrong with where the last chunk of a part leaves off."""
+    if walk.last_token != manifest.tokenizer["end_of_document"]:
+        return [f"{folder}: the last shard of part {part['name']} ends inside a document"]
+    if walk.document + 1 != part["documents"]:  # the last token closes one more
+        held = f"{walk.document + 1} documents, {MANIFEST} says {part['documents']}"
+        return [f"{folder}: the shards of part {part['name']} hold {held}"]
+    return []
 
 
 def _chunk_of_block(index: ShardIndex, block: int) -> int:

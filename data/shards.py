@@ -22,13 +22,13 @@ import os
 import struct
 import tarfile
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from potamos.data.archive import BLOCK, Member, map_tar, samples
 from potamos.data.errors import CorruptShardError
 from potamos.data.files import write_atomically
 
@@ -37,7 +37,6 @@ CRC_BLOCK = 8192
 INDEX_VERSION = 1
 _MAGIC = b"POTAMIDX"
 _HEADER = struct.Struct("<8sIIIIQ32s")  # magic, version, token bytes, crc block, chunks, tar bytes, tar sha256
-_TAR_BLOCK = 512
 CHUNK = np.dtype(
     [
         ("token_offset", "<i8"),  # byte offset of the token payload in the tar
@@ -185,7 +184,7 @@ class ShardWriter:
 
     def _close_shard(self) -> None:
         assert self._tar is not None
-        self._tar.write(bytes(2 * _TAR_BLOCK))
+        self._tar.write(bytes(2 * BLOCK))
         self._tar.flush()
         os.fsync(self._tar.fileno())
         path = Path(self._tar.name)
@@ -221,94 +220,36 @@ def _write_member(tar: io.BufferedWriter, name: str, content: bytes) -> None:
     info.size = len(content)
     tar.write(info.tobuf(tarfile.USTAR_FORMAT))
     tar.write(content)
-    tar.write(bytes(-len(content) % _TAR_BLOCK))
-
-
-def scan_tar(content: mmap.mmap | bytes, place: str) -> Iterator[tuple[str, int, int]]:
-    """Members of a USTAR archive as (name, payload offset, payload size), every header checked.
-
-    Raises:
-        CorruptShardError: bad magic or checksum, a payload or the end-of-archive blocks cut off, a repeated name.
-    """
-    seen: set[str] = set()
-    offset, size = 0, len(content)
-    while True:
-        header = content[offset : offset + _TAR_BLOCK]
-        if len(header) < _TAR_BLOCK:
-            raise CorruptShardError(f"{place} is truncated: {size} bytes and no end-of-archive mark")
-        if header == bytes(_TAR_BLOCK):
-            if content[offset + _TAR_BLOCK : offset + 2 * _TAR_BLOCK] != bytes(_TAR_BLOCK):
-                raise CorruptShardError(f"{place} is truncated inside its end-of-archive mark, byte {offset}")
-            return
-        name, length, kind = parse_header(header, f"{place}, byte {offset}")
-        if kind not in (b"0", b"\0"):
-            raise CorruptShardError(f"{place}, byte {offset}: a member that is not a plain file")
-        if name in seen:
-            raise CorruptShardError(f"{place} holds member {name} twice, the second at byte {offset}")
-        seen.add(name)
-        offset += _TAR_BLOCK
-        if offset + length > size:
-            raise CorruptShardError(f"{place} is truncated: member {name} ends at byte {offset + length} of {size}")
-        yield name, offset, length
-        offset += length + -length % _TAR_BLOCK
-
-
-class TarHeader(NamedTuple):
-    """What the scanner needs of a member's header."""
-
-    name: str
-    size: int  # bytes of payload
-    kind: bytes  # the type flag: b"0" or b"\0" for a plain file
-
-
-def parse_header(header: bytes, place: str) -> TarHeader:
-    """Parse and check one 512-byte header of a ustar (POSIX.1-1988) or GNU archive.
-
-    Raises:
-        CorruptShardError: not a header, or its checksum does not hold; ``place`` names it.
-    """
-    try:
-        stored = int(header[148:156].rstrip(b" \0"), 8)
-        size = int(header[124:136].rstrip(b" \0"), 8)
-    except ValueError:
-        raise CorruptShardError(f"{place}: no tar header") from None
-    if size < 0 or stored != sum(header) - sum(header[148:156]) + 8 * 32 or header[257:262] != b"ustar":
-        raise CorruptShardError(f"{place}: the tar header's checksum does not hold")
-    name = header[:100].partition(b"\0")[0]
-    if header[257:263] == b"ustar\0" and header[345] != 0:  # a long path is cut in two; GNU uses the field for others
-        name = header[345:500].partition(b"\0")[0] + b"/" + name
-    return TarHeader(name.decode("utf-8", "replace"), size, header[156:157])
+    tar.write(bytes(-len(content) % BLOCK))
 
 
 def build_index(shard: Path) -> ShardIndex:
-    """Scan a shard and compute its index: offsets, counts, the crc32 of every block, the sha256 of the tar."""
-    place = str(shard)
-    with open(shard, "rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:
-            raise CorruptShardError(f"{place} is empty")
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    members: dict[str, dict[str, tuple[int, int]]] = {}
-    for name, offset, length in scan_tar(content, place):
-        key, _, suffix = name.partition(".")
-        members.setdefault(key, {})[suffix] = (offset, length)
-    records, crcs, dtypes = [], [], set()
-    view = memoryview(content)
-    for key, parts in members.items():
-        if parts.keys() != {"tok.npy", "doc.npy", "json"}:
-            raise CorruptShardError(f"{place}: chunk {key} has members {sorted(parts)}, not tok.npy, doc.npy and json")
-        tokens, token_offset = _read_npy(content, *parts["tok.npy"], f"{place}: {key}.tok.npy")
-        ends, end_offset = _read_npy(content, *parts["doc.npy"], f"{place}: {key}.doc.npy")
-        if ends.dtype != np.dtype("<i4"):
-            raise CorruptShardError(f"{place}: {key}.doc.npy holds {ends.dtype}, expected int32")
-        about = _read_about(content, *parts["json"], f"{place}: {key}.json")
-        dtypes.add(tokens.dtype)
-        first = (*about, len(crcs))
-        records.append((token_offset, len(tokens), len(ends), end_offset, *first))
-        crcs += block_crcs(view[token_offset : token_offset + tokens.nbytes])
-        crcs += block_crcs(view[end_offset : end_offset + ends.nbytes])
+    """Scan a shard and compute its index: offsets, counts, the crc32 of every block, the sha256 of the tar.
+
+    Raises:
+        DatasetError: no sound tar, or no chunks of one type of ids in it; nearly always a CorruptShardError.
+    """
+    place, content = str(shard), map_tar(shard)
+    records: list[tuple[int, ...]] = []
+    crcs: list[int] = []
+    dtypes: set[np.dtype] = set()
+    with memoryview(content) as view:
+        for key, fields in samples(content, place):
+            if fields.keys() != {"tok.npy", "doc.npy", "json"}:
+                found = sorted(fields)
+                raise CorruptShardError(f"{place}: chunk {key} has members {found}, not tok.npy, doc.npy and json")
+            tokens, token_offset = _read_npy(content, fields["tok.npy"], place)
+            ends, end_offset = _read_npy(content, fields["doc.npy"], place)
+            if ends.dtype != np.dtype("<i4"):
+                raise CorruptShardError(f"{place}: {key}.doc.npy holds {ends.dtype}, expected int32")
+            dtypes.add(tokens.dtype)
+            about = _read_about(content, fields["json"], place)
+            records.append((token_offset, len(tokens), len(ends), end_offset, *about, len(crcs)))
+            crcs += block_crcs(view[token_offset : token_offset + tokens.nbytes])
+            crcs += block_crcs(view[end_offset : end_offset + ends.nbytes])
+        sha256 = hashlib.sha256(view).hexdigest()
     if len(dtypes) != 1 or not dtypes <= {np.dtype("<u2"), np.dtype("<u4")}:
         raise CorruptShardError(f"{place}: token types {sorted(map(str, dtypes))}, expected one of uint16, uint32")
-    sha256 = hashlib.sha256(view).hexdigest()
     return ShardIndex(len(content), sha256, dtypes.pop(), np.array(records, CHUNK), np.array(crcs, "<u4"))
 
 
@@ -317,10 +258,11 @@ def block_crcs(payload: memoryview) -> list[int]:
     return [zlib.crc32(payload[i : i + CRC_BLOCK]) for i in range(0, len(payload), CRC_BLOCK)]
 
 
-def _read_about(content: mmap.mmap, offset: int, length: int, place: str) -> tuple[int, int]:
+def _read_about(content: mmap.mmap, member: Member, shard: str) -> tuple[int, int]:
     """``first_document`` and ``first_position`` of a chunk's description."""
+    place = f"{shard}: {member.name}"
     try:
-        about = json.loads(content[offset : offset + length])
+        about = json.loads(content[member.offset : member.offset + member.size])
     except (ValueError, RecursionError) as error:  # also what is not UTF-8
         raise CorruptShardError(f"{place} is not JSON: {error}") from None
     values = [about.get(key) if isinstance(about, dict) else None for key in ("first_document", "first_position")]
@@ -330,8 +272,9 @@ def _read_about(content: mmap.mmap, offset: int, length: int, place: str) -> tup
     return counts[0], counts[1]
 
 
-def _read_npy(content: mmap.mmap, offset: int, length: int, place: str) -> tuple[np.ndarray, int]:
+def _read_npy(content: mmap.mmap, member: Member, shard: str) -> tuple[np.ndarray, int]:
     """A one-dimensional array of a member and the byte offset of its payload."""
+    place, (_, offset, length) = f"{shard}: {member.name}", member
     # The header of format 1.0 is the magic string, two version bytes and a length; the array follows it.
     if content[offset : offset + 8] != b"\x93NUMPY\x01\x00":
         raise CorruptShardError(f"{place} is not a version 1.0 .npy array")
@@ -340,9 +283,7 @@ def _read_npy(content: mmap.mmap, offset: int, length: int, place: str) -> tuple
     np.lib.format.read_magic(file)
     try:
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    except (
-        Exception
-    ) as error:  # NumPy parses it as Python: a damaged one meets errors of the tokenizer, of sorting, ...
+    except Exception as error:  # NumPy parses it as Python: a damaged one meets errors of the tokenizer, of sorting...
         raise CorruptShardError(f"{place}: no .npy header: {error}") from None
     if len(shape) != 1 or shape[0] * dtype.itemsize != length - start or dtype.hasobject:
         raise CorruptShardError(f"{place}: shape {shape} of {dtype} does not fill its {length - start} bytes")

@@ -123,6 +123,13 @@ def examine(path: Path, damage: Damage, expected: list[np.ndarray], content: Any
     return "found by a deep check", None if damage.kind == "other" else "a run reads a damaged payload or index"
 
 
+def overwrite(file: Path, content: bytes) -> None:
+    """In place, which some systems do ten times faster than emptying a file and filling it again."""
+    with open(file, "r+b") as opened:
+        opened.write(content)
+        opened.truncate()
+
+
 def campaign(path: Path, seed: int, every: int = 1) -> tuple[collections.Counter[tuple[str, str]], list[str]]:
     """Counts of (kind of damage, how it was met), and every damage that was not met as it must be."""
     met: collections.Counter[tuple[str, str]] = collections.Counter()
@@ -130,9 +137,9 @@ def campaign(path: Path, seed: int, every: int = 1) -> tuple[collections.Counter
     expected, content = rows(path), json.loads((path / MANIFEST).read_bytes())
     for damage in itertools.islice(accidents(path, seed), 0, None, every):
         sound = (path / damage.file).read_bytes()
-        (path / damage.file).write_bytes(damage.content)
+        overwrite(path / damage.file, damage.content)
         how, problem = examine(path, damage, expected, content)
-        (path / damage.file).write_bytes(sound)
+        overwrite(path / damage.file, sound)
         met[damage.kind, how] += 1
         if problem is not None:
             wrong.append(f"{damage.what}: {problem}")
