@@ -265,9 +265,13 @@ def _known(folder: Path, settings: dict[str, Any], paths: Sequence[Path], force:
     same = all(manifest.fields.get(key) == value for key, value in settings.items())
     if not same or [shard["name"] for shard in manifest.shards] != [path.name for path in paths]:
         raise DatasetError(f"{folder} holds another index; replace it with --force, or name another with --out")
+    end_of_document = settings["tokenizer"]["end_of_document"] if "tokenizer" in settings else None
     for path, shard in zip(paths, manifest.shards, strict=True):
+        here = folder / path.name
         try:
-            check_sizes(folder / path.name, shard)
+            check_sizes(here, shard)
+            newer = os.stat(here).st_mtime_ns >= os.stat(index_path(here)).st_mtime_ns
+            verify_shard(here, shard, end_of_document, deep=newer)
         except CorruptShardError as error:
             raise DatasetError(f"{folder} was indexed before, but {error}; index again with --force") from None
     return manifest
