@@ -155,9 +155,9 @@ def prepare_parts(
     work = WorkFolder(out)
     try:
         with work.joined(settings, replace=force, wait=wait):
-            passes = 2 if deduplicate else 1
-            meter = Meter([inputs[number] for number in mine], passes, progress)
-            counts = _find_duplicates(job, work, mine, meter, wait) if deduplicate else None
+            meter = Meter([inputs[number] for number in mine], 2 if deduplicate else 1, progress)
+            # A process without inputs has no reason to wait for the others' hashes.
+            counts = _find_duplicates(job, work, mine, meter, wait) if deduplicate and mine else None
             _write_parts(job, work, mine, meter, wait, counts)
     except OSError as error:
         place = error.filename or work.path

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from potamos.data.dedup import DocumentHashes, bits_of, find_duplicates, save_array
+from potamos.data.dedup import DocumentHashes, bits_of, find_duplicates
 from potamos.data.errors import DatasetError, SourceError
 from potamos.data.finalize import finalize
 from potamos.data.loader import Windows
@@ -33,7 +33,7 @@ def repeated(inputs: Sequence[Sequence[Any]]) -> list[list[bool]]:
 def found(tables: Sequence[np.ndarray], folder: Path, at_a_time: int) -> list[list[bool]]:
     paths = [folder / f"{number}.npy" for number in range(len(tables))]
     for path, table in zip(paths, tables, strict=True):
-        save_array(path, table)
+        np.save(path, table)
     counts = [table.shape[1] for table in tables]
     bits = find_duplicates(paths, counts, at_a_time)
     assert bits.nbytes == sum(-(-count // 8) for count in counts)
@@ -45,7 +45,7 @@ TEXTS = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(TEXTS, st.integers(1, 40))
 def test_the_first_of_equal_texts_is_kept(
     tmp_path_factory: pytest.TempPathFactory, inputs: list[list[str]], at_a_time: int
@@ -65,7 +65,7 @@ HASHES = st.tuples(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.lists(st.lists(HASHES, max_size=12), min_size=1, max_size=5), st.integers(1, 30))
 def test_both_halves_of_a_hash_count(
     tmp_path_factory: pytest.TempPathFactory, inputs: list[list[tuple[int, int]]], at_a_time: int

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -82,7 +83,7 @@ def prepared(corpus: Path, out: Path, world: int = 1, **options: Any) -> None:
             except ValueError as error:
                 if stage or "run the same command again" not in str(error):
                     raise
-    finalize(out, force=settings.get("force", False), wait=0.0)
+    finalize(out, force=settings.get("force", False), wait=settings["wait"])
 
 
 def killed(work: Callable[[], None], last: int) -> bool:
@@ -157,9 +158,9 @@ def test_a_dataset_is_there_whole_or_not_at_all(corpus: Path, tmp_path: Path) ->
     total = events(lambda: prepared(corpus, tmp_path / "new" / "d", **new))
     begin = total // 2
     seen = set()
-    for number in range(begin, total, 5):
+    for number in range(begin, total, 4):
         out = tmp_path / f"at-{number}" / "d"
-        prepared(corpus, out, **old)
+        shutil.copytree(tmp_path / "old", out.parent)
         if not killed(partial(prepared, corpus, out, **new), number):
             break
         if out.exists():
@@ -172,6 +173,41 @@ def test_a_dataset_is_there_whole_or_not_at_all(corpus: Path, tmp_path: Path) ->
         assert content(out) == whole[1]
         assert not out.with_name("d.prepare").exists()
     assert seen == {0, 1}
+
+
+def together(works: Sequence[Callable[[], None]]) -> list[int]:
+    """The exit statuses of processes that run at the same time."""
+    children = []
+    for work in works:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                work()
+                code = 0
+            finally:
+                os._exit(code)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def test_processes_at_the_same_time(corpus: Path, tmp_path: Path) -> None:
+    """Ranks that wait for each other's hashes; and whole runs that do not know of each other."""
+    options: dict[str, Any] = {"deduplicate": True, "chunk_tokens": 100, "shard_chunks": 1, "max_bad_ratio": 0.2}
+    prepared(corpus, tmp_path / "sound" / "d", **options)
+    sound = content(tmp_path / "sound")
+    for attempt in range(3):
+        out, letters = tmp_path / f"ranks-{attempt}" / "d", cast(Tokenizer, Letters())
+        ranks = [
+            partial(prepare_parts, corpus, "all", letters, out, rank=rank, world=5, wait=30.0, **options)
+            for rank in range(5)
+        ]
+        assert together(cast(Any, ranks)) == [0] * 5
+        finalize(out)
+        assert content(out.parent) == sound
+        out = tmp_path / f"runs-{attempt}" / "d"
+        assert together([partial(prepared, corpus, out, wait=30.0, **options)] * 3) == [0] * 3
+        assert content(out.parent) == sound
 
 
 def test_killed_while_comparing(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
