@@ -54,6 +54,8 @@ class SkipList:
 
     def runs(self, begin: int, end: int) -> list[tuple[int, int]]:
         """What is kept of the places [begin, end), as ranges."""
+        if not self.ranges:
+            return [(begin, end)] if begin < end else []
         kept = []
         low, high = np.searchsorted(self._begins, [begin, end]).tolist()
         for skip_begin, skip_end in self.ranges[max(low - 1, 0) : high]:

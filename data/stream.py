@@ -14,7 +14,7 @@ from potamos.data.errors import DatasetError, MixtureError
 from potamos.data.lookahead import Lookahead
 from potamos.data.order import derive_key
 from potamos.data.remote import CacheSpec, is_url, open_dataset_files
-from potamos.data.rows import Rows, crossing
+from potamos.data.rows import Rows, crossing, read_tokens
 from potamos.data.skips import SkipList
 from potamos.data.stages import SourceSpec, Stages, StageSpec
 from potamos.data.usage import SourcePlan, SourceSummary, plans, summaries
@@ -212,9 +212,11 @@ class TokenStream:
             self._lookahead.have(samples, places.source, places.draw)
         width = self.sequence_length + 1
         where = (self.datasets, places.source, places.chunk, places.start, width)
-        tokens, document_ids, positions = read_rows(*where, true_positions=self.slots is not None)
         if self.boundaries == "cross":
+            tokens = read_tokens(*where)
             document_ids, positions = crossing(len(tokens), width)
+        else:
+            tokens, document_ids, positions = read_rows(*where, true_positions=self.slots is not None)
         if self.slots is not None:
             document_ids += places.shift.astype(np.int32)[:, None]  # rows of a stream are whole: no id is padding's -1
         return Rows(tokens, document_ids, positions, samples, places.source.astype(np.int32))
