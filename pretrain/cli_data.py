@@ -29,7 +29,7 @@ LINE_BYTES = 256 * 2**20
 @app.command()
 def tokenizer(
     source: Source,
-    out: Annotated[Path, typer.Argument(help="The tokenizer.json to write.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The tokenizer.json to write.")],
     vocabulary: Annotated[int, typer.Option(help="How many ids, special tokens included.")] = 32_768,
     split: Annotated[str, typer.Option(help="train, validation or all; sotu has a train split.")] = "all",
     special: Special = None,
@@ -57,7 +57,7 @@ def tokenizer(
 @app.command()
 def prepare(
     source: Source,
-    out: Annotated[Path, typer.Argument(help="The dataset's folder.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The dataset's folder.")],
     tokenizer: TokenizerPath,
     kind: Kind = "json",
     end_of_document: EndOfDocument = None,
@@ -113,7 +113,7 @@ def prepare(
 
 @app.command()
 def finalize(
-    out: Annotated[Path, typer.Argument(help="The folder that `prepare` was given.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder that `prepare` was given.")],
     wait: Annotated[float, typer.Option(help="Seconds to wait for processes that are still at it.")] = 600.0,
     force: Annotated[bool, typer.Option("--force", help="Replace another dataset of this name.")] = False,
 ) -> None:
@@ -128,7 +128,9 @@ def finalize(
 
 @app.command()
 def index(
-    tars: Annotated[list[str], typer.Argument(help="WebDataset tars: a folder, files, globs, {000..123}.tar.")],
+    tars: Annotated[
+        list[str], typer.Argument(metavar="TARS", help="WebDataset tars: a folder, files, globs, {000..123}.tar.")
+    ],
     out: Annotated[Path | None, typer.Option(help="Where indexes go; beside the tars by default.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="What the ids came from; tars of text need none.")] = None,
     kind: Kind = "json",
@@ -235,7 +237,7 @@ def bench(
 @app.command()
 def passages(
     source: Source,
-    out: Annotated[Path, typer.Argument(help="The file to write: .jsonl, .jsonl.gz or .jsonl.zst.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write: .jsonl, .jsonl.gz or .jsonl.zst.")],
     words: Annotated[int, typer.Option(help="The most words of a passage.")] = 100,
     min_words: Annotated[int, typer.Option(help="Leave out passages with fewer.")] = 1,
     split: Annotated[str, typer.Option(help="train, validation or all.")] = "all",

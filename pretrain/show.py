@@ -176,7 +176,8 @@ def bench(report: BenchReport) -> None:
     """The medians, with the least and the most that was measured."""
     table = _table("measured", right=("median", "from", "to"), last="unit")
     for row in report.rows:
-        table.add_row(row.name, f"{row.median:,.3g}", f"{row.lowest:,.3g}", f"{row.highest:,.3g}", row.unit)
+        figures = (f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in (row.median, row.lowest, row.highest))
+        table.add_row(row.name, *figures, row.unit)
     line(f"{report.path or 'random tokens'}: {report.tokens:,} tokens a round", "bold")
     out.print(table)
 

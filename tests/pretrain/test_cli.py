@@ -163,7 +163,8 @@ def test_signal_handlers_come_before_torch() -> None:
 
 def test_every_command_has_an_example(potamos: Callable[..., Ended]) -> None:
     paths = [["train"], ["generate"], ["evaluate"], ["recipes"], ["recipe", "show"], ["demo"]]
-    paths += [["data", name] for name in ("tokenizer", "prepare", "inspect", "verify")]
+    named = ("tokenizer", "prepare", "finalize", "index", "inspect", "verify", "plan", "bench", "passages")
+    paths += [["data", name] for name in named]
     for path in paths:
         done = potamos(*path, "--help")
         assert done.status == 0
