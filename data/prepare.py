@@ -142,8 +142,7 @@ def prepare_parts(
         source, split, max_line_bytes=max_line_bytes
     )  # fmt: skip
     inputs = opened.inputs()
-    if not inputs:
-        raise SourceError(f"the source {opened.description} has nothing to read")
+    _check_inputs(opened, inputs)
     job = Job(opened, inputs, tokenizer, chunk_tokens, shard_chunks or opened.shard_chunks, max_bad_ratio, by)
     mine = range(rank, len(inputs), world)
     share = Share(out, rank, world, len(mine), len(inputs), kept=False)
@@ -166,6 +165,14 @@ def prepare_parts(
             f"command again, which goes on with what is finished"
         ) from error
     return share
+
+
+def _check_inputs(source: Source, inputs: Sequence[Input]) -> None:
+    if not inputs:
+        raise SourceError(f"the source {source.description} has nothing to read")
+    for input in inputs:
+        if not input.name.isprintable():  # nor are bytes that are no UTF-8
+            raise SourceError(f"the file name {input.name!r} cannot be written down as text; rename the file")
 
 
 def _settings(job: Job, split: str, deduplicate: bool) -> dict[str, Any]:

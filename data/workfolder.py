@@ -234,8 +234,7 @@ def _short(value: Any) -> str:
 
 
 def to_json(content: Any) -> bytes:
-    text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False)
-    return text.encode("utf-8", "surrogateescape") + b"\n"  # names of files need not be UTF-8
+    return json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"
 
 
 def read_json(path: Path) -> Any:
@@ -245,7 +244,7 @@ def read_json(path: Path) -> Any:
         DatasetError: damaged since.
     """
     try:
-        return json.loads(path.read_bytes().decode("utf-8", "surrogateescape"))
+        return json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
     except ValueError as error:

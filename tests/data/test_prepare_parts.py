@@ -284,6 +284,14 @@ def test_ranks_beyond_the_world(corpus: Path, tokenizer: Tokenizer, tmp_path: Pa
     assert not (tmp_path / "d.prepare").exists()
 
 
+def test_a_file_name_that_is_no_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "c").mkdir()
+    Path(os.fsdecode(os.fsencode(tmp_path / "c") + b"/r\xffver.jsonl")).write_text('{"text": "a"}')
+    with pytest.raises(SourceError, match=r"the file name 'r\\udcffver\.jsonl' cannot be written down as text"):
+        prepare(tmp_path / "c", "all", tokenizer, tmp_path / "d")
+    assert os.listdir(tmp_path) == ["c"]
+
+
 # --- groups ------------------------------------------------------------------------------------------------------
 
 
