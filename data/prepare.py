@@ -27,19 +27,9 @@ from potamos.data.finalize import (
     refuse_other_things,
     remove_published,
 )
+from potamos.data.job import Job, Meter, Progress, same_files
 from potamos.data.manifest import Manifest
-from potamos.data.parts import (
-    Job,
-    Meter,
-    Progress,
-    hash_entry,
-    hash_input,
-    hash_table,
-    is_hashed,
-    is_written,
-    same_files,
-    write_part,
-)
+from potamos.data.parts import hash_entry, hash_input, hash_table, is_hashed, is_written, write_part
 from potamos.data.shards import CHUNK_TOKENS, token_dtype
 from potamos.data.sources import MAX_BAD_RATIO, MAX_LINE_BYTES, Input, Source, open_source
 from potamos.data.tokenizer import Tokenizer

@@ -21,8 +21,7 @@ from potamos.data.commands import finalize_datasets, prepare_datasets
 from potamos.data.errors import DatasetError, SourceError
 from potamos.data.finalize import GROUPS, finalize
 from potamos.data.manifest import read_manifest, verify
-from potamos.data.parts import Progress
-from potamos.data.prepare import Share, prepare, prepare_parts
+from potamos.data.prepare import Progress, Share, prepare, prepare_parts
 from potamos.data.tokenizer import Tokenizer
 from potamos.data.workfolder import Lock, WorkFolder
 
