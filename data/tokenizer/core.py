@@ -67,6 +67,7 @@ class Tokenizer:
             added on loading change neither, so they do not change it.
         special_tokens: id by name of every special token; see `special`.
         special_ids: the ids among them.
+        pieces: the UTF-8 bytes of each id of the vocabulary, none for special ids.
         exact_bytes: whether `token_bytes` sums to the UTF-8 length of every text (byte-level vocabularies).
         threads: how many threads `encode_batch` may use; None for one per core that this process may run on.
     """
@@ -90,15 +91,14 @@ class Tokenizer:
         end = self._find_end(place, end_of_document)
         self.end_of_document = self.special_tokens[end]
         self.sha256 = backend.sha256
-        if end != self._usual_end():
-            closing = (
-                f"{backend.sha256}\n{self.end_of_document} {end}"  # the usual one is covered by the file's content
-            )
-            self.sha256 = hashlib.sha256(closing.encode()).hexdigest()
+        usual = self._usual_end()
+        if usual is None or self.end_of_document != backend.find(usual):  # the usual one follows from the file
+            chosen = f"{backend.sha256}\n{self.end_of_document} {end}"
+            self.sha256 = hashlib.sha256(chosen.encode()).hexdigest()
         self.special_ids = frozenset(self.special_tokens.values())
         self.vocabulary = max(len(backend.pieces), 1 + max(self.special_ids))
-        self._pieces = [b"" if i in self.special_ids else piece for i, piece in enumerate(backend.pieces)]
-        self._pieces += [b""] * (self.vocabulary - len(self._pieces))
+        self.pieces = [b"" if i in self.special_ids else piece for i, piece in enumerate(backend.pieces)]
+        self.pieces += [b""] * (self.vocabulary - len(self.pieces))
 
     def _usual_end(self) -> str | None:
         return next((name for name in self._backend.ends if self._backend.find(name) is not None), None)
@@ -106,15 +106,16 @@ class Tokenizer:
     def _find_end(self, place: str, wanted: str | None) -> str:
         """Name of the token that closes documents, from then on among the special ones."""
         name = wanted if wanted is not None else self._usual_end()
-        if name is not None and name in self.special_tokens:
-            return name
         index = self._backend.find(name) if name is not None else None
+        if name is not None and self.special_tokens.get(name, index) != index:
+            return name  # one that was added above the vocabulary
         if name is None or index is None:
             names = (wanted,) if wanted is not None else self._backend.ends
-            missing = (
-                f"none of the end-of-document tokens {', '.join(map(repr, names))}" if names else "no end of document"
+            missing = f"none of the end-of-document tokens {', '.join(map(repr, names))}" if names else "no such token"
+            raise TokenizerError(
+                f"{place}: what closes a document? It has {missing}; name one as end_of_document, which may be one "
+                f"that special_tokens adds"
             )
-            raise TokenizerError(f"{place} has {missing}; name one as end_of_document, or add one with special_tokens")
         if self._backend.typed(name, index):
             raise TokenizerError(
                 f"{place}: {name!r} typed in a text becomes the end-of-document id; mark it special in the file, "
@@ -162,7 +163,7 @@ class Tokenizer:
 
     def token_bytes(self) -> np.ndarray:
         """UTF-8 bytes each id stands for, shape (vocabulary,), int32; 0 for special ids."""
-        return np.fromiter((len(piece) for piece in self._pieces), np.int32, self.vocabulary)
+        return np.fromiter((len(piece) for piece in self.pieces), np.int32, self.vocabulary)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the vocabulary to a file that `load_tokenizer` reads back with the same kind.

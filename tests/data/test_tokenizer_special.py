@@ -38,6 +38,7 @@ def test_added_tokens_get_the_ids_above_the_vocabulary(tokenizer: Tokenizer, pat
     assert more.special_ids == {*range(6), 400, 401, 402}
     assert more.token_bytes().shape == (403,)
     assert not more.token_bytes()[400:].any()
+    assert [len(piece) for piece in more.pieces] == more.token_bytes().tolist()
     assert np.array_equal(more.token_bytes()[:400], tokenizer.token_bytes())
     assert (more.sha256, more.end_of_document) == (tokenizer.sha256, tokenizer.end_of_document)
 
@@ -150,6 +151,36 @@ def test_an_ordinary_token_cannot_close_documents(path: Path) -> None:
         assert name in vocabulary
         with pytest.raises(TokenizerError, match="typed in a text becomes the end-of-document id"):
             load_tokenizer("json", path, end_of_document=name)
+        added = load_tokenizer("json", path, special_tokens=(name,), end_of_document=name)
+        assert added.end_of_document == 400 == added.special(name)
+
+
+def test_a_special_token_that_merges_make_is_found(path: Path, tmp_path: Path) -> None:
+    """Marked special in the file, but its letters are an ordinary token too, so a text gives its id."""
+    spec = json.loads(path.read_text("utf-8"))
+    vocabulary = spec["model"]["vocab"]
+    name = next(name for name in vocabulary if name.isascii() and name.isalpha() and len(name) > 1)
+    token = {**spec["added_tokens"][0], "id": vocabulary[name], "content": name}
+    spec["added_tokens"].append(token)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec), "utf-8")
+    with pytest.raises(TokenizerError, match=f"'{name}' typed in a text becomes the end-of-document id"):
+        load_tokenizer("json", tmp_path, end_of_document=name)
+    backend: Any = load_tokenizer("json", tmp_path)._backend
+    assert backend._fast is None
+
+
+def test_a_usual_name_that_text_can_give_does_not_close_documents(path: Path, tmp_path: Path) -> None:
+    spec = json.loads(path.read_text("utf-8"))
+    spec["added_tokens"][0]["special"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec), "utf-8")
+    with pytest.raises(TokenizerError, match="typed in a text becomes"):
+        load_tokenizer("json", tmp_path)
+    added = load_tokenizer("json", tmp_path, special_tokens=("<|endoftext|>",))
+    assert added.end_of_document == added.special("<|endoftext|>") == 400
+    assert added.sha256 != load_tokenizer("json", tmp_path, end_of_document="[SEP]").sha256
+    backend: Any = added._backend
+    assert added.sha256 != backend.sha256
+    assert 400 not in added.encode("<|endoftext|>")
 
 
 def test_a_dataset_of_another_tokenizer_is_refused(tokenizer: Tokenizer, texts: list[str], tmp_path: Path) -> None:
