@@ -238,9 +238,10 @@ def test_slots_must_divide_the_batch(write_ids: Any, tmp_path: Path) -> None:
     Loader(slotted, sequences=8).close()
 
 
-def test_an_error_in_the_thread_reaches_the_consumer(write_ids: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("boundaries", ["isolate", "cross"])
+def test_an_error_in_the_thread_reaches_the_consumer(write_ids: Any, tmp_path: Path, boundaries: str) -> None:
     path = write_ids(tmp_path / "d", [100] * 40, chunk_tokens=512, shard_chunks=1)
-    stream = TokenStream([StageSpec(0, (SourceSpec(path),))], sequence_length=32, seed=0)
+    stream = TokenStream([StageSpec(0, (SourceSpec(path),))], sequence_length=32, seed=0, boundaries=boundaries)
     shard = path / "shard-00000-00003.tar"
     content = bytearray(shard.read_bytes())
     content[512 + 128 + 300] ^= 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import tempfile
@@ -24,19 +25,30 @@ def stage(*paths: Path | SourceSpec, start: int = 0) -> StageSpec:
     return StageSpec(start, tuple(p if isinstance(p, SourceSpec) else SourceSpec(p) for p in paths))
 
 
-def cut(oracle: Any, chunk_tokens: int, length: int) -> list[tuple[list[int], list[int], list[int], list[int]]]:
-    """Every row of the stream in order: tokens, documents, positions from the row's start, true positions."""
+Text = tuple[list[int], list[int], list[int]]
+
+
+def split(oracle: Text, lengths: list[int], parts: int) -> list[Text]:
+    """The text of each part of a dataset: tokens, document numbers, true positions."""
     tokens, documents, true = oracle
+    ends = np.cumsum([0, *lengths]).tolist()
+    cuts = [ends[part * len(lengths) // parts] for part in range(parts + 1)]
+    return [(tokens[a:b], documents[a:b], true[a:b]) for a, b in itertools.pairwise(cuts)]
+
+
+def cut(texts: list[Text], chunk_tokens: int, length: int) -> list[tuple[list[int], list[int], list[int], list[int]]]:
+    """Every row of the stream in order: tokens, documents, positions from the row's start, true positions."""
     rows = []
-    for begin in range(0, len(tokens) - 1, chunk_tokens):
-        stop = min(begin + chunk_tokens + 1, len(tokens))
-        for at in range(begin, stop - length, length):
-            positions, place = [], 0
-            for i in range(at, at + length + 1):
-                place = 0 if i == at or documents[i] != documents[i - 1] else place + 1
-                positions.append(place)
-            end = at + length + 1
-            rows.append((tokens[at:end], documents[at:end], positions, true[at:end]))
+    for tokens, documents, true in texts:
+        for begin in range(0, len(tokens) - 1, chunk_tokens):
+            stop = min(begin + chunk_tokens + 1, len(tokens))
+            for at in range(begin, stop - length, length):
+                positions, place = [], 0
+                for i in range(at, at + length + 1):
+                    place = 0 if i == at or documents[i] != documents[i - 1] else place + 1
+                    positions.append(place)
+                end = at + length + 1
+                rows.append((tokens[at:end], documents[at:end], positions, true[at:end]))
     return rows
 
 
@@ -47,7 +59,14 @@ def as_lists(rows: Rows, i: int) -> tuple[list[int], list[int], list[int]]:
 lengths_strategy = st.lists(st.one_of(st.integers(1, 6), st.integers(1, 60)), min_size=2, max_size=40)
 
 
-@given(lengths_strategy, st.integers(4, 50), st.integers(1, 3), st.integers(1, 17), st.sampled_from([300, 70_000]))
+@given(
+    lengths_strategy,
+    st.integers(4, 50),
+    st.integers(1, 3),
+    st.integers(1, 17),
+    st.sampled_from([300, 70_000]),
+    st.integers(1, 4),
+)
 @settings(max_examples=40, deadline=None)
 def test_rows_and_windows_equal_the_plain_cut(
     write_ids: Any,
@@ -57,17 +76,17 @@ def test_rows_and_windows_equal_the_plain_cut(
     shard_chunks: int,
     length: int,
     vocabulary: int,
+    parts: int,
 ) -> None:
-    oracle = plain_stream(lengths, vocabulary)
-    tokens, documents, _ = oracle
-    if len(tokens) < 2:
+    texts = split(plain_stream(lengths, vocabulary), lengths, parts)
+    targets = sum(max(0, len(tokens) - 1) for tokens, _, _ in texts)
+    if not targets:
         return
+    options = {"chunk_tokens": chunk_tokens, "shard_chunks": shard_chunks, "vocabulary": vocabulary, "parts": parts}
     with tempfile.TemporaryDirectory() as folder:
-        path = write_ids(
-            Path(folder) / "d", lengths, chunk_tokens=chunk_tokens, shard_chunks=shard_chunks, vocabulary=vocabulary
-        )
-        check_windows(Windows(path, sequence_length=length), tokens, documents, length)
-        expected = cut(oracle, chunk_tokens, length)
+        path = write_ids(Path(folder) / "d", lengths, **options)
+        check_windows(Windows(path, sequence_length=length), texts, length)
+        expected = cut(texts, chunk_tokens, length)
         if not expected:
             with pytest.raises(DatasetError, match="no row"):
                 TokenStream([stage(path)], sequence_length=length, seed=1)
@@ -76,7 +95,7 @@ def test_rows_and_windows_equal_the_plain_cut(
         n = len(expected)
         summary = stream.describe()[0]
         assert summary.samples_per_epoch == n
-        assert summary.unread_tokens == len(tokens) - 1 - n * length
+        assert summary.unread_tokens == targets - n * length
         for epoch in range(2):
             rows = stream.read(epoch * n, n)
             got = sorted(as_lists(rows, i) for i in range(n))
@@ -85,7 +104,7 @@ def test_rows_and_windows_equal_the_plain_cut(
             assert sorted(rows.single_document.tolist()) == sorted(single)
 
 
-def check_windows(windows: Windows, tokens: list[int], documents: list[int], length: int) -> None:
+def check_windows(windows: Windows, texts: list[Text], length: int) -> None:
     rows = windows.read(0, len(windows) + 5)
     assert len(rows) == len(windows)
     scored = []
@@ -96,19 +115,21 @@ def check_windows(windows: Windows, tokens: list[int], documents: list[int], len
         assert set(ids[kept:]) <= {-1}
         assert not any(positions[kept:])
         scored += list(zip(row_tokens[1:kept], ids[1:kept], strict=True))
-    assert scored == list(zip(tokens[1:], documents[1:], strict=True))
+    assert scored == [pair for text in texts for pair in zip(text[0][1:], text[1][1:], strict=True)]
 
 
-@given(lengths_strategy, st.integers(1, 4), st.integers(1, 8), st.integers(1, 4))
-@settings(max_examples=25, deadline=None)
+@given(lengths_strategy, st.integers(1, 4), st.integers(1, 8), st.integers(1, 4), st.integers(1, 4))
+@settings(max_examples=40, deadline=None)
 def test_contiguous_rows_continue_where_the_last_ended(
-    write_ids: Any, plain_stream: Any, lengths: list[int], rows_per_chunk: int, length: int, slots: int
+    write_ids: Any, plain_stream: Any, lengths: list[int], rows_per_chunk: int, length: int, slots: int, parts: int
 ) -> None:
-    oracle = plain_stream(lengths)
+    texts = split(plain_stream(lengths), lengths, parts)
     chunk_tokens = rows_per_chunk * length
-    expected = cut(oracle, chunk_tokens, length)
+    expected = cut(texts, chunk_tokens, length)
+    if not any(len(tokens) > 1 for tokens, _, _ in texts):
+        return
     with tempfile.TemporaryDirectory() as folder:
-        path = write_ids(Path(folder) / "d", lengths, chunk_tokens=chunk_tokens)
+        path = write_ids(Path(folder) / "d", lengths, chunk_tokens=chunk_tokens, parts=parts)
         options: dict[str, Any] = {"sequence_length": length, "seed": 1, "order": "contiguous", "slots": slots}
         if len(expected) < slots:
             with pytest.raises(DatasetError, match=r"no row|fewer than slots"):
@@ -121,6 +142,10 @@ def test_contiguous_rows_continue_where_the_last_ended(
             tokens, documents, _, true = expected[g % slots * share + g // slots % share]
             lap = g // slots // share
             assert as_lists(rows, g) == (tokens, [d + lap * len(lengths) for d in documents], true)
+        for g in range(slots, len(rows)):  # a part's end is a document's end
+            last, now = (expected[i % slots * share + i // slots % share] for i in (g - slots, g))
+            goes_on = last[1][-1] == now[1][0] and last[3][-1] == now[3][0]
+            assert (rows.document_ids[g - slots, -1] == rows.document_ids[g, 0]) == (goes_on and g // slots % share > 0)
 
 
 def contiguous_stream(slots: int, *stages: StageSpec) -> TokenStream:
@@ -340,6 +365,8 @@ def test_bad_arguments_are_refused_before_the_first_row(three: list[Path], write
             TokenStream(stages, **{**ONE, **change})
     with pytest.raises(DatasetError, match="does not divide"):
         TokenStream([stage(three[0])], sequence_length=7, seed=0, order="contiguous", slots=2)
+    short = write_ids(tmp_path / "short", [30, 30, 30], chunk_tokens=64, parts=3)  # one chunk a part: none goes on
+    TokenStream([stage(short)], sequence_length=7, seed=0, order="contiguous", slots=2)
     with pytest.raises(DatasetError, match=r"vocabulary ends at 99.*at least \d+"):
         TokenStream([stage(three[0])], **ONE, vocabulary=100)
     with pytest.raises(TokenizerMismatchError, match="prepared with tokenizer tttt"):
