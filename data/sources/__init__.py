@@ -112,7 +112,7 @@ def _open_files(name: str, max_line_bytes: int) -> Source:
     if "tar" in kinds:
         from potamos.data.sources.tars import TextTars
 
-        return TextTars(paths, root, base)
+        return TextTars(paths, root, base, max_text_bytes=max_line_bytes)
     reader = Passages if pattern != name else JsonLines
     return reader(paths, root, base, max_line_bytes=max_line_bytes)
 

@@ -156,6 +156,7 @@ def test_json_lines_equal_the_naive_reader(
 # --- files cut short, damaged, or something else ----------------------------------------------------------------------
 
 SMALL = "".join(f'{{"text": "the river {i} 東京"}}\n' for i in range(40)).encode()
+SMALL_TEXTS = [json.loads(line)["text"] for line in SMALL.splitlines()]
 PACKED: dict[str, Callable[[], bytes]] = {
     "one.zst": lambda: zstd(SMALL),
     "checked.zst": lambda: zstd(SMALL, write_checksum=True),
@@ -214,6 +215,22 @@ def test_a_flipped_byte_of_a_checked_file_never_gives_other_text(name: str) -> N
             assert unpack(bytes(damaged), name) == SMALL, "only bytes that no reader uses may change without an error"
 
 
+def test_a_flip_that_zstd_cannot_see_shows_in_the_recorded_sha256(tmp_path: Path) -> None:
+    """Without a checksum in its frames zstd gives other text of the right length; the manifest's sha256 tells."""
+    packed, path = zstd(SMALL), tmp_path / "x.jsonl.zst"
+    unseen = 0
+    for at in range(9, len(packed)):
+        damaged = bytearray(packed)
+        damaged[at] ^= 0x01
+        path.write_bytes(damaged)
+        record = Record()
+        source = open_source(path)
+        with contextlib.suppress(SourceError):
+            unseen += [d.text for d in source.read(source.inputs()[0], record)] != SMALL_TEXTS
+            assert record.files[0]["sha256"] == hashlib.sha256(damaged).hexdigest()
+    assert unseen > 10, "nothing was shown"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
@@ -268,6 +285,24 @@ def test_a_dictionary_free_checksum_error_names_the_frame() -> None:
     packed[-1] ^= 1
     with pytest.raises(SourceError, match=f"the zstd frame that begins at byte {len(first)} is damaged before byte"):
         unpack(first + bytes(packed), "x.zst")
+
+
+@pytest.mark.parametrize("left", [b"", b"more"])
+def test_a_frame_whose_end_the_library_does_not_see_fails(monkeypatch: pytest.MonkeyPatch, left: bytes) -> None:
+    """The walk over the blocks and the library must agree where a frame ends; neither is trusted alone."""
+
+    class Odd:
+        eof, unused_data = bool(left), left
+
+        def decompressobj(self, **options: object) -> Odd:
+            return self
+
+        def decompress(self, piece: bytes) -> bytes:
+            return b"text"
+
+    monkeypatch.setattr(zstandard, "ZstdDecompressor", lambda **options: Odd())
+    with pytest.raises(SourceError, match=r"x\.zst: the zstd frame that begins at byte 0 is damaged before byte"):
+        unpack(zstd(SMALL), "x.zst")
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
