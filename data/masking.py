@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from potamos.data.mask_vocabulary import MaskingError, MaskVocabulary
-from potamos.data.randomness import RowRandom, below, happens, smallest
+from potamos.data.randomness import RowRandom, below, happens, leading, smallest, sort_keys
 
 UNITS = ("tokens", "words", "ngrams")
 # Shares of n-grams of 1, 2, 3 words: proportional to 1 / n (DeBERTa, He et al. 2021).
@@ -132,7 +132,9 @@ def select(
     """
     check_rows(tokens, document_ids, random)
     if rule.units == "tokens" and not rule.exact:
-        return _bernoulli(rule.rate, tokens, document_ids, vocabulary, random)
+        hidden = np.zeros(tokens.shape, bool)
+        hidden.reshape(-1)[_bernoulli(rule.rate, tokens, document_ids, vocabulary, random)] = True
+        return hidden
     maskable = _maskable(tokens, document_ids, vocabulary)
     if rule.exact:
         return _exact(rule, tokens, document_ids, maskable, vocabulary, random) & maskable
@@ -148,11 +150,14 @@ def mask(
     if rule.exact:
         inputs, labels, _ = _mask_exactly(rule, tokens, document_ids, vocabulary, random)
         return MaskedRows(inputs, labels)
-    width = tokens.shape[1]
-    flat = tokens.reshape(-1)
-    place = np.flatnonzero(select(rule, tokens, document_ids, vocabulary, random))
-    hidden = flat[place]
-    words = random.at("replace", place // width, place % width)
+    if rule.units == "tokens":
+        check_rows(tokens, document_ids, random)
+        place = _bernoulli(rule.rate, tokens, document_ids, vocabulary, random)
+    else:
+        place = np.flatnonzero(select(rule, tokens, document_ids, vocabulary, random))
+    flat, width = tokens.reshape(-1), tokens.shape[1]
+    hidden, row = flat.take(place), place // width
+    words = random.at("replace", row, place - row * width)
     # One word an item: its high half says what becomes of the token, its low half which random one it would be.
     action = (words >> np.uint64(32)).astype(np.uint32)
     masked = happens(action, rule.replacement[0])
@@ -193,17 +198,16 @@ def mask_late(
         removed = removed | (padding & (np.cumsum(padding, axis=1) <= short[:, None]))
     at, out = np.flatnonzero(~removed).reshape(n, kept), np.flatnonzero(removed).reshape(n, gone)
     begin = (np.arange(n) * width)[:, None]
-    labels, positions, document_ids = labels.reshape(-1), positions.reshape(-1), document_ids.reshape(-1)
     return LateMaskedRows(
-        kept_ids=inputs.reshape(-1)[at],
+        kept_ids=inputs.take(at),
         kept_columns=at - begin,
-        kept_positions=positions[at],
-        kept_document_ids=document_ids[at],
-        kept_labels=labels[at],
+        kept_positions=positions.take(at),
+        kept_document_ids=document_ids.take(at),
+        kept_labels=labels.take(at),
         masked_columns=out - begin,
-        masked_positions=positions[out],
-        masked_document_ids=document_ids[out],
-        masked_labels=labels[out],
+        masked_positions=positions.take(out),
+        masked_document_ids=document_ids.take(out),
+        masked_labels=labels.take(out),
     )
 
 
@@ -221,10 +225,12 @@ def _mask_exactly(
     # Special tokens are hidden only in rows with too few others, and last: they are the first to be left as they are.
     labeled = hidden & maskable
     rank = np.uint8(2) - hidden - labeled
-    removed = smallest(words, masks, rank)
-    swapped = smallest(words, changes, rank) & ~removed & maskable
+    keys = sort_keys(words, rank)
+    removed = leading(keys, masks)
+    swapped = leading(keys, changes) & ~removed & maskable
     inputs = np.where(removed & maskable, np.int32(vocabulary.mask), tokens).astype(np.int32, copy=False)
-    inputs[swapped] = _random_ids(words[swapped], vocabulary)
+    place = np.flatnonzero(swapped)
+    inputs.reshape(-1)[place] = _random_ids(words.reshape(-1).take(place), vocabulary)
     return inputs, np.where(labeled, tokens, -1).astype(np.int32, copy=False), removed
 
 
@@ -249,11 +255,11 @@ def _random_ids(words: np.ndarray, vocabulary: MaskVocabulary) -> np.ndarray:
 def _bernoulli(
     rate: float, tokens: np.ndarray, document_ids: np.ndarray, vocabulary: MaskVocabulary, random: RowRandom
 ) -> np.ndarray:
-    hidden = happens(random.halves("select", tokens.shape[1]), rate)
-    place = np.flatnonzero(hidden)  # the tables are read for these few alone
-    possible = vocabulary.maskable[tokens.reshape(-1)[place]] & (document_ids.reshape(-1)[place] >= 0)
-    hidden.reshape(-1)[place[~possible]] = False
-    return hidden
+    """The flat indices of hidden tokens."""
+    place = np.flatnonzero(happens(random.halves("select", tokens.shape[1]), rate))
+    possible = vocabulary.maskable.take(tokens.reshape(-1).take(place))  # the table is read for these few alone
+    possible &= document_ids.reshape(-1).take(place) >= 0
+    return place[possible]
 
 
 def _exact(

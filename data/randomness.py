@@ -69,7 +69,7 @@ class RowRandom:
 
     def words(self, stream: str, width: int, first: int = 0) -> np.ndarray:
         """(n, width) uint64, uniform: the words of positions ``first`` to ``first + width - 1`` of every row."""
-        steps = _steps(np.arange(first, first + width))
+        steps = np.arange(first + 1, first + width + 1, dtype=np.uint64) * np.uint64(GAMMA)
         result = self._keys(stream)[:, None] + steps
         flat = result.reshape(-1)
         for begin in range(0, flat.size, CACHED_WORDS):
@@ -99,7 +99,7 @@ class RowRandom:
 
 
 def _steps(index: np.ndarray) -> np.ndarray:
-    """What SplitMix64 has added to its seed when it gives output number ``index``, counted from 0."""
+    """What SplitMix64 has added to its seed when it gives output number ``index``, counted from 0 (see `words`)."""
     return (index.astype(np.uint64) + np.uint64(1)) * np.uint64(GAMMA)
 
 
@@ -115,40 +115,80 @@ def happens(halves: np.ndarray, probability: float) -> np.ndarray:
     return np.zeros(halves.shape, bool) if largest is None else halves <= largest
 
 
-def below(halves: np.ndarray, n: int) -> np.ndarray:
-    """int64 in [0, n) from uniform 32-bit numbers, n <= 2**32; no value is likelier than another by more than n / 2**32
-    (Lemire 2019, "Fast random integer generation in an interval", without its rejection step)."""
-    return ((halves.astype(np.uint64) * np.uint64(n)) >> np.uint64(32)).astype(np.int64)
+def below(halves: np.ndarray, n: int | np.ndarray) -> np.ndarray:
+    """int64 in [0, n) from uniform 32-bit numbers, n <= 2**32 one number or an array.
+
+    No value is likelier than another by more than n / 2**32 (Lemire 2019, "Fast random integer generation in an
+    interval", without its rejection step).
+    """
+    return ((halves.astype(np.uint64) * np.asarray(n, np.uint64)) >> np.uint64(32)).astype(np.int64)
 
 
 def smallest(words: np.ndarray, counts: np.ndarray | int, rank: np.ndarray | None = None) -> np.ndarray:
-    """Choose ``counts`` columns of each row: those with the smallest words, the leftmost first among equal ones.
+    """Choose ``counts`` columns of each row at random: a uniformly random subset within each rank.
 
     Args:
-        words: (n, width) uint64, uniform; all but their lowest 2 + log2(width) bits are compared.
+        words: (n, width) uint64, uniform. Equal words make a unit: its columns are chosen one after the other.
         counts: how many of each row, 0 <= count <= width, one number or (n,).
-        rank: (n, width) integers 0 to 3, compared before the words: columns of rank 1 are chosen only when those of
-            rank 0 are used up. Equal words make a unit: its columns are chosen one after the other.
+        rank: (n, width) integers 0 to 3; columns of rank 1 are chosen only when those of rank 0 are used up.
 
     Returns:
-        (n, width) bool with ``counts`` True in each row: a uniformly random subset within each rank.
+        (n, width) bool with ``counts`` True in each row.
     """
-    n, width = words.shape
-    if n == 0 or width == 0:
-        return np.zeros(words.shape, bool)
-    low = (1 << (width - 1).bit_length()) - 1
+    return leading(sort_keys(words, rank), counts)
+
+
+def sort_keys(words: np.ndarray, rank: np.ndarray | None = None) -> np.ndarray:
+    """(n, width) uint64, different in each row, ordered by rank, then word, then column.
+
+    The column takes the place of a word's lowest bits, and the rank moves it down by two, so of a word of width w all
+    but 2 + log2(w) bits are compared.
+    """
+    width = words.shape[1]
+    low = (1 << max(width - 1, 0).bit_length()) - 1
     keys = words >> np.uint64(2)
     keys &= np.uint64(~low & (2**64 - 1))
     keys |= np.arange(width, dtype=np.uint64)
     if rank is not None:
         keys |= rank.astype(np.uint64) << np.uint64(62)
-    counts = np.broadcast_to(np.asarray(counts, np.int64), (n,))
-    assert counts.min() >= 0
-    assert counts.max() <= width
-    if counts.min() == counts.max():
-        count = int(counts[0])
-        if count in (0, width):
-            return np.full(words.shape, count > 0)
-        return keys <= np.partition(keys, count - 1, axis=1)[:, count - 1 : count]
-    last = np.take_along_axis(np.sort(keys, axis=1), np.maximum(counts - 1, 0)[:, None], axis=1)
-    return (keys <= last) & (counts > 0)[:, None]
+    return keys
+
+
+def leading(keys: np.ndarray, counts: np.ndarray | int) -> np.ndarray:
+    """(n, width) bool: the ``counts`` (one number or (n,)) smallest keys of each row."""
+    n, width = keys.shape
+    counts = np.asarray(counts, np.int64)
+    least, most = (int(counts.min()), int(counts.max())) if n else (0, 0)
+    assert 0 <= least <= most <= width
+    if least < most:
+        last = np.take_along_axis(np.sort(keys, axis=1), np.maximum(counts - 1, 0)[:, None], axis=1)
+        return (keys <= last) & (counts > 0)[:, None]
+    if least in (0, width):
+        return np.full(keys.shape, least > 0)
+    return keys <= np.partition(keys, least - 1, axis=1)[:, least - 1 : least]
+
+
+def distinct(random: RowRandom, stream: str, items: np.ndarray, count: int) -> np.ndarray:
+    """(n, count) int64, ascending: ``count`` of 0..items-1 for each row, every subset equally likely.
+
+    Draws with replacement until so many different ones have come: cheap while the count is well under the items.
+
+    Args:
+        items: (n,) integers, count <= items <= 2**32.
+    """
+    n, drawn = len(items), count + count // 4 + 8
+    assert n == 0 or count <= items.min()
+    while True:
+        value = below(random.halves(stream, drawn), items[:, None].astype(np.uint64))
+        turn = drawn.bit_length()
+        order = np.sort(value << turn | np.arange(drawn), axis=1)
+        fresh = np.ones(order.shape, bool)
+        np.not_equal(order[:, 1:] >> turn, order[:, :-1] >> turn, out=fresh[:, 1:])
+        if (np.count_nonzero(fresh, axis=1) >= count).all():
+            break
+        drawn *= 2  # what was drawn stays as it is, so the result does not depend on the other rows
+    if not (n and count):
+        return np.zeros((n, count), np.int64)
+    first = np.where(fresh, order & ((1 << turn) - 1), drawn)
+    chosen = first <= np.partition(first, count - 1, axis=1)[:, count - 1 : count]
+    return (order[chosen] >> turn).reshape(n, count)

@@ -19,7 +19,7 @@ import numpy as np
 
 from potamos.data.mask_vocabulary import MaskingError
 from potamos.data.masking import check_rows
-from potamos.data.randomness import RowRandom, smallest
+from potamos.data.randomness import RowRandom, distinct
 
 ATTEMPTS = 16  # enough for spans of 3 at density 0.5 in documents of 60 tokens
 
@@ -171,6 +171,7 @@ def _check_sentinels(sentinels: np.ndarray, needed: int, width: int, maskable: n
             f"span corruption of rows of {width} tokens needs {needed} sentinels, given are {sentinels.size}; add "
             f"special tokens to the tokenizer, or ask for fewer or longer spans"
         )
+    sentinels = sentinels[:needed]
     if len(np.unique(sentinels)) < len(sentinels) or maskable[sentinels[sentinels < len(maskable)]].any():
         raise MaskingError(f"sentinels {sentinels[:8]}... must be different ids that no text holds")
     return sentinels
@@ -234,32 +235,24 @@ def _place(
     if spans == 0:
         return np.zeros((len(rows), 0), np.int64), np.zeros((len(rows), 0), np.int64)
     # Cut the hidden tokens at spans - 1 of their hidden - 1 seams: every composition is as likely as every other.
-    cuts = _choose(random, f"lengths {attempt}", np.full(len(rows), hidden - 1), spans - 1) + 1
+    cuts = distinct(random, f"lengths {attempt}", np.full(len(rows), hidden - 1), spans - 1) + 1
     edges = np.zeros((len(rows), spans + 1), np.int64)
     edges[:, 1:-1], edges[:, -1] = cuts, hidden
     lengths = np.diff(edges, axis=1)
     # The visible tokens leave one more place than they are for spans to fall into, at most one span in each.
-    starts = _choose(random, f"gaps {attempt}", end - begin - hidden + 1, spans) + edges[:, :-1] + begin[:, None]
+    starts = distinct(random, f"gaps {attempt}", end - begin - hidden + 1, spans) + edges[:, :-1] + begin[:, None]
     if not line.free:
         for parity in (0, 1):  # neighbors do not move at once, so none takes the room that another has just taken
             _move(line, starts, lengths, parity)
     return starts, lengths
 
 
-def _choose(random: RowRandom, stream: str, items: np.ndarray, count: int) -> np.ndarray:
-    """(n, count) int64, ascending: ``count`` of 0..items-1 in each row, every subset equally likely."""
-    n, most = len(items), int(items.max(initial=0))
-    if count == 0:
-        return np.zeros((n, 0), np.int64)
-    rank = None if items.min() == most else (np.arange(most) >= items[:, None]).view(np.uint8)
-    chosen = np.flatnonzero(smallest(random.words(stream, most), count, rank)).reshape(n, count)
-    return chosen - (np.arange(n) * most)[:, None]
-
-
 def _move(line: _Line, starts: np.ndarray, lengths: np.ndarray, parity: int) -> None:
     """Move each even (or odd) span that has walls inside: to end before the first, or to begin at the last of them."""
     row, number = np.nonzero(line.crossing(starts, lengths))
     row, number = row[number % 2 == parity], number[number % 2 == parity]
+    if not len(row):
+        return
     walls, final, never = line.walls, starts.shape[1] - 1, np.iinfo(np.int64).max
     start, length = starts[row, number], lengths[row, number]
     stop = start + length

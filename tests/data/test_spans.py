@@ -86,7 +86,7 @@ def test_corruption_equals_one_row_at_a_time(
     for r in range(n):
         random = RowRandom(seed, "t5", samples[r : r + 1])
         wanted = naive.corrupt_row(
-            rule, tokens[r], documents[r], MASKABLE, SENTINELS, lambda s, k, random=random: random.words(s, k)[0], width
+            rule, tokens[r], documents[r], MASKABLE, SENTINELS, lambda s, k, random=random: random.words(s, k)[0]
         )
         fills = (0, -1, -1, 0, -1)
         parts = (rows.inputs, rows.input_document_ids, rows.input_columns, rows.targets, rows.target_document_ids)
@@ -126,6 +126,21 @@ def test_the_text_comes_back(width: int, shape: tuple[float, float]) -> None:
         columns = np.take_along_axis(tokens, rows.input_columns, axis=1)
         assert np.array_equal(rows.inputs[kept], columns[kept])
         assert np.array_equal(rows.input_document_ids, np.take_along_axis(documents, rows.input_columns, axis=1))
+
+
+def test_the_quick_row_of_the_benchmark_writes_the_same() -> None:
+    tokens, documents = make_rows(8, 20, 512)
+    rows = corrupt(SpanRule(), tokens, documents)
+    for r in range(20):
+        mark = np.flatnonzero(rows.targets[r] >= FIRST)
+        starts, lengths = rows.input_columns[r][rows.inputs[r] >= FIRST], np.diff(np.append(mark, 103)) - 1
+        inputs, targets = naive.join_row(tokens[r], starts, lengths, SENTINELS)
+        assert np.array_equal(inputs, rows.inputs[r])
+        assert np.array_equal(targets, rows.targets[r])
+        drawn = naive.draw_row(np.random.default_rng(r), 512, 77, 26)
+        inputs, targets = naive.join_row(tokens[r], *drawn, SENTINELS)
+        assert (len(inputs), len(targets)) == (461, 103)
+        assert restore(inputs.tolist(), targets.tolist()) == tokens[r].tolist()
 
 
 def test_lengths_are_the_published_ones() -> None:
@@ -285,8 +300,8 @@ def test_bad_rules_and_sentinels_are_named() -> None:
     with pytest.raises(MaskingError, match="512 tokens needs 26 sentinels, given are 25"):
         corrupt_spans(SpanRule(), tokens, documents, MASKABLE, SENTINELS[:25], random)
     with pytest.raises(MaskingError, match="different ids that no text holds"):
-        corrupt_spans(SpanRule(), tokens, documents, MASKABLE, np.append(SENTINELS, 7), random)
+        corrupt_spans(SpanRule(), tokens, documents, MASKABLE, np.append(SENTINELS[:25], 7), random)
     with pytest.raises(MaskingError, match="different ids"):
-        corrupt_spans(SpanRule(), tokens, documents, MASKABLE, np.append(SENTINELS, FIRST), random)
+        corrupt_spans(SpanRule(), tokens, documents, MASKABLE, np.append(SENTINELS[:25], SENTINELS[3]), random)
     with pytest.raises(MaskingError, match="do not fit"):
         corrupt_spans(SpanRule(), tokens, documents[:1], MASKABLE, SENTINELS, random)
