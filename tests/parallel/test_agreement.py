@@ -59,10 +59,17 @@ def ends(trial, run_ranks, run, changes, kind=None, world=2) -> list[str]:
 
     def work(rank, size):
         guard.clear_stop()
-        made = lambda: trial.trainer(  # noqa: E731
-            run, "train.micro_sequences=2", *changes(rank), rank=Rank(rank, size, rank, size), kind=kind
-        ).fit()
-        return outcome(made)
+        made = []
+
+        def fit():
+            place = Rank(rank, size, rank, size)
+            made.append(trial.trainer(run, "train.micro_sequences=2", *changes(rank), rank=place, kind=kind))
+            made[0].fit()
+
+        found = outcome(fit)
+        for trainer in made:
+            trainer.checkpoints.wait()  # as a program does at its end; a forked rank just leaves
+        return found
 
     found = run_ranks(world, work)
     assert max(seconds for _, seconds in found) < SECONDS
