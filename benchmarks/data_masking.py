@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from machine import stamp, write_table
-from naive_spans import corrupt_row, join_row
+from naive_spans import corrupt_row, draw_row, join_row
 
 from potamos.data.mask_vocabulary import MaskVocabulary
 from potamos.data.masking import MaskRule, mask, mask_late, select
@@ -93,7 +93,8 @@ def cases(table: MaskVocabulary, rows: tuple[np.ndarray, ...], random: RowRandom
         parts = []
         for row in range(len(tokens)):
             generator = np.random.Generator(np.random.Philox(key=[1, row]))
-            parts.append(join_row(tokens[row], *draw_row(generator, width, hidden, count), SENTINELS))
+            starts, lengths = draw_row(generator, width, hidden, count)
+            parts.append(join_row(tokens[row], starts, lengths, SENTINELS))
         return [np.stack(side) for side in zip(*parts, strict=True)]
 
     plain = MaskRule()
