@@ -1,7 +1,7 @@
 """The functions behind ``potamos data ...``: plain arguments in, dataclasses out.
 
-``tokenizer``: `train`; ``prepare``: `prepare_datasets`, with `prepare_dataset` for programs that want one dataset from
-one process; ``finalize``: `finalize_datasets`; ``inspect``: `summarize` and `sample`; ``verify``: `verify`.
+``tokenizer``: `train`; ``prepare``: `prepare_parts` and `finalize_datasets`, or `prepare_dataset` in one call for one
+process; ``finalize``: `finalize_datasets`; ``inspect``: `summarize` and `sample`; ``verify``: `verify`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from potamos.data.dataset import TokenDataset, read_rows
 from potamos.data.errors import DatasetError, SourceError
 from potamos.data.manifest import Manifest, VerifyReport, verify
-from potamos.data.prepare import WAIT, Progress, Share, finalize, prepare_parts
+from potamos.data.prepare import WAIT, Progress, Share, finalize, prepare
 from potamos.data.shards import CHUNK_TOKENS
 from potamos.data.sources import MAX_BAD_RATIO, MAX_LINE_BYTES, Counts, documents, open_source
 from potamos.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
@@ -25,7 +25,6 @@ from potamos.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 __all__ = [
     "DatasetSummary",
     "Excerpt",
-    "Preparation",
     "Progress",
     "Share",
     "TokenizerSummary",
@@ -33,7 +32,6 @@ __all__ = [
     "finalize_datasets",
     "place_of_row",
     "prepare_dataset",
-    "prepare_datasets",
     "sample",
     "summarize",
     "train",
@@ -76,17 +74,6 @@ class DatasetSummary:
     @property
     def bytes_per_token(self) -> float:
         return self.text_bytes / self.tokens
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """What one process of `prepare_datasets` did.
-
-    ``datasets`` is empty where other processes have their share to do, and `finalize_datasets` follows them all.
-    """
-
-    share: Share
-    datasets: tuple[DatasetSummary, ...]
 
 
 @dataclass(frozen=True)
@@ -150,42 +137,14 @@ def prepare_dataset(
     force: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> DatasetSummary:
-    """`prepare_datasets` in this process alone, for one dataset."""
-    done = prepare_datasets(
-        source, out, tokenizer_path=tokenizer_path, tokenizer_kind=tokenizer_kind, split=split,
-        chunk_tokens=chunk_tokens, shard_chunks=shard_chunks, max_bad_ratio=max_bad_ratio,
-        max_line_bytes=max_line_bytes, deduplicate=deduplicate, force=force, progress=progress,
-    )  # fmt: skip
-    return done.datasets[0]
-
-
-def prepare_datasets(
-    source: str,
-    out: str | os.PathLike[str],
-    *,
-    tokenizer_path: str | os.PathLike[str],
-    tokenizer_kind: str = "json",
-    split: str = "all",
-    chunk_tokens: int = CHUNK_TOKENS,
-    shard_chunks: int | None = None,
-    max_bad_ratio: float = MAX_BAD_RATIO,
-    max_line_bytes: int = MAX_LINE_BYTES,
-    deduplicate: bool = False,
-    by: str | None = None,
-    rank: int = 0,
-    world: int = 1,
-    wait: float = WAIT,
-    force: bool = False,
-    progress: Callable[[Progress], None] | None = None,
-) -> Preparation:
-    """Load a tokenizer and write this process's share of a dataset (`prepare_parts`); alone, finalize it too."""
+    """Load a tokenizer and `prepare` a dataset with it in this process."""
     tokenizer = load_tokenizer(tokenizer_kind, tokenizer_path)
-    share = prepare_parts(
+    manifest = prepare(
         source, split, tokenizer, out, chunk_tokens=chunk_tokens, shard_chunks=shard_chunks,
-        max_bad_ratio=max_bad_ratio, max_line_bytes=max_line_bytes, deduplicate=deduplicate, by=by, rank=rank,
-        world=world, wait=wait, force=force, progress=progress,
+        max_bad_ratio=max_bad_ratio, max_line_bytes=max_line_bytes, deduplicate=deduplicate, force=force,
+        progress=progress,
     )  # fmt: skip
-    return Preparation(share, finalize_datasets(out, force=force, wait=wait) if world == 1 else ())
+    return _summary(Path(out), manifest)
 
 
 def finalize_datasets(

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from potamos.data import parts as parts_module
-from potamos.data.commands import finalize_datasets, prepare_datasets
+from potamos.data.commands import finalize_datasets
 from potamos.data.errors import DatasetError, SourceError
 from potamos.data.finalize import GROUPS, finalize
 from potamos.data.manifest import read_manifest, verify
@@ -322,20 +322,14 @@ def subsets(folder: Path) -> dict[str, list[list[str]]]:
 
 
 def test_one_dataset_a_value(mixed: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    saved = tokenizer.save(tmp_path / "tokenizer.json")
     expected = subsets(mixed)
-    slugs = {
-        "Pile-CC": "pile-cc",
-        "Wikipedia (en)": "wikipedia-en",
-        "ArXiv": "arxiv",
-        "DM Mathematics": "dm-mathematics",
-    }
-    options: dict[str, Any] = {"by": "meta.pile_set_name", "tokenizer_path": saved, **SIZES}
+    slugs = dict(zip(sorted(expected), ["arxiv", "dm-mathematics", "pile-cc", "wikipedia-en"], strict=True))
+    options: dict[str, Any] = {"by": "meta.pile_set_name", **SIZES}
     for world in (1, 2):
         out = tmp_path / f"of-{world}"
         for rank in range(world):
-            done = prepare_datasets(str(mixed), out, rank=rank, world=world, **options)
-        made = done.datasets if world == 1 else finalize_datasets(out)
+            prepare_parts(mixed, "all", tokenizer, out, rank=rank, world=world, **options)
+        made = finalize_datasets(out)
         assert [summary.path for summary in made] == [out / slug for slug in sorted(slugs.values())]
         assert sorted(os.listdir(out)) == sorted([*slugs.values(), GROUPS])
         for value, slug in slugs.items():
@@ -345,23 +339,38 @@ def test_one_dataset_a_value(mixed: Path, tokenizer: Tokenizer, tmp_path: Path) 
             assert (manifest.fields["source"]["by"], manifest.fields["source"]["value"]) == (options["by"], value)
             assert manifest.documents == sum(map(len, expected[value]))
     assert content(tmp_path / "of-1") == content(tmp_path / "of-2")
-    groups = json.loads((tmp_path / "of-1" / GROUPS).read_text())
-    assert {group["value"]: group["documents"] for group in groups["groups"].values()} == {
+
+
+def test_groups_are_kept_replaced_and_counted(mixed: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    out, expected = tmp_path / "d", subsets(mixed)
+    options: dict[str, Any] = {"by": "meta.pile_set_name", **SIZES}
+    prepare_parts(mixed, "all", tokenizer, out, **options)
+    made = finalize(out)
+    groups = json.loads((out / GROUPS).read_text())["groups"]
+    assert {group["value"]: group["documents"] for group in groups.values()} == {
         value: sum(map(len, lists)) for value, lists in expected.items()
     }
-    assert prepare_datasets(str(mixed), tmp_path / "of-1", progress=never, **options).share.kept
+    assert {slug: group["fingerprint"] for slug, group in groups.items()} == {
+        path.name: manifest.fingerprint for path, manifest in made.items()
+    }
+    assert prepare_parts(mixed, "all", tokenizer, out, progress=never, **options).kept
+    assert finalize(out) == made
     with pytest.raises(DatasetError, match=r"by 'meta\.pile_set_name' there, None here"):
-        prepare(mixed, "all", tokenizer, tmp_path / "of-1", **SIZES)
+        prepare(mixed, "all", tokenizer, out, **SIZES)
     with open(mixed / "01.jsonl", "a") as file:
         file.write('{"text": "more"}\n')
     with pytest.raises(DatasetError, match=r"of other texts: 01\.jsonl has changed"):
-        prepare_datasets(str(mixed), tmp_path / "of-1", **options)
+        prepare_parts(mixed, "all", tokenizer, out, **options)
     with pytest.raises(SourceError, match=r"the last is 01\.jsonl:21: no value for 'meta\.pile_set_name' to group by"):
-        prepare_datasets(str(mixed), tmp_path / "of-1", force=True, **options)
-    done = prepare_datasets(str(mixed), tmp_path / "of-1", force=True, max_bad_ratio=0.1, **options)
-    assert sum(summary.documents for summary in done.datasets) == 60
-    groups = json.loads((tmp_path / "of-1" / GROUPS).read_text())
-    assert [part["rejected"] for part in groups["inputs"]] == [0, 1, 0]
+        prepare_parts(mixed, "all", tokenizer, out, force=True, **options)
+    prepare_parts(mixed, "all", tokenizer, out, force=True, max_bad_ratio=0.1, **options)
+    with pytest.raises(DatasetError, match="already holds a dataset of other texts"):
+        finalize(out)
+    assert sum(manifest.documents for manifest in finalize(out, force=True).values()) == 60
+    assert [part["rejected"] for part in json.loads((out / GROUPS).read_text())["inputs"]] == [0, 1, 0]
+    (out / GROUPS).write_text((out / GROUPS).read_text().replace('"by"', '"By"'))
+    with pytest.raises(DatasetError, match=r"groups\.json was changed after it was written"):
+        finalize(out)
 
 
 @pytest.mark.parametrize(
