@@ -66,6 +66,13 @@ class Published(Section):
     published: Literal["pile"]
     path: str = Field(min_length=1)
 
+    @field_validator("path")
+    @classmethod
+    def _local(cls, path: str) -> str:
+        if _is_url(path):
+            raise problem("no local folder, so its subsets cannot be listed; write them one by one", value=path)
+        return path
+
 
 _SOURCES = TypeAdapter(tuple[WeightedSource, ...], config=STRICT)
 
@@ -179,7 +186,37 @@ class Data(Section):
     @classmethod
     def _named_apart(cls, sources: tuple[Source, ...]) -> tuple[Source, ...]:
         _distinct(sources, ())
+        far = [i for i, source in enumerate(sources) if _is_url(source.path)]
+        if far:
+            message = "held-out data are read whole at every validation; copy them to a local folder"
+            raise merge([problem(message, (i, "path"), sources[i].path) for i in far])
         return sources
+
+    @model_validator(mode="after")
+    def _within_reach(self) -> Self:
+        far = [
+            (("stages", number, "mixture", index, "path"), source.path)
+            for number, stage in enumerate(self.stages)
+            for index, source in enumerate(stage.sources)
+            if _is_url(source.path)
+        ]
+        if not far:
+            return self
+        place, path = far[0]
+        if self.order != "window":
+            message = (
+                f"is behind a URL, and order {self.order} reads all shards at once; set data.order: window, which "
+                "fetches a few at a time, or copy it to a local folder"
+            )
+            raise problem(message, place, path)
+        if self.cache is None:
+            message = "is behind a URL; say where its shards may be kept: data.cache: {path: FOLDER, bytes: NUMBER}"
+            raise problem(message, place, path)
+        return self
+
+
+def _is_url(path: str) -> bool:
+    return "://" in path
 
 
 def _distinct(sources: tuple[Source, ...], location: Location) -> None:

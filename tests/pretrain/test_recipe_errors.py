@@ -187,6 +187,12 @@ path: demo/late => path: other/train
 ! 21: data.stages.0.mixture.path: missing; add it
 [{path: demo/train}] => pile
 ! 21: data.stages.0.mixture: value "pile": expected a list
+[{path: demo/train}] => {published: pile, path: 's3://bucket/pile'}
+! 21: data.stages.0.mixture.path: value "s3://bucket/pile": no local folder, so its subsets
+{path: demo/late, weight => {path: 's3://bucket/late', weight
+! 25: data.stages.1.mixture.1.path: value "s3://bucket/late": is behind a URL, and order shuffled
+[{path: demo/validation}] => [{path: a}, {path: 's3://b/v'}]
+! 26: data.validation.1.path: value "s3://b/v": held-out data are read whole at every validation; copy
 kind: json, path: demo/tokenizer.json => kind: json, path: a, special_tokens: [a, b, a]
 ! 16: tokenizer.special_tokens.2: value "a": named twice
 kind: json, path: demo/tokenizer.json => kind: json, path: a, special_tokens: a
@@ -254,6 +260,15 @@ def test_a_missing_key_says_what_belongs_there() -> None:
         == "r.yaml:1: tokenizer: missing; add it with its keys kind, path, special_tokens, end_of_document"
     )
     assert only(text=edited("vocabulary: 64", "tied: true")) == "r.yaml:7: model.frontend.vocabulary: missing; add it"
+
+
+def test_data_behind_a_url_need_a_place_to_be_kept() -> None:
+    far = ("data.order=window", "data.stages.1.mixture.0.path=s3://bucket/train")
+    assert only(*far).startswith(
+        'command line: data.stages.1.mixture.0.path: value "s3://bucket/train": is behind a URL; say where its shards '
+        "may be kept: data.cache"
+    )
+    assert parse(*far, "data.cache={path: c, bytes: 9}").data.cache is not None
 
 
 def test_every_problem_is_listed_in_the_order_of_the_file() -> None:
