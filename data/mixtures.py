@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from potamos.data.errors import MixtureError
+from potamos.data.fetch import shown
 from potamos.data.manifest import MANIFEST
 from potamos.data.remote import is_url
 from potamos.data.stages import SourceSpec
@@ -71,8 +72,8 @@ def published(name: str, folder: str | os.PathLike[str]) -> tuple[tuple[SourceSp
         raise MixtureError(f"published mixture {name!r} is unknown; known: {', '.join(PUBLISHED)}")
     if is_url(folder):
         raise MixtureError(
-            f"published mixture {name}: {os.fspath(folder)} is no local folder, so its subsets cannot be listed; write "
-            f"the sources one by one with their weights"
+            f"published mixture {name}: {shown(os.fspath(folder))} is no local folder, so its subsets cannot be listed; "
+            f"write the sources one by one with their weights"
         )
     weights, root = PUBLISHED[name], Path(folder)
     found = {subset: root / slug(subset) for subset in weights if (root / slug(subset)).exists()}

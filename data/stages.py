@@ -11,13 +11,15 @@ import numpy as np
 
 from potamos.data.dataset import TokenDataset
 from potamos.data.errors import MixtureError, TokenizerMismatchError
+from potamos.data.fetch import shown
 from potamos.data.order import Mixture, check_weights, derive_key
 from potamos.data.remote import is_url
 
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """A prepared dataset, a folder or a URL, and its weight in a mixture; ``name`` defaults to the path."""
+    """A prepared dataset, a folder or a URL, and its weight in a mixture; ``name`` defaults to the path, less what is
+    secret in a URL."""
 
     path: str | os.PathLike[str]
     weight: float = 1.0
@@ -25,7 +27,10 @@ class SourceSpec:
 
     @property
     def label(self) -> str:
-        return self.name if self.name is not None else os.fspath(self.path)
+        if self.name is not None:
+            return self.name
+        path = os.fspath(self.path)
+        return shown(path) if is_url(path) else path
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,9 @@ import os
 import numpy as np
 
 from potamos.data.dataset import TokenDataset, read_rows
-from potamos.data.errors import MixtureError
+from potamos.data.errors import DatasetError, MixtureError
+from potamos.data.fetch import shown
+from potamos.data.remote import is_url
 from potamos.data.rows import Rows, crossing
 
 
@@ -18,10 +20,13 @@ class Windows:
     Positions of a document cut by a window's start count from the window's start.
 
     Args:
-        path: a prepared dataset.
+        path: a prepared dataset, a local folder.
         sequence_length: L; each row holds L + 1 tokens.
         boundaries: ``isolate``, or ``cross`` for document id 0 wherever there is no padding.
-        tokenizer_sha256, vocabulary: see `TokenDataset`, which also says what is raised.
+        tokenizer_sha256, vocabulary: see `TokenDataset`.
+
+    Raises:
+        DatasetError, MixtureError: a URL, settings that are unknown, or what `TokenDataset` raises.
     """
 
     def __init__(
@@ -37,6 +42,11 @@ class Windows:
             raise MixtureError(f"sequence_length {sequence_length} must be at least 1")
         if boundaries not in ("isolate", "cross"):
             raise MixtureError(f"boundaries {boundaries!r} is unknown; known: isolate, cross")
+        if is_url(path):
+            raise DatasetError(
+                f"dataset {shown(os.fspath(path))} is behind a URL; held-out data are read whole again and again: copy "
+                f"them to a local folder"
+            )
         self.dataset = TokenDataset(path, tokenizer_sha256=tokenizer_sha256, vocabulary=vocabulary)
         self.sequence_length, self.boundaries = sequence_length, boundaries
         self._cut = self.dataset.cut(sequence_length, rest=True)

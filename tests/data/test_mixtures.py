@@ -135,9 +135,7 @@ def test_a_weight_of_zero_or_below_or_no_number_is_refused_by_source(
 ) -> None:
     paths = [write_ids(tmp_path / name, [40] * 6, chunk_tokens=64, seed=ord(name)) for name in "ab"]
     sources = (SourceSpec(paths[0], 1.0, "web"), SourceSpec(paths[1], weight, "books"))
-    with pytest.raises(
-        MixtureError, match="of source books is not a positive number; leave the source out"
-    ):
+    with pytest.raises(MixtureError, match="of source books is not a positive number; leave the source out"):
         TokenStream([StageSpec(0, sources)], sequence_length=8, seed=0)
 
 

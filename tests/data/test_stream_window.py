@@ -15,7 +15,7 @@ import pytest
 from potamos.data.dataset import TokenDataset
 from potamos.data.errors import DatasetError, MixtureError
 from potamos.data.files import LocalFiles
-from potamos.data.loader import Loader, Rows, SourceSpec, StageSpec, TokenStream
+from potamos.data.loader import Loader, Rows, SourceSpec, StageSpec, TokenStream, Windows
 from potamos.data.order import derive_key, window_shards
 from potamos.data.remote import CacheSpec, RemoteError, Retry
 
@@ -226,9 +226,20 @@ def test_orders_that_read_everywhere_refuse_what_is_behind_a_url(remote: list[st
     for options in ({"order": "shuffled", "window": None}, {"order": "contiguous", "window": None, "slots": 2}):
         with pytest.raises(DatasetError, match=rf"order {options['order']} reads all of its shards.*use order: window"):
             one(remote[0], cache=cache, **options)
+    with pytest.raises(DatasetError, match=r"source s3://(\.\.\.@)?bucket/text is behind a URL"):
+        one("s3://key:secret@bucket/text", order="shuffled", window=None)
     assert not (tmp_path / "cache").exists(), "refused before anything is fetched"
     with pytest.raises(DatasetError, match=r"say where its shards may be kept with data\.cache"):
         one(remote[0])
+
+
+def test_held_out_data_behind_a_url_are_refused(remote: list[str]) -> None:
+    with pytest.raises(DatasetError, match=r"is behind a URL; held-out data.* copy them to a local folder"):
+        Windows("s3://key:secret@bucket/held-out", sequence_length=8)
+    with pytest.raises(DatasetError, match=r"^dataset s3://(\.\.\.@)?bucket/held-out is"):
+        Windows("s3://key:secret@bucket/held-out", sequence_length=8)
+    with pytest.raises(DatasetError, match="copy them"):
+        Windows(remote[0], sequence_length=8)
 
 
 def test_a_cache_too_small_for_two_windows_of_each_source_is_refused(
