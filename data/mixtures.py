@@ -72,7 +72,7 @@ def published(name: str, folder: str | os.PathLike[str]) -> tuple[tuple[SourceSp
         raise MixtureError(f"published mixture {name!r} is unknown; known: {', '.join(PUBLISHED)}")
     if is_url(folder):
         raise MixtureError(
-            f"published mixture {name}: {shown(os.fspath(folder))} is no local folder, so its subsets cannot be listed; "
+            f"published mixture {name}: {shown(os.fspath(folder))} is no local folder whose subsets could be listed; "
             f"write the sources one by one with their weights"
         )
     weights, root = PUBLISHED[name], Path(folder)

@@ -73,9 +73,9 @@ class TokenStream:
         tokenizer_sha256, vocabulary: what the model expects; checked against every dataset.
 
     Raises:
-        MixtureError, DatasetError, CorruptShardError, TokenizerMismatchError: see `TokenDataset`; all are raised here,
-            before the first row. In contiguous order also a DatasetError where document ids would not fit in int32, or
-            shards were left out.
+        MixtureError, DatasetError, CorruptShardError, TokenizerMismatchError: see `TokenDataset`. In contiguous order
+            also a DatasetError where document ids would not fit in int32, or shards were left out. Damage inside a
+            shard raises where its first row is read, and what cannot be fetched where it is needed.
     """
 
     def __init__(
