@@ -172,13 +172,16 @@ def inspect(
     ] = None,
     tokens: Annotated[int, typer.Option(help="How many tokens of text.", min=1)] = 256,
 ) -> None:
-    """Say what a dataset holds, and show some of its text.
+    """Say what a dataset holds, and show some of its text; of a folder of groups, what each holds.
 
     Example: potamos data inspect demo/validation --tokenizer demo/tokenizer.json --sample 3
     """
     from potamos.data import commands
     from potamos.data.tokenizer import load_tokenizer
 
+    folders = _datasets(path)
+    if folders != [path]:
+        return show.datasets([commands.summarize(folder) for folder in folders])
     show.dataset_details(commands.summarize(path))
     if tokenizer is None:
         return
@@ -194,15 +197,24 @@ def verify(
     path: Dataset,
     deep: Annotated[bool, typer.Option("--deep", help="Read and check every byte.")] = False,
 ) -> None:
-    """Check that a dataset is whole; exits with 1 where it is not.
+    """Check that a dataset, or each of a folder of groups, is whole; exits with 1 where one is not.
 
     Example: potamos data verify demo/train --deep
     """
     from potamos.data.commands import verify as check
 
-    report = check(path, deep=deep)
-    show.verification(report)
-    raise typer.Exit(0 if report.ok else 1)
+    reports = [check(folder, deep=deep) for folder in _datasets(path)]
+    for report in reports:
+        show.verification(report)
+    raise typer.Exit(0 if all(report.ok for report in reports) else 1)
+
+
+def _datasets(path: Path) -> list[Path]:
+    """The folder itself, or those of the groups that `prepare --by` made in it."""
+    from potamos.data.finalize import read_groups
+
+    groups = read_groups(path)
+    return [path] if groups is None else [path / name for name in groups["groups"]]
 
 
 @app.command()

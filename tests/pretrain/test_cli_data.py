@@ -181,6 +181,9 @@ def test_groups_become_datasets_that_a_published_mixture_finds(
     )
     assert done.status == 0, done.err
     assert [line.split(":")[0] for line in done.out.splitlines()] == ["pile/pile-cc", "pile/wikipedia-en"]
+    assert potamos("data", "inspect", "pile").out == done.out
+    sound = potamos("data", "verify", "pile", "--deep")
+    assert (sound.status, sound.out.count(": sound (")) == (0, 2)
     (tmp_path / "trial.yaml").write_text(RECIPE)
     shutil.copy(corpus / "tokenizer.json", tmp_path)
     mixture = "data.stages=[{from: 0, mixture: {published: pile, path: pile}}]"
@@ -196,6 +199,10 @@ def test_groups_become_datasets_that_a_published_mixture_finds(
         potamos("data", "plan", "trial.yaml", "data.stages=[{from: 0, mixture: {published: pile, path: raw}}]"),
         "raw holds no subset of the mixture pile",
     )
+    shard = min((tmp_path / "pile" / "wikipedia-en").glob("*.tar"))
+    shard.unlink()
+    torn = potamos("data", "verify", "pile")
+    assert (torn.status, torn.out.count(": sound ("), torn.err.count("is missing")) == (1, 1, 1)
 
 
 def test_bad_records_are_bounded(corpus: Path, potamos: Potamos, tmp_path: Path) -> None:

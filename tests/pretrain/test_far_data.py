@@ -17,7 +17,7 @@ from potamos.data.remote import CacheSpec
 from potamos.parallel.launch import Rank
 from potamos.pretrain import setup
 
-WINDOW = ("data.order=window", "data.window=2")
+WINDOW = ("data.order=window", "data.window=2", "train.steps=8")
 
 
 def stages(place: str | Path) -> str:
