@@ -88,7 +88,7 @@ def index_tars(
     paths = find_tars(tars)
     folder = Path(out) if out is not None else _common_folder(paths)
     chosen, ids = choose_field(paths[0], field)
-    rules = _rules(tokenizer, documents) if ids else None
+    rules = _rules(paths[0], chosen, tokenizer, documents) if ids else None
     facts = _settings(paths, chosen, tokenizer, documents if ids else None)
     known = _known(folder, facts, paths, force)
     if known is not None:
@@ -221,9 +221,9 @@ def _is_text(field: str) -> bool:
     return field.rpartition(".")[2] in TEXT_FIELDS
 
 
-def _rules(tokenizer: Tokenizer | TokenizerFacts | None, documents: str) -> TokenRules:
+def _rules(tar: Path, field: str, tokenizer: Tokenizer | TokenizerFacts | None, documents: str) -> TokenRules:
     if tokenizer is None:
-        raise DatasetError("these tars hold token ids: name the tokenizer that they came from with --tokenizer")
+        raise DatasetError(f"{tar} holds token ids ({field}): name the tokenizer that they came from with --tokenizer")
     if not 0 <= tokenizer.end_of_document < tokenizer.vocabulary:
         raise DatasetError(
             f"end of document {tokenizer.end_of_document} is outside the vocabulary 0..{tokenizer.vocabulary - 1}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -555,12 +556,25 @@ def test_text_tars_are_read(tmp_path: Path, field: str, indexed: bool) -> None:
     assert [document.text for document in found] == [TEXTS[n] for n in (0, 1, 3)]
     assert [document.meta for document in found] == [{"n": n} for n in (0, 1, 3)]
     assert (record.counts.documents, record.counts.blank, record.counts.rejected) == (3, 1, 0)
-    import hashlib
-
     content = path.read_bytes()
     assert record.files == [{"name": "0.tar", "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}]
     assert record.bytes_read == len(content)
     assert record.lines == 4
+
+
+def test_the_whole_tar_is_hashed_and_compared(tmp_path: Path) -> None:
+    """Also what lies behind the last sample, here at the beginning of another block of what is hashed at once."""
+    text = (b"river " * 200_000)[: 2**20 - 512]
+    path = write_tar(tmp_path / "0.tar", [("a.txt", text)], tarfile.USTAR_FORMAT, 0)
+    content = path.read_bytes()
+    index_tars(path)
+    _, record = read_all(open_tars(path))
+    assert record.files[0]["sha256"] == hashlib.sha256(content).hexdigest()
+    assert record.bytes_read == len(content)
+    assert not any(content[2**20 :])
+    path.write_bytes(content[:-1] + b"!")
+    with pytest.raises(SourceError, match="goes on after its end-of-archive mark"):
+        read_all(open_tars(path))
 
 
 def test_bad_text_is_rejected_with_its_place(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
 import http.server
+import io
 import json
 import os
 import shutil
@@ -12,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from collections import Counter
@@ -26,6 +29,7 @@ from potamos.data.dataset import TokenDataset, read_rows
 from potamos.data.errors import DatasetError
 from potamos.data.fetch import join, shown
 from potamos.data.files import ShardFiles
+from potamos.data.foreign import TokenizerFacts, index_tars
 from potamos.data.loader import SourceSpec, StageSpec, TokenStream
 from potamos.data.manifest import read_manifest
 from potamos.data.remote import CacheSpec, RemoteError, RemoteShards, Retry, open_dataset_files
@@ -43,7 +47,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, root: Path):
         super().__init__(("127.0.0.1", 0), Handler)
         self.root, self.trouble, self.asked = root, {}, Counter()
-        self.delay = 0.0
+        self.delay, self.headers = 0.0, []
         self.release = threading.Event()
         self.lock = threading.Lock()
 
@@ -63,6 +67,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         path = self.path.partition("?")[0].lstrip("/")
         with server.lock:
             server.asked[path.rpartition("/")[2]] += 1
+            server.headers.append((self.path.partition("?")[2], self.headers["Authorization"]))
             troubles = server.trouble.get(path.rpartition("/")[2], [])
             trouble = troubles.pop(0) if troubles else None
         time.sleep(server.delay)
@@ -553,6 +558,24 @@ def test_a_stalled_command_is_ended(dataset: Path, open_remote: Open, monkeypatc
     assert [pipe.proc.returncode for pipe in started] == [-9, -9]
 
 
+def test_foreign_tars_behind_a_url(dataset: Path, tmp_path: Path, open_remote: Open) -> None:
+    """Links to tars, as `data index --out` makes them, are followed by whoever serves them."""
+    for number in range(3):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            for key in range(20):
+                file = io.BytesIO()
+                np.save(file, np.random.default_rng(100 * number + key).integers(1, 300, 40))
+                info = tarfile.TarInfo(f"{key}.npy")
+                info.size = len(file.getvalue())
+                tar.addfile(info, io.BytesIO(file.getvalue()))
+    index_tars(str(tmp_path / "*.tar"), tmp_path / "d", tokenizer=TokenizerFacts("f" * 64, 300, 0))
+    files = open_remote(f"file://{tmp_path / 'd'}")
+    remote = TokenDataset(files.folder, files=files)
+    for ours, theirs in zip(every_row(remote), every_row(TokenDataset(tmp_path / "d")), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert len(present(files)) == 3
+
+
 @pytest.mark.parametrize(
     ("url", "said"),
     [
@@ -584,6 +607,8 @@ def test_no_secret_is_shown(server: Server, dataset: Path, open_remote: Open) ->
     files = open_remote(server.url.replace("http://", "http://me:pass-word@") + "/?sig=se-cret")
     with pytest.raises(RemoteError, match=name) as caught:
         files.path(0)
+    token = base64.b64encode(b"me:pass-word").decode()
+    assert set(server.headers) == {("sig=se-cret", f"Basic {token}")}
     assert "pass-word" not in str(caught.value)
     assert "se-cret" not in str(caught.value)
     assert shown("s3://key:value@bucket/a?b=c") == "s3://...@bucket/a?..."
