@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import hashlib
 import itertools
 import json
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 MAX_OPEN_SHARDS = 256  # of all datasets of the process: each mapped shard holds a file descriptor
 _RECORD = struct.Struct("<qiiqqqq")  # one CHUNK; a tuple of Python numbers costs a third of reading a NumPy record
 assert _RECORD.size == CHUNK.itemsize
+MANY_DOCUMENTS = 24  # in a row, from which on numbering them by arrays is faster than one by one
 _log = logging.getLogger(__name__)
 _opened: weakref.WeakSet[TokenDataset] = weakref.WeakSet()
 _opening = threading.Lock()
@@ -52,16 +54,37 @@ class _Shard:
     def __init__(self, path: Path, content: mmap.mmap, known: _Known, first_document: int):
         self.path, self.bytes, self._known, self.first_document = path, content, known, first_document
         self._records = known.index.chunks.view(np.uint8).data
-        dtype = known.index.dtype
         # Payloads follow a 512-byte tar header and a padded .npy header, so they are aligned and one view serves all.
-        self.tokens = np.frombuffer(content, dtype)
-        self.ends = np.frombuffer(content, "<i4")
-        self.itemsize = dtype.itemsize
+        self.tokens = np.frombuffer(content, known.index.dtype)
+        self.ends = memoryview(content).cast("i")  # searched and read one by one, which costs less than with an array
+        self.itemsize = known.index.dtype.itemsize
         self.sound = known.sound
 
-    def record(self, chunk: int) -> tuple[int, ...]:
-        """The chunk's index record, see `CHUNK`."""
-        return _RECORD.unpack_from(self._records, chunk * _RECORD.size)
+    def read_row(self, chunk: int, start: int, stop: int, out: np.ndarray) -> tuple[int, int, list[int], int]:
+        """Copy tokens [start, stop) of a chunk, or fewer where it ends before, to the first places of ``out``.
+
+        Returns:
+            The first token's document and place in it, where documents end in (start, stop), and the stop reached.
+        """
+        at = chunk * _RECORD.size
+        offset, count, documents, end_offset, document, position, block = _RECORD.unpack_from(self._records, at)
+        size = self.itemsize
+        if stop > count:
+            stop = count
+        if not self.sound:
+            self.check(chunk, offset, start * size, stop * size, count * size, block)
+            self.check(chunk, end_offset, 0, 4 * documents, 4 * documents, block - -count * size // CRC_BLOCK)
+        at = offset // size
+        out[: stop - start] = self.tokens[at + start : at + stop]
+        document += self.first_document
+        position += start
+        first = end_offset // 4
+        low = bisect.bisect_right(self.ends, start, first, first + documents)
+        high = bisect.bisect_right(self.ends, stop - 1, low, first + documents)
+        if low > first:
+            document += low - first
+            position = start - self.ends[low - 1]
+        return document, position, self.ends[low:high].tolist(), stop
 
     def check(self, chunk: int, offset: int, begin: int, end: int, payload: int, block: int) -> None:
         """Check the crc32 of the not yet checked blocks under bytes [begin, end) of a payload of ``payload`` bytes."""
@@ -81,6 +104,20 @@ class _Shard:
             found = blocks.find(0, found + 1, last)
             if found < 0 and blocks.find(0) < 0:
                 self.sound = self._known.sound = True
+
+
+class _Members:
+    """One mapped shard of foreign members, read as one long chunk."""
+
+    def __init__(self, shard: MemberShard):
+        self._shard = shard
+
+    def read_row(self, chunk: int, start: int, stop: int, out: np.ndarray) -> tuple[int, int, list[int], int]:
+        """See `_Shard.read_row`."""
+        assert chunk == 0, "a shard of members is one chunk"
+        stop = min(stop, self._shard.tokens)
+        document, position, ends = self._shard.read_row(start, stop, out[: stop - start])
+        return self._shard.first_document + document, position, (ends + start).tolist(), stop
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +200,7 @@ class TokenDataset:
             first for part, first in zip(self.manifest.parts, documents, strict=False) for _ in part["shards"]
         ]
         self._known: dict[int, _Known] = {}
-        self._open: dict[int, _Shard | MemberShard] = {}
+        self._open: dict[int, _Shard | _Members] = {}
         _opened.add(self)
 
     def _check_fit(self, tokenizer_sha256: str | None, vocabulary: int | None) -> None:
@@ -252,7 +289,7 @@ class TokenDataset:
             per_chunk = max(1, int(rows.max()))  # each shard is one chunk
         return Cut(int(rows.sum()), rows, length, max(1, per_chunk), first, np.array(self._first_chunk[:-1]))
 
-    def locate(self, chunk: int) -> tuple[_Shard | MemberShard, int]:
+    def locate(self, chunk: int) -> tuple[_Shard | _Members, int]:
         """The mapped shard of a chunk, and the chunk's number in it."""
         number = bisect.bisect_right(self._first_chunk, chunk) - 1
         return self._open.get(number) or self._map(number), chunk - self._first_chunk[number]
@@ -265,7 +302,7 @@ class TokenDataset:
             self._known = {number: known for number, known in self._known.items() if number in self._open}
         self.files.keep(shards)
 
-    def _map(self, number: int) -> _Shard | MemberShard:
+    def _map(self, number: int) -> _Shard | _Members:
         assert not self._lost[number], "rows of dropped shards are never numbered"
         path = self.files.path(number)
         with _opening:
@@ -275,12 +312,12 @@ class TokenDataset:
                 _close_oldest()
         return shard
 
-    def _map_file(self, number: int, path: Path) -> _Shard | MemberShard:
+    def _map_file(self, number: int, path: Path) -> _Shard | _Members:
         entry = self.manifest.shards[number]
         if self.manifest.layout == "members":
             from potamos.data.members import MemberShard
 
-            return MemberShard(path, entry, self.manifest, self._first_document[number])
+            return _Members(MemberShard(path, entry, self.manifest, self._first_document[number]))
         try:
             with open(path, "rb") as file:
                 status = os.fstat(file.fileno())
@@ -324,84 +361,55 @@ def read_rows(
             crc32.
     """
     n = len(chunk)
-    tokens = np.empty((n, width), np.int32)
-    document = np.empty(n, np.int64)
-    position = np.zeros(n, np.int64)
-    inner: list[np.ndarray] = []
-    inner_row: list[int] = []
-    padded: list[tuple[int, int]] = []
-    bounds = np.empty(2, np.int32)
+    tokens, document_ids, positions = (np.empty((n, width), np.int32) for _ in range(3))
+    ramp = _ramp(width)
     for i, (which, c, s) in enumerate(zip(source.tolist(), chunk.tolist(), start.tolist(), strict=True)):
         shard, local = datasets[which].locate(c)
-        if not isinstance(shard, _Shard):
-            stop = min(s + width, shard.tokens)
-            if stop < s + width:
-                padded.append((i, stop - s))
-            first_document, began, ends = shard.read_row(s, stop, tokens[i, : stop - s])
-            document[i] = shard.first_document + first_document
-            if true_positions:
-                position[i] = began
-            if len(ends):
-                inner.append(ends + i * width)
-                inner_row.append(i)
+        document, position, ends, stop = shard.read_row(local, s, s + width, tokens[i])
+        if not true_positions:
+            position = 0
+        if stop == s + width:
+            _number(document_ids[i], positions[i], ends, s, document, position, ramp)
             continue
-        offset, count, documents, end_offset, first_document, first_position, block = shard.record(local)
-        size = shard.itemsize
-        stop = s + width
-        if stop > count:
-            padded.append((i, count - s))
-            stop = count
-        if not shard.sound:
-            shard.check(local, offset, s * size, stop * size, count * size, block)
-        at = offset // size
-        tokens[i, : stop - s] = shard.tokens[at + s : at + stop]
-        low, began = 0, -first_position
-        if documents:
-            if not shard.sound:
-                shard.check(local, end_offset, 0, 4 * documents, 4 * documents, block - -count * size // CRC_BLOCK)
-            ends = shard.ends[end_offset // 4 : end_offset // 4 + documents]
-            bounds[0], bounds[1] = s, stop - 1
-            low, high = ends.searchsorted(bounds, "right").tolist()
-            if high > low:
-                inner.append(ends[low:high] + (i * width - s))
-                inner_row.append(i)
-            if low:
-                began = int(ends[low - 1])
-        document[i] = shard.first_document + first_document + low
-        if true_positions:
-            position[i] = s - began
-    document_ids, positions = _segments(n, width, document, position, inner, inner_row)
-    for i, kept in padded:
-        tokens[i, kept:] = datasets[int(source[i])].manifest.tokenizer["end_of_document"]
+        kept = stop - s
+        tokens[i, kept:] = datasets[which].manifest.tokenizer["end_of_document"]
         document_ids[i, kept:] = -1
         positions[i, kept:] = 0
+        _number(document_ids[i, :kept], positions[i, :kept], ends, s, document, position, ramp[:kept])
     return tokens, document_ids, positions
 
 
-def _segments(
-    n: int, width: int, document: np.ndarray, position: np.ndarray, inner: list[np.ndarray], inner_row: list[int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Document ids and positions of n rows from the first id and position of each and the boundaries inside.
+def _number(
+    ids: np.ndarray, positions: np.ndarray, ends: list[int], start: int, document: int, position: int, ramp: np.ndarray
+) -> None:
+    """Write one row's document ids and positions.
 
-    ``inner`` holds, for the rows of ``inner_row``, where new documents begin in the flattened (n * width) array.
+    Args:
+        ids, positions: (width,) int32, written.
+        ends: where documents end inside the row, ascending, counted from ``start`` before it.
+        document, position: of the row's first token.
+        ramp: 0 to width - 1, int32.
     """
-    if not inner:
-        ids = np.repeat(document.astype(np.int32), width).reshape(n, width)
-        return ids, np.arange(width, dtype=np.int32) + position.astype(np.int32)[:, None]
-    segments = np.ones(n, np.int64)
-    segments[inner_row] += [len(part) for part in inner]
-    first = np.cumsum(segments) - segments  # each row's first segment
-    row = np.repeat(np.arange(n), segments)
-    begins = np.empty(len(row), np.int64)
-    is_first = np.zeros(len(row), bool)
-    is_first[first] = True
-    begins[first] = np.arange(n) * width
-    begins[~is_first] = np.concatenate(inner)
-    lengths = np.diff(begins, append=n * width)
-    ids = document[row] + np.arange(len(row)) - first[row]
-    zero = begins.copy()  # where position 0 of each segment lies, or would lie
-    zero[first] -= position
-    document_ids = np.repeat(ids.astype(np.int32), lengths).reshape(n, width)
-    # int32 differences are exact even if the flat indices wrap
-    positions = np.arange(n * width, dtype=np.int32) - np.repeat(zero.astype(np.int32), lengths)
-    return document_ids, positions.reshape(n, width)
+    if len(ends) > MANY_DOCUMENTS:
+        begins = np.array([0, *ends])
+        begins[1:] -= start
+        lengths = np.diff(begins, append=len(ids))
+        ids[:] = np.repeat(np.arange(document, document + len(lengths), dtype=np.int32), lengths)
+        begins[0] = -position
+        np.subtract(ramp, np.repeat(begins.astype(np.int32), lengths), out=positions)
+        return
+    begin = 0
+    for end in ends:
+        end -= start
+        ids[begin:end] = document
+        positions[begin:end] = ramp[: end - begin]
+        begin, document = end, document + 1
+    ids[begin:] = document
+    positions[begin:] = ramp[: len(ids) - begin]
+    if position:
+        positions[: ends[0] - start if ends else len(ids)] += position
+
+
+@functools.lru_cache(4)
+def _ramp(width: int) -> np.ndarray:
+    return np.arange(width, dtype=np.int32)
