@@ -304,7 +304,7 @@ def test_seeking_to_sample_10_to_the_12_takes_under_10_ms(write_ids: Any, tmp_pa
     folders = [write_ids(tmp_path / str(i), [500] * 12, chunk_tokens=256, seed=i, shard_chunks=1) for i in range(3)]
     sources = tuple(SourceSpec(path, 1.0 + i) for i, path in enumerate(folders))
     stages = [StageSpec(0, sources[: 1 if order == "contiguous" else 3])]
-    stream = TokenStream(stages, sequence_length=32, seed=0, skip=[[4, 8]], **ORDERS[order])
+    stream = TokenStream(stages, sequence_length=8, seed=0, skip=[[4, 8]], **ORDERS[order])
     stream.read(0, 8)
     took = []
     for attempt in range(8):
@@ -313,7 +313,7 @@ def test_seeking_to_sample_10_to_the_12_takes_under_10_ms(write_ids: Any, tmp_pa
         rows = stream.read(place, 8)
         took.append(time.process_time() - begin)
         assert rows.samples[0] == place
-    assert min(took) < 0.010
+    assert min(took) < 0.010, took
 
 
 def test_speed_is_printed(write_ids: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
