@@ -89,6 +89,11 @@ class RemoteShards(ShardFiles):
         root = Path(cache.folder)
         self.folder, self.manifest = self._fetch_manifest(root)
         self._sizes = [entry["bytes"] + entry["index_bytes"] for entry in self.manifest.shards]
+        if max(self._sizes) > cache.bytes:
+            raise RemoteError(
+                f"{shown(url)}: data.cache.bytes {cache.bytes} is below the {max(self._sizes)} bytes of one shard; "
+                f"raise it"
+            )
         self._space = Space(root, cache.bytes)
         with self._space.held():
             self._lease = Lease(self.folder)
@@ -104,11 +109,6 @@ class RemoteShards(ShardFiles):
         self._needed: list[int] = []  # by callers of `path`, who wait
         self._fetching: set[int] = set()
         self._threads: list[threading.Thread] = []
-        largest = max(self._sizes)
-        if largest > cache.bytes:
-            raise RemoteError(
-                f"{shown(url)}: data.cache.bytes {cache.bytes} is below the {largest} bytes of one shard; raise it"
-            )
 
     def path(self, shard: int) -> Path:
         """The local file of a shard, fetched if need be.
@@ -195,6 +195,11 @@ class RemoteShards(ShardFiles):
         try:
             write_atomically(incoming / MANIFEST, content)
             manifest = read_manifest(incoming)
+            folder = root / manifest.fingerprint[:16]
+            for name in ("leases", "locks"):
+                (folder / name).mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / MANIFEST, content)
+            return folder, manifest
         except DatasetError as error:
             here = os.fspath(incoming)
             raise type(error)(str(error).replace(here, shown(self.url))) from None
@@ -204,11 +209,6 @@ class RemoteShards(ShardFiles):
             with contextlib.suppress(OSError):
                 (incoming / MANIFEST).unlink(missing_ok=True)
                 incoming.rmdir()
-        folder = root / manifest.fingerprint[:16]
-        for name in ("leases", "locks"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / MANIFEST, content)
-        return folder, manifest
 
     def _work(self) -> None:
         """A background thread: try the first wanted shard that nobody fetches, go on with the next."""
@@ -232,7 +232,7 @@ class RemoteShards(ShardFiles):
                     self._wanted.append(shard)
             self._done(shard)
             if hindrance is not None:
-                self._closed.wait(POLL)
+                self._closed.wait(POLL if hindrance == "elsewhere" else 10 * POLL)  # looking for room reads folders
 
     def _next(self) -> int | None:
         taken = self._fetching.union(self._needed)
