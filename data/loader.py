@@ -19,6 +19,7 @@ from potamos.data.windows import Windows
 __all__ = ["Loader", "Rows", "SourcePlan", "SourceSpec", "SourceSummary", "StageSpec", "TokenStream", "Windows"]
 
 GROUP = 2**17  # tokens handed from thread to thread at once: a hand-over costs as much as cutting 10^4 of them
+CLOSING = 10.0  # seconds that `close` waits for a batch in the making
 
 _Batch = tuple[int, Rows]  # place where the global batch begins, this rank's rows
 
@@ -143,11 +144,14 @@ class Loader:
         return self.stream.state_dict(self.next_sample)
 
     def close(self) -> None:
-        """Stop reading ahead and end the thread; safe to call twice."""
+        """Stop reading ahead and end the thread; safe to call twice.
+
+        A thread that waits for a fetch ends when that does, and with the process at the latest.
+        """
         self._stop.set()
         self._leave.put(None)
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(CLOSING)
             self._thread = None
 
     def __enter__(self) -> Loader:

@@ -274,6 +274,29 @@ def test_close_ends_the_thread_also_after_an_interrupt(stream: TokenStream) -> N
         next(loader)
 
 
+def test_closing_does_not_wait_for_a_fetch_that_hangs(stream: TokenStream, monkeypatch: pytest.MonkeyPatch) -> None:
+    hangs = threading.Event()
+    read = stream.read
+
+    def fetching(first: int, count: int) -> Rows:
+        if first >= 8:
+            hangs.wait(30)
+        return read(first, count)
+
+    monkeypatch.setattr(stream, "read", fetching)
+    monkeypatch.setattr("potamos.data.loader.CLOSING", 0.1)
+    loader = Loader(stream, sequences=8)
+    next(loader)
+    thread = loader._thread
+    begin = time.perf_counter()
+    loader.close()
+    assert time.perf_counter() - begin < 5
+    hangs.set()
+    assert thread is not None
+    thread.join(5)
+    assert not thread.is_alive(), "it goes on after the loader was closed"
+
+
 def test_waiting_is_measured(stream: TokenStream, monkeypatch: pytest.MonkeyPatch) -> None:
     read = stream.read
 

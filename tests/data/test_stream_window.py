@@ -98,7 +98,7 @@ def watch(stream: TokenStream) -> list[Watched]:
     return watched
 
 
-@pytest.mark.parametrize("batch", [1, 5, 16])
+@pytest.mark.parametrize("batch", [1, 5, 16, 70])
 def test_the_window_read_and_the_next_are_at_hand_and_no_more(many: list[Path], batch: int) -> None:
     """Every shard is read only while it is kept, was asked for a window before, and kept are two windows."""
     stream = one(many[0])
@@ -119,6 +119,8 @@ def test_the_window_read_and_the_next_are_at_hand_and_no_more(many: list[Path], 
             asked = files.log[1][1]
             assert asked[: len(now.shards)] == now.shards.tolist(), "what is needed now comes first"
             assert len(set(asked)) == len(asked)
+    stream.read(0, batch)  # going back
+    assert files.kept >= set(window_shards(0, per_shard, WINDOW, key).shards.tolist())
 
 
 def test_each_source_of_a_mixture_has_its_own_window_and_a_finished_stage_none(many: list[Path]) -> None:
