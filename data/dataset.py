@@ -201,7 +201,8 @@ class TokenDataset:
         ]
         self._known: dict[int, _Known] = {}
         self._open: dict[int, _Shard | _Members] = {}
-        _opened.add(self)
+        with _opening:
+            _opened.add(self)
 
     def _check_fit(self, tokenizer_sha256: str | None, vocabulary: int | None) -> None:
         if self.manifest.layout == "text":

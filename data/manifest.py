@@ -273,7 +273,9 @@ def open_index(shard: Path, entry: dict[str, Any], manifest: Manifest) -> ShardI
         and bool((tokens[:-1] == full).all())  # rows are numbered without the index
     )
     if not agrees:
-        raise CorruptShardError(f"index {index_path(shard)} does not describe the shard that {MANIFEST} lists")
+        raise CorruptShardError(
+            f"index {index_path(shard)} does not describe the shard that {MANIFEST} lists; {_REMEDY}"
+        )
     return index
 
 

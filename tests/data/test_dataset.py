@@ -100,6 +100,24 @@ def test_rows_over_parts_equal_the_plain_cut(
     assert [dataset.chunk_size(chunk) for chunk in range(dataset.chunks)] == sizes
 
 
+@pytest.mark.parametrize("many", [0, 1, 24, 10_000])
+def test_rows_of_few_and_of_many_documents(
+    write_ids: Any, plain_stream: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, many: int
+) -> None:
+    """Both ways to number a row's documents, whichever a row takes; long documents and runs of single ids."""
+    monkeypatch.setattr(dataset_module, "MANY_DOCUMENTS", many)
+    lengths = [1] * 90 + [700] + [3, 1, 2] * 40 + [64, 65, 63, 1, 1] + [200]
+    path = write_ids(tmp_path / "d", lengths, chunk_tokens=256, vocabulary=70_000)
+    expected = plain_rows([plain_stream(lengths, 70_000)], 256, 64, rest=True)
+    for true_positions in (True, False):
+        rows = read(TokenDataset(path), 64, rest=True, true_positions=true_positions)
+        for i, (_, row) in enumerate(expected):
+            began = 0 if true_positions else row[0][2]
+            plain = [(token, d, at - began * (d == row[0][1])) for token, d, at in row]
+            got = list(zip(*(values[i].tolist() for values in rows), strict=True))
+            assert got == plain + [(0, -1, 0)] * (65 - len(row))
+
+
 def test_a_part_without_a_shard_counts_its_documents(write_ids: Any, tmp_path: Path) -> None:
     """Parts of nothing or of one lonely end-of-document; documents of later parts keep their numbers."""
     path = write_ids(tmp_path / "d", [1, 30], chunk_tokens=16, parts=2)
