@@ -22,7 +22,7 @@ from potamos.data.files import write_atomically
 from potamos.data.loader import Windows
 from potamos.data.manifest import verify
 from potamos.data.prepare import Progress, prepare
-from potamos.data.sources import MAX_BAD_RATIO, Sotu
+from potamos.data.sources import MAX_BAD_RATIO, Sotu, TextList
 from potamos.data.tokenizer import Tokenizer, train_bpe
 
 
@@ -69,6 +69,21 @@ def test_the_same_bytes_every_time(corpus: Path, tokenizer: Tokenizer, tmp_path:
     prepare(corpus, "all", tokenizer, tmp_path / "one", chunk_tokens=2000)
     assert content(tmp_path / "one") == content(tmp_path / "two"), "a damaged one is mended"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two"]
+
+
+def test_texts_in_memory(texts: list[str], tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Whether they are still the same is known only when they have been prepared again."""
+    out = tmp_path / "d"
+    prepare(TextList(texts), "all", tokenizer, out)
+    before = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in out.iterdir()}
+    prepare(TextList(texts), "all", tokenizer, out)
+    assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in out.iterdir()} == before
+    with pytest.raises(DatasetError, match="dataset of other texts"):
+        prepare(TextList([*texts[1:], texts[0]]), "all", tokenizer, out)
+    assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in out.iterdir()} == before
+    prepare(TextList([*texts[1:], texts[0]]), "all", tokenizer, out, force=True)
+    assert sample(out, tokenizer, tokens=2000)[0].text == texts[1]
+    assert os.listdir(tmp_path) == ["d"]
 
 
 @pytest.fixture

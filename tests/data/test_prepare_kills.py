@@ -175,6 +175,33 @@ def test_a_dataset_is_there_whole_or_not_at_all(corpus: Path, tmp_path: Path) ->
     assert seen == {0, 1}
 
 
+def test_finalize_killed_anywhere(corpus: Path, tmp_path: Path) -> None:
+    """It goes on by itself, and what it leaves is in the way of nothing that is prepared later."""
+    letters = cast(Tokenizer, Letters())
+    options: dict[str, Any] = {"chunk_tokens": 100, "shard_chunks": 1, "max_bad_ratio": 0.2}
+    for name in ("parts", "counted"):
+        prepare_parts(corpus, "all", letters, tmp_path / name / "d", **options)
+    total = events(lambda: cast(None, finalize(tmp_path / "counted" / "d")))
+    sound = content(tmp_path / "counted")
+    other = tmp_path / "other"
+    shutil.copytree(corpus, other / corpus.name)
+    (other / corpus.name / "1.jsonl").write_text('{"text": "another river"}')
+    prepared(other / corpus.name, other / "out" / "d")
+    published = 0
+    for number in range(0, total, 3):
+        out = tmp_path / f"at-{number}" / "d"
+        shutil.copytree(tmp_path / "parts", out.parent)
+        assert killed(partial(cast(Any, finalize), out), number)
+        published += out.exists()
+        shutil.copytree(out.parent, tmp_path / f"copy-{number}")
+        finalize(out)
+        assert content(out.parent) == sound
+        out = tmp_path / f"copy-{number}" / "d"
+        prepared(other / corpus.name, out, force=True)
+        assert content(out.parent) == content(other / "out")
+    assert published > 5
+
+
 def together(works: Sequence[Callable[[], None]]) -> list[int]:
     """The exit statuses of processes that run at the same time."""
     children = []
