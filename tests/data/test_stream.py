@@ -67,7 +67,7 @@ lengths_strategy = st.lists(st.one_of(st.integers(1, 6), st.integers(1, 60)), mi
     st.sampled_from([300, 70_000]),
     st.integers(1, 4),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_rows_and_windows_equal_the_plain_cut(
     write_ids: Any,
     plain_stream: Any,
@@ -119,7 +119,7 @@ def check_windows(windows: Windows, texts: list[Text], length: int) -> None:
 
 
 @given(lengths_strategy, st.integers(1, 4), st.integers(1, 8), st.integers(1, 4), st.integers(1, 4))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_contiguous_rows_continue_where_the_last_ended(
     write_ids: Any, plain_stream: Any, lengths: list[int], rows_per_chunk: int, length: int, slots: int, parts: int
 ) -> None:

@@ -176,7 +176,7 @@ def test_the_place_after_a_batch_lies_before_the_next_range(two: list[Path]) -> 
 @example(skip=[(3, 15)], lengths=[1, 1, 42], slots=3, parts=1, interlude=False)
 @example(skip=[(6, 3)], lengths=[1, 1, 42], slots=3, parts=1, interlude=False)  # from where a lap begins
 @example(skip=[(8, 8)], lengths=[60, 60, 60], slots=2, parts=1, interlude=True)  # all of what lies between
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_contiguous_ids_with_skips_are_equal_exactly_where_the_text_goes_on(
     write_ids: Any,
     tmp_path_factory: pytest.TempPathFactory,
