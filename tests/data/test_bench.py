@@ -17,7 +17,7 @@ from potamos.data.bench import bench
 from potamos.data.dataset import TokenDataset
 from potamos.data.errors import DatasetError
 from potamos.data.manifest import MANIFEST, verify
-from potamos.data.shards import CRC_BLOCK
+from potamos.data.shards import CRC_BLOCK, ShardIndex, index_path
 from potamos.data.synthetic import VOCABULARY, write_random, write_sparse
 from potamos.data.windows import Windows
 
@@ -77,7 +77,8 @@ def test_checksums_are_made_in_first_passes_only(random_tokens: Path, monkeypatc
     monkeypatch.setattr("potamos.data.dataset.zlib", Counting)
     passes = module._LoaderPasses(random_tokens, 4, 256, 10**9, "cross")
     blocks = 2 * 150_000 // CRC_BLOCK
-    for _ in range(2):
+    passes.first()
+    for _ in range(2):  # right after another first pass, and after a later one
         checked = 0
         tokens, seconds = passes.first()
         assert tokens == 150_000 // 256 // 4 * 4 * 256
@@ -131,6 +132,10 @@ def test_sparse_datasets_take_no_space_and_read_as_any_other(tmp_path: Path) -> 
     tars = sorted(holes.glob("*.tar"))
     assert len(tars) == 30
     assert tars[0].stat().st_size > 250 * 2**20
+    index = ShardIndex.from_bytes(index_path(tars[7]).read_bytes(), "an index")
+    blocks = -(-2 * 262_145 // CRC_BLOCK)
+    assert index.chunks["first_block"].tolist() == list(range(0, 512 * blocks, blocks))
+    assert len(index.crcs) == 512 * blocks
     disk = {p.stat().st_ino: 512 * p.stat().st_blocks for p in holes.iterdir()}
     assert sum(disk.values()) < 2**20
     windows = Windows(holes, sequence_length=262_144)

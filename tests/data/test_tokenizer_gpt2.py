@@ -5,14 +5,16 @@ from __future__ import annotations
 import base64
 import importlib.util
 import json
+import os
 import random
 import shutil
 import subprocess
 import sys
 import unicodedata
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -232,7 +234,7 @@ def test_bad_vocabularies_are_refused(gpt2: Tokenizer, gpt2_files: Path, tmp_pat
     for name, content, says in [
         ("gap", lines[:100] + lines[101:], "damaged"),
         ("twice", [*lines, lines[-1].replace(b"50255", b"50256")], "damaged"),
-        ("byte", lines[256:], "damaged"),
+        ("byte", [base64.b64encode(b"a%03d" % n) + b" %d\n" % n for n in range(300)], "every byte among them"),
         ("junk", [b"not a vocabulary"], "not a GPT-2 vocabulary"),
     ]:
         (tmp_path / name).write_bytes(b"".join(content))
@@ -351,28 +353,58 @@ def test_any_number_of_threads_gives_the_same_ids(gpt2: Tokenizer, texts: list[s
     assert gpt2.encode_batch(["", ""])[1].dtype == np.int32
 
 
-def test_one_thread_starts_no_other(gpt2_files: Path, trained: Tokenizer, tmp_path: Path) -> None:
-    """Counted by the kernel, as the libraries' threads are not Python's; one core allowed is one thread by default."""
+class CountedPool(ThreadPoolExecutor):
+    """Remembers how many threads each pool was given."""
+
+    sizes: ClassVar[list[int]] = []
+
+    def __init__(self, size: int):
+        self.sizes.append(size)
+        super().__init__(size)
+
+
+def test_threads_are_the_cores_of_this_process_unless_said_otherwise(
+    gpt2_files: Path, trained: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fast, "ThreadPoolExecutor", CountedPool)
+    monkeypatch.setattr("os.cpu_count", lambda: 96)
+    cores: set[int] = set()
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: cores, raising=False)
+    trained.save(tmp_path / "tokenizer.json")
+    texts = ["river " * 20_000] * 8
+    for kind, path in (("gpt2", gpt2_files), ("json", tmp_path)):
+        for threads, allowed, used in ((None, {5}, []), (None, {1, 4, 7}, [3]), (1, {1, 4}, []), (2, {1}, [2])):
+            tokenizer = load_tokenizer(kind, path, threads=threads)
+            cores.clear()
+            cores.update(allowed)
+            CountedPool.sizes.clear()
+            tokenizer.encode_batch(texts)
+            assert CountedPool.sizes == used, (kind, threads, allowed)
+            tokenizer.encode("a short text")
+            tokenizer.encode_batch(["a short text"] * 3)
+            assert len(CountedPool.sizes) == len(used), "little work needs no other thread"
+
+
+def test_one_thread_starts_none_in_the_libraries(gpt2_files: Path, trained: Tokenizer, tmp_path: Path) -> None:
+    """Counted by the kernel: theirs are not Python's, and stay."""
     trained.save(tmp_path / "tokenizer.json")
     script = (
         "import os, sys\n"
         "from potamos.data.tokenizer import load_tokenizer\n"
         "count = lambda: len(os.listdir('/proc/self/task'))\n"
         "kinds = ('gpt2', sys.argv[1]), ('json', sys.argv[2])\n"
-        "for kind, path in kinds:\n"
-        "    for slow in (False, True):\n"
-        "        tokenizer = load_tokenizer(kind, path, threads=1)\n"
-        "        if slow and kind == 'json': tokenizer._backend._fast = None\n"
-        "        before = count()\n"
-        "        tokenizer.encode_batch(['river ' * 20000] * 8)\n"
-        "        assert count() == before, (kind, slow, before, count())\n"
-        "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-        "tokenizer = load_tokenizer('gpt2', sys.argv[1])\n"
-        "before = count()\n"
-        "tokenizer.encode_batch(['river ' * 20000] * 8)\n"
-        "assert count() == before\n"
+        "for threads in (1, 2):\n"
+        "    tokenizers = [load_tokenizer(*kind, threads=threads) for kind in kinds]\n"
+        "    tokenizers[1]._backend._fast = None\n"
+        "    before = count()\n"
+        "    for tokenizer in tokenizers:\n"
+        "        tokenizer.encode_batch(['river ' * 2000] * 8)\n"
+        "    assert (count() > before) == (threads > 1), (threads, before, count())\n"
     )
-    subprocess.run([sys.executable, "-c", script, str(gpt2_files), str(tmp_path)], check=True, timeout=60)
+    environment = {k: v for k, v in os.environ.items() if k not in ("TOKENIZERS_PARALLELISM", "RAYON_NUM_THREADS")}
+    environment |= {"TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", script, str(gpt2_files), str(tmp_path)]
+    subprocess.run(command, check=True, timeout=60, env=environment)
 
 
 def test_threads_must_be_positive(gpt2_files: Path) -> None:
