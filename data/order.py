@@ -7,7 +7,7 @@ Error of a mixture, samples of a source drawn so far less its share of all sampl
 end. Inside a block the samples are arranged at random, without replacement, so that its course there is that of a
 Brownian bridge: a standard deviation of at most sqrt(BLOCK p (1 - p)) / 2 in the block's middle, 64 samples at
 p = 1/2, and beyond 2.5 sqrt(BLOCK p (1 - p)) anywhere inside (320 samples) in one block of 10^5 (Smirnov 1939). No
-arrangement can exceed BLOCK p (1 - p) + 1.
+arrangement can exceed BLOCK p (1 - p) + 2.
 """
 
 from __future__ import annotations
