@@ -1,18 +1,23 @@
-"""dataset.json: every change of its content and every wrong field is noticed and named."""
+"""dataset.json and `verify`: every change, every wrong field and every broken promise is noticed and named."""
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from potamos.data.dataset import TokenDataset
 from potamos.data.errors import DatasetError
 from potamos.data.manifest import make_manifest, read_manifest, totals, verify
+from potamos.data.shards import build_index, shard_entry
 
 
 @pytest.fixture(scope="module")
@@ -155,3 +160,72 @@ def test_a_wrong_field_of_dataset_json_is_named(copy: Path, change: Callable[[di
     with pytest.raises(DatasetError, match=rf"dataset\.json: field {says}"):
         TokenDataset(copy)
     assert not verify(copy).ok
+
+
+def test_verify_finds_ids_above_what_dataset_json_promises(copy: Path) -> None:
+    def promise_less(fields: dict[str, Any]) -> None:
+        fields["max_token"] = fields["parts"][0]["max_token"] = 250
+
+    rewrite_manifest(copy, promise_less)
+    assert verify(copy).ok
+    assert re.search(r"chunk 0: token 299 is above the promised 250", verify(copy, deep=True).problems[0])
+
+
+def test_verify_finds_shards_that_dataset_json_does_not_list(copy: Path) -> None:
+    (copy / "shard-00000-00009.tar").write_bytes(b"")
+    (problem,) = verify(copy).problems
+    assert re.search(r"shard-00000-00009\.tar is not listed in dataset\.json; remove it", problem)
+
+
+def write_chunks(folder: Path, chunks: list[tuple[list[int], list[int], int, int]]) -> Path:
+    """A dataset of one shard of given chunks (ids, ends, first document, first position), sound in its checksums."""
+    folder.mkdir()
+    with tarfile.open(folder / "shard-00000-00000.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for number, (ids, ends, document, position) in enumerate(chunks):
+            about = {"first_document": document, "first_position": position}
+            arrays = {"tok.npy": np.array(ids, "<u2"), "doc.npy": np.array(ends, "<i4")}
+            for name, part in {**arrays, "json": json.dumps(about).encode()}.items():
+                file = io.BytesIO()
+                file.write(part) if isinstance(part, bytes) else np.lib.format.write_array(file, part, version=(1, 0))
+                info = tarfile.TarInfo(f"{number:08d}.{name}")
+                info.size = file.tell()
+                file.seek(0)
+                tar.addfile(info, file)
+    index = build_index(folder / "shard-00000-00000.tar")
+    (folder / "shard-00000-00000.tar.idx").write_bytes(index.to_bytes())
+    entry = shard_entry("shard-00000-00000.tar", index, index.to_bytes())
+    part = dict.fromkeys(("text_bytes", "blank", "rejected", "mended", "duplicates"), 0)
+    tokens = entry["tokens"] - entry["chunks"] + 1
+    part |= {"name": "x", "files": [], "shards": [entry], "tokens": tokens, "documents": 3, "max_token": 9}
+    tokenizer = {"kind": "json", "sha256": "t" * 64, "vocabulary": 10, "end_of_document": 0}
+    settings = {"source": {}, "split": "all", "tokenizer": tokenizer, "dtype": "<u2", "chunk_tokens": 4}
+    settings |= {"shard_chunks": 2, "layout": "chunks", "deduplicated": False, "parts": [part], **totals([part])}
+    (folder / "dataset.json").write_bytes(make_manifest(settings).to_bytes())
+    return folder
+
+
+CHUNKS = [([1, 2, 0, 3, 4], [3], 0, 0), ([4, 0, 5, 0], [2, 4], 1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("number", "chunk", "says"),
+    [
+        (0, ([1, 2, 0, 3, 4], [2], 0, 0), "chunk 0: document ends do not match"),
+        (0, ([1, 2, 0, 3, 4], [], 0, 0), "chunk 0: document ends do not match"),
+        (0, ([1, 2, 0, 3, 4], [3], 1, 0), "chunk 0: begins with token 0 of document 1, not 0 of 0"),
+        (1, ([4, 0, 5, 0], [2, 4], 2, 1), "chunk 1: begins with token 1 of document 2, not 1 of 1"),
+        (1, ([4, 0, 5, 0], [2, 4], 1, 0), "chunk 1: begins with token 0 of document 1, not 1 of 1"),
+        (1, ([5, 0, 5, 0], [2, 4], 1, 1), "chunk 1: begins with token id 5, the chunk before ends with another"),
+        (1, ([4, 0, 5, 6], [2], 1, 1), "part x ends inside a document"),
+        (1, ([4, 5, 5, 0], [4], 1, 1), "part x hold 2 documents, dataset.json says 3"),
+    ],
+)
+def test_a_deep_check_finds_chunks_that_do_not_go_on(tmp_path: Path, number: int, chunk: Any, says: str) -> None:
+    """What a faulty writer would leave, with every checksum right."""
+    assert verify(write_chunks(tmp_path / "sound", CHUNKS), deep=True).ok
+    faulty = [*CHUNKS]
+    faulty[number] = chunk
+    path = write_chunks(tmp_path / "faulty", faulty)
+    assert verify(path).ok
+    problems = verify(path, deep=True).problems
+    assert any(says in problem for problem in problems), problems
