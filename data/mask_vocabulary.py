@@ -56,8 +56,7 @@ class MaskVocabulary:
         Raises:
             TokenizerError: the tokenizer has no such token.
         """
-        special = tokenizer.special_ids | {tokenizer.end_of_document}
-        return cls.of_pieces(tokenizer._backend.pieces, special, tokenizer.special(mask))
+        return cls.of_pieces(tokenizer.pieces, tokenizer.special_ids, tokenizer.special(mask))
 
 
 def maskable_ids(pieces: Sequence[bytes], special: Collection[int]) -> np.ndarray:
@@ -77,7 +76,7 @@ def _starts_word(piece: bytes) -> bool:
 
     A first byte that is the rest of a character, or of a character whose end is in the next token, goes on the word.
     """
-    if not piece or piece[0] & 0b1100_0000 == 0b1000_0000:
+    if not piece:
         return False
     size = 1 + sum(piece[0] >= lead for lead in (0xC0, 0xE0, 0xF0))
     try:

@@ -58,7 +58,7 @@ def make_rows(seed: int, n: int, width: int, *, padded: bool = False, mean: int 
             place, document = place + size, document + 1
         if padded:
             cut = int(rng.integers(0, width + 1))
-            tokens[r, cut:], documents[r, cut:], positions[r, cut:] = PAD, -1, 0
+            documents[r, cut:], positions[r, cut:] = -1, 0  # only the ids say that it is padding
     tokens[rng.random((n, width)) < 0.01] = 100
     return tokens, documents, positions
 

@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -147,7 +148,10 @@ def test_files_come_back_with_the_same_bytes_every_time(name: str, tmp_path: Pat
     assert list(read_passages(summary.path)) == wanted
     assert (summary.documents, summary.passages, summary.short) == (2, len(wanted), 0)
     assert summary.words == again.words == sum(len(p.text.split()) for p in wanted) == len(ADDRESS.split()) + 5
+    if name.endswith(".zst"):
+        assert zstandard.get_frame_parameters(content).has_checksum
     if name.endswith(".gz"):
+        assert content[3:8] == bytes(5)  # neither a name nor a time
         content = gzip.decompress(content)
     if name == "p.jsonl":
         assert [list(json.loads(line)) for line in content.splitlines()] == [["id", "title", "section", "text"]] * len(

@@ -47,7 +47,9 @@ def make_rows(seed: int, n: int, width: int, mean: int | None = None, padded: bo
                 tokens[r, place - 1 : place] = END
         if padded:
             cut = int(rng.integers(0, width + 1))
-            tokens[r, cut:], documents[r, cut:] = 0, -1
+            documents[r, cut:] = -1  # only the ids say that it is padding
+    if mean is not None:
+        tokens[rng.random((n, width)) < 0.01] = END  # special tokens inside documents
     return tokens, documents
 
 
@@ -77,7 +79,17 @@ rules = st.builds(
 def test_corruption_equals_one_row_at_a_time(
     rule: SpanRule, n: int, width: int, seed: int, mean: int | None, padded: bool
 ) -> None:
-    tokens, documents = make_rows(seed, n, width, mean, padded)
+    compare(rule, make_rows(seed, n, width, mean, padded), seed)
+
+
+@pytest.mark.parametrize(("density", "mean"), [(0.15, 12), (0.5, 8), (0.5, 20)])
+def test_many_spans_in_each_others_way_equal_one_row_at_a_time(density: float, mean: int) -> None:
+    compare(SpanRule(density), make_rows(mean, 60, 128, mean), 3)
+
+
+def compare(rule: SpanRule, made: Any, seed: int) -> None:
+    tokens, documents = made
+    n, width = tokens.shape
     samples = np.random.default_rng(seed).integers(0, 2**60, n)
     rows = corrupt(rule, tokens, documents, seed, samples)
     lengths = rule.lengths(width)
@@ -229,7 +241,7 @@ def test_span_lengths_and_places_follow_their_laws() -> None:
 
 
 def test_spans_stay_inside_documents() -> None:
-    for shape, mean, rare in (((0.15, 3.0), 60, 0), ((0.15, 3.0), 12, 3), ((0.5, 3.0), 60, 3)):
+    for shape, mean, rare in (((0.15, 3.0), 60, 0), ((0.15, 3.0), 12, 3), ((0.5, 3.0), 150, 3)):
         tokens, documents = make_rows(3, 64, 512, mean)
         rows = corrupt(SpanRule(*shape), tokens, documents)
         assert rows.crossed.sum() <= rare
