@@ -10,6 +10,7 @@ import json
 import logging
 import mmap
 import os
+import resource
 import struct
 import threading
 import weakref
@@ -29,8 +30,9 @@ from potamos.data.shards import CHUNK, CRC_BLOCK, ShardIndex
 if TYPE_CHECKING:
     from potamos.data.members import MemberShard
 
-
-MAX_OPEN_SHARDS = 256  # of all datasets of the process: each mapped shard holds a file descriptor
+_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+# Of all datasets of the process: each mapped shard holds a file descriptor, and others need theirs too.
+MAX_OPEN_SHARDS = 4096 if _FILES == resource.RLIM_INFINITY else min(4096, max(16, _FILES // 4))
 _RECORD = struct.Struct("<qiiqqqq")  # one CHUNK; a tuple of Python numbers costs a third of reading a NumPy record
 assert _RECORD.size == CHUNK.itemsize
 MANY_DOCUMENTS = 24  # in a row, from which on numbering them by arrays is faster than one by one
@@ -40,7 +42,10 @@ _opening = threading.Lock()
 
 
 class _Known:
-    """What is known of a shard's file, kept while it is not mapped: its index and which blocks were found sound."""
+    """What is known of a shard's file, kept while it is not mapped: its index and which blocks were found sound.
+
+    About 0.2 MB for a shard of 256 MiB; with it, mapping the shard again reads and hashes nothing.
+    """
 
     def __init__(self, identity: tuple[int, ...], index: ShardIndex):
         self.identity, self.index = identity, index
