@@ -267,6 +267,9 @@ class RemoteShards(ShardFiles):
     def _claim(self, shard: int) -> bool:
         """Claim a shard's bytes by files of their sizes, for which shards that nobody needs are given up."""
         with self._space.held():
+            for path, _ in self._files(shard):  # what an attempt that failed left does not count twice
+                path.unlink(missing_ok=True)
+                partial(path).unlink(missing_ok=True)
             if not self._space.free(self._sizes[shard]):
                 return False
             for path, size in self._files(shard):

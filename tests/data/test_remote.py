@@ -310,6 +310,18 @@ def test_the_folder_never_outgrows_its_limit(server: Server, dataset: Path, open
     assert sum(sizes) > 3 * limit
 
 
+def test_as_many_go_as_a_shard_needs(server: Server, dataset: Path, open_remote: Open) -> None:
+    sizes = shard_bytes(dataset)
+    small, *_, one, two = sorted(range(SHARDS), key=sizes.__getitem__)
+    files = open_remote(server.url, shards=1.999)
+    assert sizes[small] + sizes[one] <= files.cache.bytes < sizes[one] + sizes[two]
+    for shard in (small, one, two):
+        assert same(files, dataset, shard)
+        files.keep([])
+        time.sleep(0.02)
+    assert present(files) == [read_manifest(dataset).shards[two]["name"]]
+
+
 def test_the_least_recently_needed_shard_goes_first(server: Server, dataset: Path, open_remote: Open) -> None:
     names = [entry["name"] for entry in read_manifest(dataset).shards]
     files = open_remote(server.url, shards=3)
@@ -346,6 +358,17 @@ def test_a_limit_below_two_windows_is_refused_with_both_numbers(
 def test_a_limit_below_one_shard_is_refused(server: Server, dataset: Path, open_remote: Open) -> None:
     with pytest.raises(RemoteError, match=f"below the {max(shard_bytes(dataset))} bytes of one shard"):
         open_remote(server.url, shards=0.5)
+
+
+def test_what_a_failed_fetch_left_takes_no_room(server: Server, dataset: Path, open_remote: Open) -> None:
+    """The index came, the tar did not, and both together fill the cache to its last byte."""
+    sizes = shard_bytes(dataset)
+    largest = sizes.index(max(sizes))
+    server.trouble[read_manifest(dataset).shards[largest]["name"]] = [503] * 2
+    files = open_remote(server.url, shards=1, retry=quick(attempts=2), patience=0.5)
+    with pytest.raises(RemoteError, match="503"):
+        files.path(largest)
+    assert same(files, dataset, largest)
 
 
 def test_no_room_is_an_error_after_patience(server: Server, open_remote: Open) -> None:
