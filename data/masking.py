@@ -2,7 +2,9 @@
 
 Everything is a pure function of the rows and of `RowRandom`: no state, no order of calls. Every array is (n, L), L any
 width (`Rows` hold L + 1 columns). A column takes part where its document id is not -1 (padding); special ids, the end
-of a document among them, are never hidden and never put in.
+of a document among them, are never hidden and never put in. For rows of a stream:
+
+    mask(rule, rows.tokens, rows.document_ids, vocabulary, RowRandom(seed, "mlm", rows.samples))
 
     select      which tokens a `MaskRule` hides: single tokens, whole words or n-grams; at a rate or an exact count
     mask        the rows with replacements, and labels                                          (BERT, RoBERTa, DeBERTa)

@@ -442,7 +442,7 @@ def test_ngrams_have_their_lengths_and_stay_inside_documents() -> None:
 def test_rows_of_special_tokens_and_padding_alone_come_out_untouched() -> None:
     tokens = np.full((3, 9), END, np.int32)
     documents = np.arange(27, dtype=np.int32).reshape(3, 9)
-    tokens[1], documents[1] = PAD, -1
+    tokens[1], documents[1] = 50, -1
     for exact in (False, True):
         for units in ("tokens", "words", "ngrams"):
             rule = MaskRule(0.5, units, exact)
