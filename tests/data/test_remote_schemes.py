@@ -1,0 +1,205 @@
+"""URLs of every kind: which library reads them, and what is said of those that lead nowhere."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from potamos.data.dataset import TokenDataset, read_rows
+from potamos.data.errors import DatasetError
+from potamos.data.foreign import TokenizerFacts, index_tars
+from potamos.data.manifest import read_manifest
+from potamos.data.remote import CacheSpec, RemoteError, RemoteShards, Retry, open_dataset_files
+
+LENGTHS = [90, 700, 33, 1500, 8, 1100, 256, 900, 40, 2500] * 2
+CHUNK = 512
+SHARDS = 14
+
+
+@pytest.fixture(autouse=True)
+def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.delenv("GOPEN_REWRITE", raising=False)
+    monkeypatch.delenv("USE_AIS_FOR", raising=False)
+
+
+@pytest.fixture(scope="module")
+def dataset(write_ids: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = write_ids(tmp_path_factory.mktemp("remote") / "d", LENGTHS, chunk_tokens=CHUNK)
+    assert len(read_manifest(path).shards) == SHARDS
+    return path
+
+
+class Waits:
+    """In place of sleeping between attempts: remembers how long it should have been."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def __call__(self, seconds: float) -> None:
+        self.seconds.append(seconds)
+
+
+def quick(attempts: int = 4, timeout: float = 10.0) -> Retry:
+    return Retry(attempts=attempts, timeout=timeout, sleep=Waits(), jitter=lambda: 1.0)
+
+
+def shard_bytes(dataset: Path) -> list[int]:
+    return [entry["bytes"] + entry["index_bytes"] for entry in read_manifest(dataset).shards]
+
+
+Open = Callable[..., RemoteShards]
+
+
+@pytest.fixture
+def open_remote(tmp_path: Path, dataset: Path) -> Iterator[Open]:
+    """RemoteShards with a cache that holds ``shards`` shards, closed at the end."""
+    opened: list[RemoteShards] = []
+
+    def make(url: str, shards: float = SHARDS, retry: Retry | None = None, patience: float = 20.0) -> RemoteShards:
+        limit = int(shards * max(shard_bytes(dataset)))
+        cache = CacheSpec(tmp_path / "cache", limit, retry=retry or quick())
+        opened.append(RemoteShards(url, cache, patience=patience))
+        return opened[-1]
+
+    yield make
+    for files in opened:
+        files.close()
+
+
+def present(files: RemoteShards) -> list[str]:
+    return sorted(path.name for path in files.folder.glob("*.tar"))
+
+
+def same(files: RemoteShards, dataset: Path, shard: int) -> bool:
+    path = files.path(shard)
+    index = path.with_name(path.name + ".idx")
+    return all(file.read_bytes() == (dataset / file.name).read_bytes() for file in (path, index))
+
+
+def every_row(dataset: TokenDataset, length: int = 64) -> tuple[np.ndarray, ...]:
+    cut = dataset.cut(length)
+    chunk, start = cut.place(np.arange(cut.total))
+    return read_rows([dataset], np.zeros(cut.total, np.int64), chunk, start, length + 1, true_positions=True)
+
+
+@pytest.mark.parametrize("scheme", ["memory", "file"])
+def test_fsspec_urls(dataset: Path, open_remote: Open, scheme: str) -> None:
+    import fsspec
+
+    url = f"file://{dataset}"
+    if scheme == "memory":
+        fs = fsspec.filesystem("memory")
+        for path in dataset.iterdir():
+            fs.pipe_file(f"/bucket/pile/{path.name}", path.read_bytes())
+        url = "memory://bucket/pile"
+    files = open_remote(url)
+    assert all(same(files, dataset, shard) for shard in range(SHARDS))
+    with pytest.raises(RemoteError, match="cannot be had"):
+        open_remote(url + "/nothing")
+
+
+def test_webdataset_schemes_and_rewriting(dataset: Path, open_remote: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Schemes that only WebDataset knows run its handler's command; a failing command is tried again, then an error."""
+    import importlib
+
+    gopen = importlib.import_module("webdataset.gopen")
+    calls: list[str] = []
+
+    def handler(url: str, mode: str, bufsize: int) -> Any:
+        calls.append(url)
+        return gopen.Pipe(["cat", url.removeprefix("lab://")], mode=mode, bufsize=bufsize)
+
+    monkeypatch.setitem(gopen.gopen_schemes, "lab", handler)
+    assert same(open_remote(f"lab://{dataset}"), dataset, 3)
+    assert len(calls) == 3
+    with pytest.raises(RemoteError, match=r"4 attempts failed.*its command ended with status 1"):
+        open_remote("lab:///nowhere")
+    monkeypatch.setenv("GOPEN_REWRITE", f"store://bucket=lab://{dataset}")
+    assert same(open_remote("store://bucket"), dataset, 4)
+    monkeypatch.setattr(importlib.import_module("webdataset.utils"), "enforce_security", True)
+    with pytest.raises(RemoteError, match="cannot rewrite URLs"):
+        open_remote("store://bucket")
+
+
+def test_a_stalled_command_is_ended(dataset: Path, open_remote: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib
+
+    gopen = importlib.import_module("webdataset.gopen")
+    started: list[Any] = []
+
+    def handler(url: str, mode: str, bufsize: int) -> Any:
+        started.append(gopen.Pipe(["sleep", "30"], mode=mode, bufsize=bufsize))
+        return started[-1]
+
+    monkeypatch.setitem(gopen.gopen_schemes, "lab", handler)
+    with pytest.raises(RemoteError, match=r"2 attempts failed.*nothing came for 0\.1 s"):
+        open_remote("lab://x", retry=quick(attempts=2, timeout=0.1))
+    assert [pipe.proc.returncode for pipe in started] == [-9, -9]
+
+
+def test_foreign_tars_behind_a_url(dataset: Path, tmp_path: Path, open_remote: Open) -> None:
+    """Links to tars, as `data index --out` makes them, are followed by whoever serves them."""
+    for number in range(3):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            for key in range(20):
+                file = io.BytesIO()
+                np.save(file, np.random.default_rng(100 * number + key).integers(1, 300, 40))
+                info = tarfile.TarInfo(f"{key}.npy")
+                info.size = len(file.getvalue())
+                tar.addfile(info, io.BytesIO(file.getvalue()))
+    index_tars(str(tmp_path / "*.tar"), tmp_path / "d", tokenizer=TokenizerFacts("f" * 64, 300, 0))
+    files = open_remote(f"file://{tmp_path / 'd'}")
+    remote = TokenDataset(files.folder, files=files)
+    for ours, theirs in zip(every_row(remote), every_row(TokenDataset(tmp_path / "d")), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert len(present(files)) == 3
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("pipe:cat x", "a pipe is one stream"),
+        ("nonsense://x/y", "nonsense"),
+        ("http://127.0.0.1:1/d", "attempts failed"),
+    ],
+)
+def test_urls_that_lead_nowhere(open_remote: Open, url: str, said: str) -> None:
+    with pytest.raises(DatasetError, match=said):
+        open_remote(url)
+
+
+def test_a_missing_storage_package_is_named(open_remote: Open) -> None:
+    import importlib.util
+
+    absent = next(
+        (scheme, package)
+        for scheme, package in (("s3", "s3fs"), ("abfs", "adlfs"), ("oss", "ossfs"))
+        if importlib.util.find_spec(package) is None
+    )
+    with pytest.raises(RemoteError, match=f"{absent[1]}.*Python package"):
+        open_remote(f"{absent[0]}://bucket/pile")
+
+
+def test_wrong_dataset_json_is_an_error_that_names_the_url(dataset: Path, tmp_path: Path, open_remote: Open) -> None:
+    copy = Path(shutil.copytree(dataset, tmp_path / "copy"))
+    fields = json.loads((copy / "dataset.json").read_bytes())
+    (copy / "dataset.json").write_text(json.dumps({**fields, "tokens": fields["tokens"] + 1}))
+    with pytest.raises(DatasetError, match=f"file://{copy}"):
+        open_remote(f"file://{copy}")
+    assert os.listdir(tmp_path / "cache") == []
+
+
+def test_a_url_needs_a_cache(dataset: Path) -> None:
+    with pytest.raises(DatasetError, match=r"data\.cache"):
+        open_dataset_files("s3://bucket/pile")
+    assert open_dataset_files(dataset) == (dataset, None)
