@@ -78,7 +78,7 @@ def _finalize(out: Path, work: WorkFolder, settings: dict[str, Any], force: bool
         _refuse_replacing(out, top, force)
         _gather(work, manifests, top)
         _publish_rejects(out, work, len(parts))
-        _publish(out, work, top)
+        _publish(out, work)
     write_atomically(work.final, to_json({"out": out.name}))
     work.remove()
     return read_datasets(out)
@@ -197,11 +197,9 @@ def _remove_unlisted(folder: Path, manifest: Manifest) -> None:
             path.unlink()
 
 
-def _publish(out: Path, work: WorkFolder, top: bytes) -> None:
-    """Give the dataset its name; an equal, sound one that has it already stays as it is."""
+def _publish(out: Path, work: WorkFolder) -> None:
+    """Give the dataset its name; another one that has it is put aside first."""
     if out.exists():
-        if _top_of(out) == top and is_sound(out):
-            return
         shutil.rmtree(work.replaced, ignore_errors=True)
         os.replace(out, work.replaced)
     rename_durably(work.dataset, out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import gzip
 import itertools
 import json
@@ -230,6 +231,26 @@ def test_two_processes_never_write_one_part(corpus: Path, tokenizer: Tokenizer, 
     prepare(corpus, "all", tokenizer, work.out, max_bad_ratio=0.2, **SIZES)
 
 
+def test_a_lock_on_a_file_that_is_taken_away_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process may remove the folder between opening the file and locking it."""
+    path, flock, calls = tmp_path / "x.lock", fcntl.flock, []
+
+    def removed_meanwhile(descriptor: int, operation: int) -> None:
+        calls.append(operation)
+        if len(calls) == 1:
+            path.unlink()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", removed_meanwhile)
+    lock, other = Lock(path), Lock(path)
+    assert not lock.acquire()
+    assert lock.acquire(wait=1.0)
+    assert not other.acquire()
+    lock.release()
+    assert other.acquire()
+    other.release()
+
+
 def test_a_full_disk_leaves_nothing_half_done(
     corpus: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -366,7 +387,9 @@ def test_groups_are_kept_replaced_and_counted(mixed: Path, tokenizer: Tokenizer,
     prepare_parts(mixed, "all", tokenizer, out, force=True, max_bad_ratio=0.1, **options)
     with pytest.raises(DatasetError, match="already holds a dataset of other texts"):
         finalize(out)
-    assert sum(manifest.documents for manifest in finalize(out, force=True).values()) == 60
+    made = finalize(out, force=True)
+    assert sum(manifest.documents for manifest in made.values()) == 60
+    assert {manifest.fields["rejected"] for manifest in made.values()} == {0}, "a line without a value is in no group"
     assert [part["rejected"] for part in json.loads((out / GROUPS).read_text())["inputs"]] == [0, 1, 0]
     (out / GROUPS).write_text((out / GROUPS).read_text().replace('"by"', '"By"'))
     with pytest.raises(DatasetError, match=r"groups\.json was changed after it was written"):
