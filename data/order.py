@@ -28,6 +28,7 @@ BLOCK = 65_536
 ROUNDS = 4
 
 
+@functools.lru_cache(maxsize=1024, typed=True)  # small batches ask for the same few keys again and again
 def derive_key(*parts: int | str) -> int:
     """A 64-bit key from a seed and the purpose it serves; different parts give unrelated keys."""
     text = "\0".join(f"{type(part).__name__}:{part}" for part in parts)

@@ -39,6 +39,38 @@ def test_the_step_beside_gpt2_is_the_measured_one() -> None:
     assert sentence.groups()[1:] == (row["ours_seconds"], row["theirs_seconds"])
 
 
+def test_the_figures_of_reading_and_preparing_are_the_measured_ones() -> None:
+    reading = {row["what"]: float(row["median"]) for row in results("data_loading.csv")}
+    for what, line in {
+        "loader 8 x 2048, token ids, first pass (checksums made)": "| loader, random rows, token ids, first pass",
+        "loader 8 x 2048, document ids and positions, first pass (checksums made)": "| loader, random rows, with",
+        "memory map, random windows of 1,025 to int64": "| bare memory map",
+        "stock webdataset, these shards, decoded and cut into 8 x 2048 in order": "| stock webdataset, our large",
+        "stock webdataset, samples of 1,024 tokens, decoded": "| stock webdataset, one sample",
+    }.items():
+        (shown,) = [row for row in README.splitlines() if row.startswith(line)]
+        assert shown.endswith(f"| {reading[what]:.0f} |")
+    sentence = re.search(r"10\^12 takes ([\d.]+) ms.*?2,800 shards ([\d.]+) s \(([\d.]+) s", README, re.DOTALL)
+    assert sentence is not None
+    seek, first, fresh = (float(figure) for figure in sentence.groups())
+    assert seek == round(reading["seek to sample 10^12, first batch"], 1)
+    assert first == reading["first batch of 2,800 shards"]
+    assert fresh == reading["first batch of 2,800 shards, new process"]
+    prepared = {}
+    for row in results("data_prepare.csv"):
+        prepared.setdefault(row["what"], row)  # the first size of documents
+    for name in ("prepare", "prepare --deduplicate", "tiktoken alone, its own pattern"):
+        assert prepared[name]["megabytes_per_second"] in README
+    assert f"{float(prepared['prepare']['overhead_percent']):.2f} % on disk" in README
+
+
+def test_the_table_of_corpora_is_the_measured_one() -> None:
+    for row in results("corpora.csv"):
+        line = next(line for line in README.splitlines() if line.startswith(f"| `{row['corpus']}`"))
+        counts = f"| {int(row['documents']):,} | {int(row['tokens']):,} |"
+        assert f"| {row['text_mb']} | {row['kept_mb']} {counts} {row['prepare_seconds']} |" in line
+
+
 def test_names_and_files_exist() -> None:
     for name in re.findall(r"`((?:h3_hybrid|gpt|s4d|linear)_(?:tiny|125m))`", README):
         assert name in available()
