@@ -460,8 +460,8 @@ def test_two_processes_share_a_limit(server: Server, dataset: Path, tmp_path: Pa
     readers = [start_reader(server.url, tmp_path / "cache", limit, order) for order in orders]
     largest = 0
     while any(reader.poll() is None for reader in readers):
-        files = [p for p in (tmp_path / "cache").glob("*/*") if ".tar" in p.name]
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError):  # files come and go while they are listed
+            files = [p for p in (tmp_path / "cache").glob("*/*") if ".tar" in p.name]
             largest = max(largest, sum(path.stat().st_size for path in files if path.is_file()))
         time.sleep(0.005)
     for reader in readers:
