@@ -1,0 +1,209 @@
+"""The chunked form as one Triton kernel: H3's whole mixer (shift filter, product, SSM, gate), or a plain diagonal SSM.
+
+One program walks one row of one channel, `Config.columns` chunks of 64 tokens at a time (a super-chunk): the columns
+of every tile are consecutive chunks, so all loads are contiguous, the products inside chunks are (64, 64) @ (64,
+columns) on tensor cores and the recurrence between the columns is an associative scan. With k the raw key, p and x
+the states before and after a chunk (M complex numbers):
+
+    k' = L k_c + U k_{c-1}        the shift filter, lower and upper Toeplitz parts of its taps
+    z = k' v,   y = T z + R p,   out = q y
+    p_{c+1} = x_c = D p_c + W z_c
+
+Documents: tokens carry their document's number relative to the chunk's first token; T and L are applied once per
+number that occurs in the super-chunk, to the tokens of that number alone.
+
+Legend: C channels, H kernels of C / H channels each, B rows, L tokens, Q = 64 tokens a chunk, M modes, N = 2 M.
+Sources: Fu et al. 2022 (H3), section 4; Dao and Gu 2024 (SSD), section 6; Blelloch 1990 for the scan.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+CHUNK = 64
+"""Tokens per chunk: the shortest side that wgmma takes, and as many taps as H3's shift filter has."""
+
+
+@triton.jit
+def compose(left_re, left_im, left_add_re, left_add_im, right_re, right_im, right_add_re, right_add_im):
+    """Two steps x -> a x + b of complex numbers, left first, as one."""
+    re = right_re * left_re - right_im * left_im
+    im = right_re * left_im + right_im * left_re
+    add_re = right_re * left_add_re - right_im * left_add_im + right_add_re
+    add_im = right_re * left_add_im + right_im * left_add_re + right_add_im
+    return re, im, add_re, add_im
+
+
+@triton.jit
+def load_lower(taps, count, CHUNK: tl.constexpr, DOT: tl.constexpr):
+    """(Q, Q) with entry [i, j] = taps[i - j] where 0 <= i - j < count, else zero: what a chunk takes from itself."""
+    lag = tl.arange(0, CHUNK)[:, None] - tl.arange(0, CHUNK)[None, :]
+    return tl.load(taps + lag, mask=(lag >= 0) & (lag < count), other=0.0).to(DOT)
+
+
+@triton.jit
+def load_upper(taps, count, CHUNK: tl.constexpr, DOT: tl.constexpr):
+    """(Q, Q) with entry [i, j] = taps[Q + i - j] where i < j: what a chunk takes from the chunk before."""
+    lag = CHUNK + tl.arange(0, CHUNK)[:, None] - tl.arange(0, CHUNK)[None, :]
+    return tl.load(taps + lag, mask=(lag < CHUNK) & (lag < count), other=0.0).to(DOT)
+
+
+@triton.jit
+def load_pairs(operator, modes, CHUNK: tl.constexpr, MODES: tl.constexpr, DOT: tl.constexpr):
+    """An operator (Q, N), pairs interleaved -> its real and imaginary parts, (Q, M) each, zero beyond `modes`."""
+    i, m = tl.arange(0, CHUNK), tl.arange(0, MODES)
+    at = operator + i[:, None] * (2 * modes) + 2 * m[None, :]
+    real = (m < modes)[None, :] & (i >= 0)[:, None]
+    return tl.load(at, mask=real, other=0.0).to(DOT), tl.load(at + 1, mask=real, other=0.0).to(DOT)
+
+
+@triton.jit
+def load_state(state, modes, MODES: tl.constexpr):
+    """A state (N), pairs interleaved -> its real and imaginary parts (M) each, zero beyond `modes`."""
+    m = tl.arange(0, MODES)
+    return tl.load(state + 2 * m, mask=m < modes, other=0.0), tl.load(state + 2 * m + 1, mask=m < modes, other=0.0)
+
+
+@triton.jit
+def store_state(state, re, im, modes, MODES: tl.constexpr):
+    """The inverse of `load_state`."""
+    m = tl.arange(0, MODES)
+    tl.store(state + 2 * m, re, mask=m < modes)
+    tl.store(state + 2 * m + 1, im, mask=m < modes)
+
+
+@triton.jit
+def scan_fwd_kernel(
+    Q_, K_, V_, Y_, SHIFT_, TAPS_, READ_, WRITE_, DECAY_, INITIAL_, HISTORY_, RELATIVE_, CONTINUES_, MOST_,
+    FINAL_, STARTS_, batch, length, group, modes, shift_taps, segment_supers,
+    CHUNK: tl.constexpr, COLUMNS: tl.constexpr, MODES: tl.constexpr, DOT: tl.constexpr, SHIFT: tl.constexpr,
+    GATE: tl.constexpr, INITIAL: tl.constexpr, HISTORY: tl.constexpr, DOCUMENTS: tl.constexpr,
+    OUTPUT: tl.constexpr, STARTS: tl.constexpr,
+):  # fmt: skip
+    """Grid (channels, batch, segments). Without OUTPUT only the state after each segment is computed."""
+    channel, b, segment = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    kernel = channel // group
+    i, c = tl.arange(0, CHUNK), tl.arange(0, COLUMNS)
+    first = c[None, :] == 0
+    previous = tl.broadcast_to(tl.maximum(c - 1, 0)[None, :], [MODES, COLUMNS])
+    if SHIFT:
+        shift_lower = load_lower(SHIFT_ + channel * shift_taps, shift_taps, CHUNK, DOT)
+        shift_upper = load_upper(SHIFT_ + channel * shift_taps, shift_taps, CHUNK, DOT)
+    write_re, write_im = load_pairs(WRITE_ + kernel * CHUNK * 2 * modes, modes, CHUNK, MODES, DOT)
+    write_re, write_im = tl.trans(write_re), tl.trans(write_im)
+    if OUTPUT:
+        toeplitz = load_lower(TAPS_ + kernel * CHUNK, CHUNK, CHUNK, DOT)
+        read_re, read_im = load_pairs(READ_ + kernel * CHUNK * 2 * modes, modes, CHUNK, MODES, DOT)
+    decay_re, decay_im = load_state(DECAY_ + kernel * 2 * modes, modes, MODES)
+
+    row = channel * batch + b
+    base = row * length
+    supers = tl.cdiv(length, CHUNK * COLUMNS)
+    at_segment = (row * tl.num_programs(2) + segment) * 2 * modes
+    state_re, state_im = tl.zeros([MODES], tl.float32), tl.zeros([MODES], tl.float32)
+    if INITIAL:
+        state_re, state_im = load_state(INITIAL_ + at_segment, modes, MODES)
+
+    for n in range(segment * segment_supers, tl.minimum((segment + 1) * segment_supers, supers)):
+        if STARTS:
+            store_state(STARTS_ + (row * supers + n) * 2 * modes, state_re, state_im, modes, MODES)
+        chunk = n * COLUMNS + c
+        token = chunk[None, :] * CHUNK + i[:, None]
+        inside = token < length
+        v = tl.load(V_ + base + token, mask=inside, other=0.0)
+        if SHIFT:
+            before = token - CHUNK
+            k = tl.load(K_ + base + token, mask=inside, other=0.0)
+            k_before = tl.load(K_ + base + before, mask=(before >= 0) & (before < length), other=0.0)
+            if HISTORY:
+                past = before + shift_taps - 1
+                at = HISTORY_ + row * (shift_taps - 1) + past
+                k_before += tl.load(at, mask=(before < 0) & (past >= 0), other=0.0).to(k_before.dtype)
+            shifted = tl.dot(shift_lower, k, input_precision="ieee")
+            shifted = tl.dot(shift_upper, k_before, shifted, input_precision="ieee")
+            z = (shifted * v.to(tl.float32)).to(DOT)
+        else:
+            z = v
+        x_re = tl.dot(write_re, z, input_precision="ieee")
+        x_im = tl.dot(write_im, z, input_precision="ieee")
+        a_re = tl.broadcast_to(decay_re[:, None], [MODES, COLUMNS])
+        a_im = tl.broadcast_to(decay_im[:, None], [MODES, COLUMNS])
+        # The carried state enters the first column's update; scanning then gives the state after every chunk.
+        x_re, x_im = (
+            tl.where(first, x_re + a_re * state_re[:, None] - a_im * state_im[:, None], x_re),
+            tl.where(first, x_im + a_re * state_im[:, None] + a_im * state_re[:, None], x_im),
+        )
+        a_re, a_im, x_re, x_im = tl.associative_scan((a_re, a_im, x_re, x_im), 1, compose)
+        if OUTPUT:
+            p_re = tl.where(first, state_re[:, None], tl.gather(x_re, previous, 1)).to(DOT)
+            p_im = tl.where(first, state_im[:, None], tl.gather(x_im, previous, 1)).to(DOT)
+            y = tl.dot(toeplitz, z, input_precision="ieee")
+            y = tl.dot(read_re, p_re, y, input_precision="ieee")
+            y = tl.dot(read_im, p_im, y, input_precision="ieee")
+            if GATE:
+                y *= tl.load(Q_ + base + token, mask=inside, other=0.0).to(tl.float32)
+            tl.store(Y_ + base + token, y.to(Y_.dtype.element_ty), mask=inside)
+        # After the last whole chunk of the super-chunk; there may be none in the row's last super-chunk.
+        last = tl.minimum(length // CHUNK - n * COLUMNS, COLUMNS) - 1
+        state_re = tl.where(last < 0, state_re, tl.sum(tl.where(c[None, :] == last, x_re, 0.0), 1))
+        state_im = tl.where(last < 0, state_im, tl.sum(tl.where(c[None, :] == last, x_im, 0.0), 1))
+    store_state(FINAL_ + at_segment, state_re, state_im, modes, MODES)
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a call is cut: chunks per super-chunk, warps and pipeline stages of a program, segments of a row (None:
+    chosen from the number of programs and the length)."""
+
+    columns: int = 16
+    warps: int = 4
+    stages: int = 2
+    segments: int | None = None
+
+
+_DOT = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def scan_forward(
+    q: Tensor | None,
+    k: Tensor | None,
+    v: Tensor,
+    shift_taps: Tensor | None,
+    taps: Tensor,
+    read: Tensor,
+    write: Tensor,
+    decay: Tensor,
+    initial: Tensor | None,
+    history: Tensor | None,
+    documents=None,
+    *,
+    block: Config | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The mixer (q, k, shift_taps given) or the plain SSM of v (all three None) from its chunk operators.
+
+    q, k, v: (C, B, L) contiguous, one dtype of fp32, fp16, bf16; operators fp32 as `_ChunkOperators` makes them:
+    shift_taps (C, n <= 64), taps (H, 64), read and write (H, 64, N), decay (H, N). initial (C, B, N) fp32 and history
+    (C, B, n - 1) may be None. Returns y like v, the state after the last whole chunk (C, B, N) fp32, and the states
+    before each super-chunk (C, B, supers, N) fp32, which the backward starts from.
+    """
+    block = block or Config()
+    channels, batch, length = v.shape
+    heads, n = decay.shape
+    modes = n // 2
+    supers = triton.cdiv(length, CHUNK * block.columns)
+    taps, read, write, decay = (x.contiguous() for x in (taps, read, write, decay))
+    y = torch.empty_like(v)
+    final = torch.empty(channels, batch, n, dtype=torch.float32, device=v.device)
+    starts = torch.empty(channels, batch, supers, n, dtype=torch.float32, device=v.device)
+    scan_fwd_kernel[(channels, batch, 1)](
+        q, k, v, y, shift_taps, taps, read, write, decay, initial, history, None, None, None,
+        final, starts, batch, length, channels // heads, modes,
+        0 if shift_taps is None else shift_taps.shape[1], supers,
+        CHUNK=CHUNK, COLUMNS=block.columns, MODES=max(16, triton.next_power_of_2(modes)), DOT=_DOT[v.dtype],
+        SHIFT=shift_taps is not None, GATE=q is not None, INITIAL=initial is not None, HISTORY=history is not None,
+        DOCUMENTS=documents is not None, OUTPUT=True, STARTS=True, num_warps=block.warps, num_stages=block.stages,
+    )  # fmt: skip
+    return y, final, starts
