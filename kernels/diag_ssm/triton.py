@@ -16,12 +16,16 @@ Legend: C channels, H kernels of C / H channels each, B rows, L tokens, Q = 64 t
 Sources: Fu et al. 2022 (H3), section 4; Dao and Gu 2024 (SSD), section 6; Blelloch 1990 for the scan.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .documents import Chunks
 
 CHUNK = 64
 """Tokens per chunk: the shortest side that wgmma takes, and as many taps as H3's shift filter has."""
@@ -81,7 +85,7 @@ def scan_fwd_kernel(
     FINAL_, STARTS_, batch, length, group, modes, shift_taps, segment_supers,
     CHUNK: tl.constexpr, COLUMNS: tl.constexpr, MODES: tl.constexpr, DOT: tl.constexpr, SHIFT: tl.constexpr,
     GATE: tl.constexpr, INITIAL: tl.constexpr, HISTORY: tl.constexpr, DOCUMENTS: tl.constexpr,
-    OUTPUT: tl.constexpr, STARTS: tl.constexpr,
+    OUTPUT: tl.constexpr,
 ):  # fmt: skip
     """Grid (channels, batch, segments). Without OUTPUT only the state after each segment is computed."""
     channel, b, segment = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
@@ -108,41 +112,86 @@ def scan_fwd_kernel(
         state_re, state_im = load_state(INITIAL_ + at_segment, modes, MODES)
 
     for n in range(segment * segment_supers, tl.minimum((segment + 1) * segment_supers, supers)):
-        if STARTS:
+        if OUTPUT:
             store_state(STARTS_ + (row * supers + n) * 2 * modes, state_re, state_im, modes, MODES)
         chunk = n * COLUMNS + c
         token = chunk[None, :] * CHUNK + i[:, None]
+        before = token - CHUNK
         inside = token < length
+        came_before = (before >= 0) & (before < length)
         v = tl.load(V_ + base + token, mask=inside, other=0.0)
+        if DOCUMENTS:
+            numbers = RELATIVE_ + b.to(tl.int64) * length
+            number = tl.load(numbers + token, mask=inside, other=0).to(tl.int32)
+            end = tl.minimum(chunk * CHUNK + CHUNK, length) - 1
+            end_number = tl.load(numbers + end, mask=chunk * CHUNK < length, other=0).to(tl.int32)[None, :]
+            chunks = tl.cdiv(length, CHUNK)
+            continues = (tl.load(CONTINUES_ + b.to(tl.int64) * chunks + chunk, mask=chunk < chunks, other=0) != 0)[None, :]
+            from_before = continues & (number == 0)
+            most = tl.load(MOST_ + b.to(tl.int64) * supers + n)
         if SHIFT:
-            before = token - CHUNK
             k = tl.load(K_ + base + token, mask=inside, other=0.0)
-            k_before = tl.load(K_ + base + before, mask=(before >= 0) & (before < length), other=0.0)
+            k_before = tl.load(K_ + base + before, mask=came_before, other=0.0)
             if HISTORY:
                 past = before + shift_taps - 1
                 at = HISTORY_ + row * (shift_taps - 1) + past
-                k_before += tl.load(at, mask=(before < 0) & (past >= 0), other=0.0).to(k_before.dtype)
-            shifted = tl.dot(shift_lower, k, input_precision="ieee")
-            shifted = tl.dot(shift_upper, k_before, shifted, input_precision="ieee")
-            z = (shifted * v.to(tl.float32)).to(DOT)
+                earlier = tl.load(at, mask=(before < 0) & (past >= 0), other=0.0).to(k_before.dtype)
+                k_before = tl.where(before < 0, earlier, k_before)
+            if DOCUMENTS:
+                # Of the chunk before, only its last document can go on here.
+                before_number = tl.load(numbers + before, mask=came_before, other=0).to(tl.int32)
+                began = (chunk > 0) & (chunk * CHUNK <= length)
+                before_end = tl.load(numbers + chunk * CHUNK - 1, mask=began, other=0).to(tl.int32)[None, :]
+                k_before = tl.where(before_number == before_end, k_before, 0.0)
+            shifted = tl.dot(shift_upper, k_before, input_precision="ieee")
+        if DOCUMENTS:
+            if SHIFT:
+                shifted = tl.where(from_before, shifted, 0.0)
+            z = tl.zeros([CHUNK, COLUMNS], DOT)
+            y = tl.zeros([CHUNK, COLUMNS], tl.float32)
+            for document in range(0, most + 1):
+                here = number == document
+                if SHIFT:
+                    own = tl.dot(shift_lower, tl.where(here, k, 0.0), shifted, input_precision="ieee")
+                    part = tl.where(here, own * v.to(tl.float32), 0.0).to(DOT)
+                else:
+                    part = tl.where(here, v, 0.0)
+                z = tl.where(here, part, z)
+                if OUTPUT:
+                    y += tl.where(here, tl.dot(toeplitz, part, input_precision="ieee"), 0.0)
+            ending = tl.where(number == end_number, z, 0.0)
         else:
-            z = v
-        x_re = tl.dot(write_re, z, input_precision="ieee")
-        x_im = tl.dot(write_im, z, input_precision="ieee")
+            if SHIFT:
+                shifted = tl.dot(shift_lower, k, shifted, input_precision="ieee")
+                z = (shifted * v.to(tl.float32)).to(DOT)
+            else:
+                z = v
+            ending = z
+            if OUTPUT:
+                y = tl.dot(toeplitz, z, input_precision="ieee")
+        x_re = tl.dot(write_re, ending, input_precision="ieee")
+        x_im = tl.dot(write_im, ending, input_precision="ieee")
         a_re = tl.broadcast_to(decay_re[:, None], [MODES, COLUMNS])
         a_im = tl.broadcast_to(decay_im[:, None], [MODES, COLUMNS])
+        if DOCUMENTS:
+            passes = continues & (end_number == 0)
+            a_re, a_im = tl.where(passes, a_re, 0.0), tl.where(passes, a_im, 0.0)
         # The carried state enters the first column's update; scanning then gives the state after every chunk.
-        x_re, x_im = (
-            tl.where(first, x_re + a_re * state_re[:, None] - a_im * state_im[:, None], x_re),
-            tl.where(first, x_im + a_re * state_im[:, None] + a_im * state_re[:, None], x_im),
-        )
+        add_re = a_re * state_re[:, None] - a_im * state_im[:, None]
+        add_im = a_re * state_im[:, None] + a_im * state_re[:, None]
+        x_re = tl.where(first, x_re + add_re, x_re)
+        x_im = tl.where(first, x_im + add_im, x_im)
         a_re, a_im, x_re, x_im = tl.associative_scan((a_re, a_im, x_re, x_im), 1, compose)
         if OUTPUT:
             p_re = tl.where(first, state_re[:, None], tl.gather(x_re, previous, 1)).to(DOT)
             p_im = tl.where(first, state_im[:, None], tl.gather(x_im, previous, 1)).to(DOT)
-            y = tl.dot(toeplitz, z, input_precision="ieee")
-            y = tl.dot(read_re, p_re, y, input_precision="ieee")
-            y = tl.dot(read_im, p_im, y, input_precision="ieee")
+            if DOCUMENTS:
+                carried = tl.dot(read_re, p_re, input_precision="ieee")
+                carried = tl.dot(read_im, p_im, carried, input_precision="ieee")
+                y += tl.where(from_before, carried, 0.0)
+            else:
+                y = tl.dot(read_re, p_re, y, input_precision="ieee")
+                y = tl.dot(read_im, p_im, y, input_precision="ieee")
             if GATE:
                 y *= tl.load(Q_ + base + token, mask=inside, other=0.0).to(tl.float32)
             tl.store(Y_ + base + token, y.to(Y_.dtype.element_ty), mask=inside)
@@ -165,6 +214,26 @@ class Config:
 
 
 _DOT = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+PROGRAMS_AT_ONCE = 4
+"""Programs of the forward that share a multiprocessor, by their registers."""
+MOST_SEGMENTS = 64
+
+
+def choose_config(dtype: torch.dtype, modes: int) -> Config:
+    """The cut for an input dtype and a number of modes: more warps where tiles would not fit the registers."""
+    wide = modes > 32 or dtype == torch.float32
+    return Config(warps=8 if wide else 4)
+
+
+def choose_segments(programs: int, supers: int, multiprocessors: int) -> int:
+    """Pieces that a row of `supers` super-chunks is cut into, so that few rows still occupy the device.
+
+    A cut row is read twice, once for its states alone, so cutting pays where it more than doubles the programs at
+    work; a segment shorter than four super-chunks would spend its time on loading operators.
+    """
+    places = PROGRAMS_AT_ONCE * multiprocessors
+    pieces = min(places // programs, supers // 4, MOST_SEGMENTS)
+    return pieces if pieces > 2 else 1
 
 
 def scan_forward(
@@ -178,7 +247,7 @@ def scan_forward(
     decay: Tensor,
     initial: Tensor | None,
     history: Tensor | None,
-    documents=None,
+    documents: Chunks | None = None,
     *,
     block: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -186,24 +255,86 @@ def scan_forward(
 
     q, k, v: (C, B, L) contiguous, one dtype of fp32, fp16, bf16; operators fp32 as `_ChunkOperators` makes them:
     shift_taps (C, n <= 64), taps (H, 64), read and write (H, 64, N), decay (H, N). initial (C, B, N) fp32 and history
-    (C, B, n - 1) may be None. Returns y like v, the state after the last whole chunk (C, B, N) fp32, and the states
-    before each super-chunk (C, B, supers, N) fp32, which the backward starts from.
+    (C, B, n - 1) may be None. documents: from `find_chunks` with this block's columns.
+
+    Returns y like v, the state after the last whole chunk (C, B, N) fp32, and the states before each super-chunk
+    (C, B, supers, N) fp32, from which the backward recomputes the others.
     """
-    block = block or Config()
+    modes = decay.shape[1] // 2
+    block = block or choose_config(v.dtype, modes)
     channels, batch, length = v.shape
-    heads, n = decay.shape
-    modes = n // 2
     supers = triton.cdiv(length, CHUNK * block.columns)
+    segments = block.segments or choose_segments(channels * batch, supers, _multiprocessors(v.device))
+    piece = triton.cdiv(supers, segments)
+    segments = triton.cdiv(supers, piece)
     taps, read, write, decay = (x.contiguous() for x in (taps, read, write, decay))
+    shift_taps, initial, history = (None if x is None else x.contiguous() for x in (shift_taps, initial, history))
+    state = (channels, batch, 2 * modes)
     y = torch.empty_like(v)
-    final = torch.empty(channels, batch, n, dtype=torch.float32, device=v.device)
-    starts = torch.empty(channels, batch, supers, n, dtype=torch.float32, device=v.device)
-    scan_fwd_kernel[(channels, batch, 1)](
-        q, k, v, y, shift_taps, taps, read, write, decay, initial, history, None, None, None,
-        final, starts, batch, length, channels // heads, modes,
-        0 if shift_taps is None else shift_taps.shape[1], supers,
-        CHUNK=CHUNK, COLUMNS=block.columns, MODES=max(16, triton.next_power_of_2(modes)), DOT=_DOT[v.dtype],
-        SHIFT=shift_taps is not None, GATE=q is not None, INITIAL=initial is not None, HISTORY=history is not None,
-        DOCUMENTS=documents is not None, OUTPUT=True, STARTS=True, num_warps=block.warps, num_stages=block.stages,
-    )  # fmt: skip
-    return y, final, starts
+    starts = v.new_empty((channels, batch, supers, 2 * modes), dtype=torch.float32)
+    assert v.is_contiguous() and block.columns >= 16
+    assert documents is None or documents.most.shape[1] == supers
+
+    def launch(pieces: int, before: Tensor | None, output: bool) -> Tensor:
+        final = v.new_empty((channels, batch, pieces, 2 * modes), dtype=torch.float32)
+        scan_fwd_kernel[(channels, batch, pieces)](
+            q, k, v, y, shift_taps, taps, read, write, decay, before, history,
+            *((None, None, None) if documents is None else (documents.relative, documents.continues, documents.most)),
+            final, starts, batch, length, channels // decay.shape[0], modes,
+            0 if shift_taps is None else shift_taps.shape[1], piece,
+            CHUNK=CHUNK, COLUMNS=block.columns, MODES=padded_modes(modes), DOT=_DOT[v.dtype],
+            SHIFT=shift_taps is not None, GATE=q is not None, INITIAL=before is not None,
+            HISTORY=history is not None and history.shape[2] > 0, DOCUMENTS=documents is not None, OUTPUT=output,
+            num_warps=block.warps, num_stages=block.stages,
+        )  # fmt: skip
+        return final
+
+    if segments > 1:
+        chunks = piece * block.columns
+        unbroken = None if documents is None else documents.unbroken
+        initial = segment_states(launch(segments - 1, None, False), decay, chunks, initial, unbroken)
+    return y, launch(segments, initial, True)[:, :, -1].view(state), starts
+
+
+def padded_modes(modes: int) -> int:
+    """Modes as a side of a tile: a power of two, at least the 16 that tensor cores take."""
+    return max(16, triton.next_power_of_2(modes))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def segment_states(
+    local: Tensor, decay: Tensor, chunks: int, initial: Tensor | None, unbroken: Tensor | None
+) -> Tensor:
+    """The state before each segment, (C, B, S, N), from what each segment but the last adds, local (C, B, S - 1, N).
+
+    decay (H, N) over one chunk, `chunks` of them a segment; initial (C, B, N) or None; unbroken (B, chunks of the
+    row) or None. Log2(S) steps, each composing every segment with the one 1, 2, 4, ... before it.
+    """
+    channels, batch, _, n = local.shape
+    first = local.new_zeros(channels, batch, 1, n) if initial is None else initial[:, :, None]
+    x = torch.view_as_complex(torch.cat([first, local], 2).unflatten(3, (n // 2, 2)))
+    rate = _power(torch.view_as_complex(decay.double().unflatten(1, (n // 2, 2))), chunks).to(x.dtype)
+    rate = rate.repeat_interleave(channels // decay.shape[0], 0)[:, None, None].expand(-1, -1, x.shape[2], -1)
+    if unbroken is not None:
+        whole = unbroken[:, : chunks * (x.shape[2] - 1)].unflatten(1, (x.shape[2] - 1, chunks)).all(2)
+        rate = rate * F.pad(whole, (1, 0))[None, :, :, None]
+    step = 1
+    while step < x.shape[2]:
+        x = torch.cat([x[:, :, :step], x[:, :, step:] + rate[:, :, step:] * x[:, :, :-step]], 2)
+        rate = torch.cat([rate[:, :, :step], rate[:, :, step:] * rate[:, :, :-step]], 2)
+        step *= 2
+    return torch.view_as_real(x).flatten(3)
+
+
+def _power(x: Tensor, exponent: int) -> Tensor:
+    """x ** exponent by squaring; torch's complex power is not defined at zero, where a strong decay underflows to."""
+    result = torch.ones_like(x)
+    while exponent:
+        if exponent & 1:
+            result = result * x
+        x, exponent = x * x, exponent >> 1
+    return result
