@@ -21,7 +21,7 @@ LEARNING_LIMIT ?= 180
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup demo corpora test unit distributed kernels resume learning check format wheel clean
+.PHONY: help setup demo corpora test unit distributed kernels gpu resume learning check format wheel clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -85,6 +85,10 @@ distributed: $(VENV)/.development ## tests that start several gloo ranks
 
 kernels: $(VENV)/.development ## operations against their reference
 	$(call pytest,kernels and not (distributed or resume),$(KERNELS_LIMIT))
+
+# For a bare GPU machine: its own python3 with torch, triton and pytest, no $(VENV), nothing fetched. Not part of the tests.
+gpu: ## test and time the kernels on this machine's GPU, with its own python3 (8 minutes at most)
+	@PYTHONPATH=$(CURDIR)/.typing $(PYTHON) -m potamos.kernels.bench
 
 resume: $(VENV)/.development ## killed runs continue, bit for bit
 	$(call pytest,resume,$(RESUME_LIMIT))

@@ -97,8 +97,7 @@ def compile_all(
     Raises CompilationError where Triton is missing or a module cannot be listed. A kernel that does not compile is a
     reading with `error` set.
     """
-    if importlib.util.find_spec("triton") is None:
-        raise CompilationError("triton is not installed: pip install 'triton>=3.6' (Linux only)")
+    require_triton()
     command = [sys.executable, "-m", "potamos.kernels.triton_aot", "--targets", *targets, "--only", only]
     command += ["--workers", str(workers or os.cpu_count() or 1), "--cache", str(cache or default_cache())]
     command += ["--sources", *sources]
@@ -118,6 +117,12 @@ def compile_all(
     if process.returncode != 0:
         raise CompilationError(f"ahead-of-time compilation ended with status {process.returncode}: {complaint[-2000:]}")
     return sorted(readings, key=lambda r: (targets.index(r.target), r.name))
+
+
+def require_triton() -> None:
+    """Raises CompilationError where Triton is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        raise CompilationError("triton is not installed: pip install 'triton>=3.6' (Linux only)")
 
 
 def default_cache() -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import importlib.metadata
+import importlib.util
 import os
 import subprocess
 import sys
@@ -17,11 +18,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .aot import SHARED_LIMIT, SOURCES, TARGETS, Reading, compile_all
+from .aot import SHARED_LIMIT, SOURCES, TARGETS, Reading, compile_all, require_triton
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 TESTS = ROOT / "tests" / "kernels" / "triton"
+
+
+class MissingToolError(ValueError):
+    """Something outside this package is needed and not installed."""
 
 
 @dataclass(frozen=True)
@@ -100,17 +105,29 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     os.replace(half, path)
 
 
-def run_tests(*, native: bool, tests: Path = TESTS) -> bool:
+def run_tests(*, native: bool, tests: Path = TESTS, seconds: float | None = None) -> bool:
     """The tests of the Triton kernels: `native` compiles them for this machine's GPU, else they are interpreted.
 
     In a checkout they are `tests/kernels/triton`, run by this Python's pytest; an installed package has `selftest`.
+    Tests that take longer than `seconds` have failed. Raises MissingToolError where pytest is needed and missing.
     """
     environment = {**os.environ, "TRITON_INTERPRET": "0" if native else "1"}
     if not tests.is_dir():
         command = [sys.executable, "-m", "potamos.kernels.selftest"]
-        return subprocess.run(command, env=environment, stdin=subprocess.DEVNULL).returncode == 0
-    command = [sys.executable, "-c", "import sys, pytest; sys.exit(pytest.main())", str(tests), "-q"]
-    done = subprocess.run(command, env=environment, cwd=ROOT, stdin=subprocess.DEVNULL)
+    elif importlib.util.find_spec("pytest") is None:
+        raise MissingToolError(
+            f"{sys.executable} has no pytest: install it, or carry the wheels of pytest, pluggy, iniconfig, packaging, "
+            "pygments (pure Python)"
+        )
+    else:
+        # Tests make their tensors on the default device, which is the one that the kernels run on.
+        device = "import torch; torch.set_default_device('cuda'); " if native else ""
+        script = f"{device}import sys, pytest; sys.exit(pytest.main())"
+        command = [sys.executable, "-c", script, str(tests), "-q"]
+    try:
+        done = subprocess.run(command, env=environment, cwd=ROOT, stdin=subprocess.DEVNULL, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return False
     return done.returncode == 0
 
 
@@ -129,6 +146,7 @@ def check(
     only: compile the configurations whose names contain it. out: the CSV file to write; none where `only` is given.
     Returns the exit status: 0, or 1 if anything failed. Raises CompilationError where Triton is missing.
     """
+    require_triton()
     failed = False
     if tests and not run_tests(native=False):
         say("the kernels' tests FAILED in the interpreter")
