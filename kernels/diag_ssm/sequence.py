@@ -2,7 +2,7 @@
 
 A linear recurrence from any state is the sum of two responses: that of its inputs from a zero state, and that of the
 state with zero inputs. So every slice runs by itself (`diag_ssm_local`), the states at all borders follow from one
-number per mode and slice (`combine`), and what the incoming state adds to the outputs is added last (`diag_ssm_correct`):
+number per mode and slice (`combine`), and what the incoming state adds to the outputs comes last (`diag_ssm_correct`):
 
     y, end, transition = diag_ssm_local(u, diag, ...)        each slice, at once
     states = combine(all ends, all transitions)              after one exchange of O(state) numbers
@@ -132,7 +132,7 @@ def transition(
 ) -> Tensor:
     """Abar^length, or zero in the rows where a document starts inside the slice: (batch, H, M, 2)."""
     a_bar, _, _ = discretise(diag)
-    power = torch.view_as_real(a_bar**length).to(dtype).expand(batch, -1, -1, -1)
+    power = torch.view_as_real(_power(a_bar, length)).to(dtype).expand(batch, -1, -1, -1)
     if document_ids is None:
         return power
     whole = _continues(document_ids, before)[:, -1]
@@ -163,7 +163,7 @@ def zero_input_response(diag: Diagonal, modes: Tensor, length: int) -> Tensor:
     chunk = min(CHUNK, length)
     count = -(-length // chunk)
     complex_dtype = torch.complex128 if modes.dtype == torch.float64 else torch.complex64
-    decays = _powers(a_bar**chunk, count).to(complex_dtype)
+    decays = _powers(_power(a_bar, chunk), count).to(complex_dtype)
     starts = decays[:, None] * torch.view_as_complex(modes.contiguous())[:, :, None]
     read = (_powers(a_bar, chunk) * (2 * c * a_bar)[:, None]).conj().to(complex_dtype)
     # Re(x y) is the dot product of (Re x, Im x) with those of conj(y).
@@ -180,3 +180,13 @@ def _powers(base: Tensor, count: int) -> Tensor:
         table = torch.cat([table, table * multiplier[:, None]], 1)
         multiplier = multiplier * multiplier
     return table[:, :count]
+
+
+def _power(base: Tensor, exponent: int) -> Tensor:
+    """base^exponent by squaring: torch's complex power and its gradient are not defined at zero."""
+    result = torch.ones_like(base)
+    while exponent:
+        if exponent & 1:
+            result = result * base
+        base, exponent = base * base, exponent >> 1
+    return result

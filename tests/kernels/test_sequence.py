@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -23,6 +24,14 @@ from potamos.kernels.flash_conv import H3State, h3_mix
 from potamos.kernels.flash_conv.sequence import h3_mix_correct, h3_mix_local, halo_tail
 
 NAMES = ("log_dt", "log_a", "b", "B", "C")
+
+
+def diagonal(values: dict[str, Tensor]) -> Diagonal:
+    return Diagonal(*(values[name] for name in NAMES), rule="bilinear")
+
+
+def inputs(values: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    return values["q"], values["k"], values["v"]
 
 
 def leaf(*shape: int, scale: float = 1.0) -> Tensor:
@@ -59,18 +68,24 @@ def project(outputs: list[Tensor]) -> Tensor:
 
 def in_slices(values: dict[str, Tensor], ids: Tensor | None, state: H3State, count: int, head_dim: int):
     """The whole of `h3_mix` from `count` slices as rows of one batch."""
-    diag = Diagonal(**{n: values[n] for n in NAMES})
+    diag = diagonal(values)
     taps = values["shift"].shape[1]
     reach = max(1, taps - 1)
     q, k, v = (fold(values[name], count) for name in "qkv")
     first = torch.nn.functional.pad(state.shift, (reach - taps + 1, 0))
     before = halos(by_slice(halo_tail(k, taps), count), first)
-    rest, first_ids = {}, state.document[:, None].expand(-1, reach)
+    rest: dict[str, Any] = {}
+    first_ids = state.document[:, None].expand(-1, reach)
     if ids is not None:
         rows = fold(ids, count)
         before_ids = by_row(halos(by_slice(halo_tail(rows, taps), count), first_ids)[:-1])
         rest = {"document_ids": rows, "before_ids": before_ids}
-    kernel = {"d_k": values["d_k"], "d": values["d"], "before_k": by_row(before[:-1]), "head_dim": head_dim}
+    kernel: dict[str, Any] = {
+        "d_k": values["d_k"],
+        "d": values["d"],
+        "before_k": by_row(before[:-1]),
+        "head_dim": head_dim,
+    }
     y, end, transition = h3_mix_local(q, k, v, values["shift"], diag, **kernel, **rest)
     states = combine(by_slice(end, count), by_slice(transition, count), state.diag)
     y = h3_mix_correct(y, q, diag, by_row(states[:-1]), head_dim=head_dim, **rest)
@@ -90,9 +105,9 @@ def test_h3_in_slices_is_h3(count, length, head_dim, taps, with_documents, make_
     state = H3State(shift, modes, torch.tensor([0, 0, 7], dtype=torch.int32))
     ids = documents(3, length, list(range(length // count, length, length // count))) if with_documents else None
     wrt = values | {"state.diag": modes} | ({"state.shift": shift} if taps > 1 else {})
-    diag = Diagonal(**{n: values[n] for n in NAMES})
-    rest = {"d_k": values["d_k"], "d": values["d"], "head_dim": head_dim}
-    want, after = h3_mix(*(values[n] for n in "qkv"), values["shift"], diag, **rest, document_ids=ids, state=state)
+    diag = diagonal(values)
+    rest: dict[str, Any] = {"d_k": values["d_k"], "d": values["d"], "head_dim": head_dim}
+    want, after = h3_mix(*inputs(values), values["shift"], diag, **rest, document_ids=ids, state=state)
     got, last = in_slices(values, ids, state, count, head_dim)
     assert_close(got, want, 1e-10, "y")
     assert_close(last, after.diag, 1e-10, "state")
@@ -111,7 +126,7 @@ def test_diag_ssm_in_slices_of_any_length(group, make_diagonal, assert_close):
     ids = documents(3, cuts[-1], cuts[1:-1])
     state = DiagState(modes, torch.tensor([0, 0, 7], dtype=torch.int32))
     want, after = diag_ssm(u, diag, d=d, document_ids=ids, state=state)
-    spans = [slice(begin, end) for begin, end in zip(cuts, cuts[1:], strict=False)]
+    spans = [slice(begin, end) for begin, end in itertools.pairwise(cuts)]
     before = [state.document] + [ids[:, span.stop - 1] for span in spans[:-1]]
     parts = [
         diag_ssm_local(u[..., span], diag, d=d, document_ids=ids[:, span], before=b)
@@ -141,8 +156,8 @@ def test_low_precision_slices(dtype, make_diagonal, assert_close):
     state = H3State(torch.zeros(2, 3, 63), torch.zeros(2, 3, 1, 4, 2), torch.zeros(2).int())
     got, last = in_slices(values, None, state, 4, 1)
     wide = {name: value.double() for name, value in values.items()}
-    diag = Diagonal(**{n: wide[n] for n in NAMES})
-    want, after = h3_mix(*(wide[n] for n in "qkv"), wide["shift"], diag, d_k=wide["d_k"], d=wide["d"])
+    diag = diagonal(wide)
+    want, after = h3_mix(*inputs(wide), wide["shift"], diag, d_k=wide["d_k"], d=wide["d"])
     assert got.dtype == dtype
     assert last.dtype == torch.float32
     assert_close(got, want, 1e-6 if dtype == torch.float32 else 5e-3, "y")
@@ -154,9 +169,9 @@ def test_the_comparison_refuses_what_can_go_wrong_between_slices(make_diagonal, 
     values = h3_case(2, 3, 180, 1, 64, make_diagonal)
     ids = documents(3, 180, [45, 90, 135])
     state = H3State(torch.zeros(3, 2, 63).double(), torch.zeros(3, 2, 1, 4, 2).double(), torch.zeros(3).int())
-    diag = Diagonal(**{n: values[n] for n in NAMES})
-    rest = {"d_k": values["d_k"], "d": values["d"]}
-    want, _ = h3_mix(*(values[n] for n in "qkv"), values["shift"], diag, **rest, document_ids=ids, state=state)
+    diag = diagonal(values)
+    rest: dict[str, Any] = {"d_k": values["d_k"], "d": values["d"]}
+    want, _ = h3_mix(*inputs(values), values["shift"], diag, **rest, document_ids=ids, state=state)
     assert_close(in_slices(values, ids, state, 4, 1)[0], want, 1e-10)
     here = globals()
     real_halos, real_combine, real_local = halos, combine, h3_mix_local
@@ -209,13 +224,12 @@ def test_fold_is_a_view_of_channel_major_memory():
 
 def test_bad_arguments_are_named(make_diagonal):
     values = h3_case(2, 1, 12, 1, 4, make_diagonal)
-    diag = Diagonal(**{n: values[n] for n in NAMES})
-    rest = {"d_k": values["d_k"], "d": values["d"]}
-    inputs = [values[n] for n in "qkv"]
+    diag = diagonal(values)
+    rest: dict[str, Any] = {"d_k": values["d_k"], "d": values["d"]}
     ids = torch.zeros(1, 12).int()
     with pytest.raises(ValueError, match="4 taps need 3"):
-        h3_mix_local(*inputs, values["shift"], diag, **rest, before_k=torch.zeros(1, 2, 2))
+        h3_mix_local(*inputs(values), values["shift"], diag, **rest, before_k=torch.zeros(1, 2, 2))
     with pytest.raises(ValueError, match="before_ids of at least 3"):
-        h3_mix_local(*inputs, values["shift"], diag, **rest, before_k=torch.zeros(1, 2, 3), document_ids=ids)
+        h3_mix_local(*inputs(values), values["shift"], diag, **rest, before_k=torch.zeros(1, 2, 3), document_ids=ids)
     with pytest.raises(ValueError, match="before="):
         diag_ssm_local(values["q"], diag, d=None, document_ids=ids)

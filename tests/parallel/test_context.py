@@ -51,6 +51,14 @@ def make_values(length: int, head_dim: int, taps: int) -> dict[str, Tensor]:
     return {name: value.requires_grad_() for name, value in values.items()}
 
 
+def diagonal(values: dict[str, Tensor]) -> Diagonal:
+    return Diagonal(*(values[name] for name in NAMES), rule="bilinear")
+
+
+def inputs(values: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    return values["q"], values["k"], values["v"]
+
+
 def make_documents(length: int, step: int) -> Tensor:
     """Row 0: one document over all slices; row 1: documents that begin at slices' borders and beside them; row 2:
     documents of about half a slice."""
@@ -68,18 +76,18 @@ def loss_weights(length: int, channels: int) -> Tensor:
 def spread_h3(values: dict[str, Tensor], ids: Tensor | None, slices: Slices, head_dim: int) -> Tensor:
     """One rank's share of `h3_mix`: two exchanges, the halo's and the states'."""
     held, count = slices.held, len(slices.held)
-    diag, taps = Diagonal(**{n: values[n] for n in NAMES}), values["shift"].shape[1]
+    diag, taps = diagonal(values), values["shift"].shape[1]
     q, k, v = (fold(values[name], count) for name in "qkv")
     reach = max(1, taps - 1)
     (tails,) = slices.gather(by_slice(halo_tail(k, taps), count))
     before_k = by_row(halos(tails, k.new_zeros(BATCH, k.shape[1], reach))[held])
-    rest = {}
+    rest: dict[str, Any] = {}
     if ids is not None:
         rows = fold(ids, count)
         (tails,) = slices.gather(by_slice(halo_tail(rows, taps), count))
         before_ids = by_row(halos(tails, rows.new_full((BATCH, reach), -1))[held])
         rest = {"document_ids": rows, "before_ids": before_ids}
-    kernel = {"d_k": values["d_k"], "d": values["d"], "before_k": before_k, "head_dim": head_dim}
+    kernel: dict[str, Any] = {"d_k": values["d_k"], "d": values["d"], "before_k": before_k, "head_dim": head_dim}
     y, end, transition = h3_mix_local(q, k, v, values["shift"], diag, **kernel, **rest)
     states = combine(*slices.gather(by_slice(end, count), by_slice(transition, count)))
     return unfold(h3_mix_correct(y, q, diag, by_row(states[held]), head_dim=head_dim, **rest), count)
@@ -113,9 +121,9 @@ def test_h3_over_ranks_is_h3(order, world, head_dim, taps, step, packed, run_ran
     values = make_values(length, head_dim, taps)
     ids = make_documents(length, step) if packed else None
     weights = loss_weights(length, HEADS * head_dim)
-    diag = Diagonal(**{n: values[n] for n in NAMES})
-    rest = {"d_k": values["d_k"], "d": values["d"], "head_dim": head_dim}
-    want, _ = h3_mix(*(values[n] for n in "qkv"), values["shift"], diag, **rest, document_ids=ids)
+    diag = diagonal(values)
+    rest: dict[str, Any] = {"d_k": values["d_k"], "d": values["d"], "head_dim": head_dim}
+    want, _ = h3_mix(*inputs(values), values["shift"], diag, **rest, document_ids=ids)
     expected = dict(zip(values, torch.autograd.grad((want * weights).sum(), list(values.values())), strict=True))
 
     def work(rank: int, world: int) -> Any:
@@ -143,7 +151,7 @@ def test_the_gradient_of_a_state_reaches_earlier_ranks(run_ranks):
     def work(rank: int, world: int) -> Any:
         torch.manual_seed(0)
         values = make_values(8 * world, 1, 1)
-        diag = Diagonal(**{n: values[n] for n in NAMES})
+        diag = diagonal(values)
         u = share(values["k"], "contiguous", rank, world).requires_grad_()
         y, end, transition = diag_ssm_local(u, diag, d=None)
         states = combine(*gather_states(end, transition))
