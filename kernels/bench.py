@@ -67,7 +67,9 @@ def saved_over_inputs(run: Callable[[], Tensor], problem: Problem) -> float:
     return sum(kept.values()) / inputs
 
 
-def measure_cell(cell: Cell, form: str, clock: Clock, dtype: torch.dtype, least: int) -> Iterator[tuple[str, dict]]:
+def measure_cell(
+    cell: Cell, form: str, clock: Clock, dtype: torch.dtype, least: int, seconds: float
+) -> Iterator[tuple[str, dict]]:
     """(direction, columns) of one form of the mixer: "triton", "rfft" or "chunked". Empty columns: out of memory."""
     problem = Problem.draw(cell, clock.device, dtype)
     run, leaves = problem.rfft() if form == "rfft" else problem.mixer("torch" if form == "chunked" else form)
@@ -75,7 +77,7 @@ def measure_cell(cell: Cell, form: str, clock: Clock, dtype: torch.dtype, least:
         call = forward_only(run) if direction == FORWARD else both_ways(run, leaves, problem.grad)
         columns: dict[str, Any] = {}
         try:
-            timing: Timing = clock.measure(call, least=least)
+            timing: Timing = clock.measure(call, least=least, seconds=seconds)
             columns |= {f"{form}_ms": round(timing.median, 4), f"{form}_repeats": timing.repeats}
             if form == "triton":
                 columns |= {"triton_low_ms": round(timing.low, 4), "triton_high_ms": round(timing.high, 4)}
@@ -83,7 +85,7 @@ def measure_cell(cell: Cell, form: str, clock: Clock, dtype: torch.dtype, least:
                     columns["saved_over_inputs"] = round(saved_over_inputs(run, problem), 3)
                 replay = captured(call) if clock.device.type == "cuda" else None
                 if replay is not None:
-                    columns["triton_graph_ms"] = round(clock.measure(replay, least=least).median, 4)
+                    columns["triton_graph_ms"] = round(clock.measure(replay, least=least, seconds=seconds).median, 4)
             elif form == "rfft" and direction == FORWARD:
                 columns["error"] = f"{_difference(problem, forward_only(run)()):.2e}"
         except torch.OutOfMemoryError:
@@ -112,10 +114,11 @@ def time_cells(
     dtype: torch.dtype = torch.bfloat16,
     deadline: float = float("inf"),
     forms: dict[str, int] = FORMS,
+    seconds: float = 1.0,
     say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
     """One row per cell and direction. Past `deadline` (of `time.monotonic`) what is left stays empty; the fused form
-    is measured for every cell before the others begin."""
+    is measured for every cell before the others begin. Each median takes about `seconds`."""
     clock = Clock(device)
     copy = bandwidth(clock)
     say(f"copy {copy / 1e12:.2f} TB/s")
@@ -126,7 +129,7 @@ def time_cells(
                 say(f"{form}, {cell}: left out, the time is up")
                 continue
             try:
-                for direction, columns in measure_cell(cell, form, clock, dtype, least):
+                for direction, columns in measure_cell(cell, form, clock, dtype, least, seconds):
                     row = rows[cell, direction]
                     row.update(columns)
                     _ratios(row)

@@ -1,0 +1,311 @@
+"""The checks of the kernels themselves: what the ahead-of-time compiler reports, what is refused, what is timed."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from potamos.kernels import bench, check, goals
+from potamos.kernels.aot import SHARED_LIMIT, CompilationError, Reading, compile_all
+from potamos.kernels.bench_cases import Cell, Problem, long_kernel
+from potamos.kernels.check import Spill, findings
+from potamos.kernels.diag_ssm.parameters import discretise
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+SPECIMENS = """
+import triton
+import triton.language as tl
+from potamos.kernels.aot import Configuration
+
+@triton.jit
+def product(x, y, out, SIDE: tl.constexpr):
+    i, j = tl.arange(0, SIDE)[:, None], tl.arange(0, SIDE)[None, :]
+    tl.store(out + i * SIDE + j, tl.dot(tl.load(x + i * SIDE + j), tl.load(y + i * SIDE + j)))
+
+@triton.jit
+def hoard(x, out, COUNT: tl.constexpr):
+    i = tl.arange(0, 32)[:, None] * COUNT + tl.arange(0, COUNT)[None, :]
+    held = tl.load(x + i)
+    tl.store(out + i, tl.cumsum(held, 1) * held)
+
+@triton.jit
+def copy(x, out, n):
+    i = tl.program_id(0) * 256 + tl.arange(0, 256)
+    tl.store(out + i, tl.load(x + i, mask=i < n), mask=i < n)
+
+@triton.jit
+def wrong(x, out):
+    tl.store(out, tl.no_such_function(tl.load(x)))
+
+def configurations():
+    types = {"x": "*bf16", "y": "*bf16", "out": "*fp32"}
+    return [
+        Configuration("product", product, types, {"SIDE": 64}),
+        Configuration("hoard", hoard, {"x": "*fp32", "out": "*fp32"}, {"COUNT": 512}, num_warps=1, dtype="fp32"),
+        Configuration("copy", copy, {"x": "*bf16", "out": "*bf16", "n": "i32"}),
+        Configuration("wrong", wrong, {"x": "*fp32", "out": "*fp32"}, dtype="fp32"),
+    ]
+"""
+
+
+@pytest.fixture(scope="module")
+def specimens(tmp_path_factory) -> tuple[Path, Path, list[Reading]]:
+    """(source file, cache, readings for Hopper) of kernels whose faults are known."""
+    folder = tmp_path_factory.mktemp("specimens")
+    source = folder / "specimens.py"
+    source.write_text(SPECIMENS)
+    return source, folder / "cache", compile_all([str(source)], ["sm_90a"], cache=folder / "cache")
+
+
+def test_the_compiler_is_read(specimens):
+    """Tensor cores, spills and mistakes of kernels that are known to have them, and the sentence for each."""
+    _, _, readings = specimens
+    by_name = {reading.name: reading for reading in readings}
+    assert by_name["product"].wgmma > 0
+    assert by_name["product"].spill_stores == 0
+    assert 0 < by_name["product"].registers <= 255
+    assert by_name["product"].shared >= 64 * 64 * 2
+    # Every thread holds a row of 512 numbers, in 255 registers.
+    assert by_name["hoard"].spill_stores > 500
+    assert (by_name["copy"].wgmma, by_name["copy"].mma) == (0, 0)
+    assert "no_such_function" in by_name["wrong"].error
+    wrong = findings(readings)
+    assert [sentence.split(" (")[0] for sentence in wrong if "spills" in sentence] == ["hoard"]
+    assert "copy (sm_90a) uses no wgmma" in wrong
+    assert any(sentence.startswith("wrong (sm_90a) does not compile") for sentence in wrong)
+    assert not any(sentence.startswith("product (") for sentence in wrong)
+
+
+def test_readings_are_kept_per_source(specimens, tmp_path, monkeypatch):
+    source, cache, readings = specimens
+    kept = sorted(cache.iterdir())
+    assert len(kept) == 3  # what does not compile is tried again
+    # A kept reading is believed, so a changed file shows that nothing was compiled.
+    (mine,) = [path for path in kept if '"name": "copy"' in path.read_text()]
+    mine.write_text(mine.read_text().replace('"registers": ', '"registers": 9'))
+    before = next(reading.registers for reading in readings if reading.name == "copy")
+    (again,) = compile_all([str(source)], ["sm_90a"], only="copy", cache=cache)
+    assert again.registers == int(f"9{before}")
+    changed = tmp_path / "specimens.py"
+    changed.write_text(SPECIMENS.replace("tl.load(x + i, mask", "tl.load(x + 2 * i, mask"))
+    # The mode of the interpreter, which tests of kernels set, must not reach the compiler.
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    (fresh,) = compile_all([str(changed)], ["sm_90a"], only="copy", cache=cache)
+    assert 0 < fresh.registers <= 255
+    assert len(list(cache.iterdir())) == 4
+
+
+def test_a_module_that_is_not_there_is_named():
+    with pytest.raises(CompilationError, match="no_such_module"):
+        compile_all(["potamos.kernels.no_such_module"])
+
+
+GOOD = Reading("op forward bf16", "sm_90a", "bf16", True, 4, 2, 111, 0, 0, 50_000, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ({"error": "ValueError: no"}, "does not compile"),
+        ({"shared": SHARED_LIMIT["sm_90a"] + 1}, "shared memory"),
+        ({"shared": SHARED_LIMIT["sm_80"] + 1, "target": "sm_80"}, "shared memory"),
+        ({"spill_stores": 4}, "spills 4 bytes, above the 0 known"),
+        ({"wgmma": 0}, "no wgmma"),
+        ({"wgmma": 0, "dtype": "fp16"}, "no wgmma"),
+        ({"mma": 0, "wgmma": 0, "target": "sm_80"}, "no tensor cores"),
+    ],
+)
+def test_each_fault_is_found(fault, says):
+    assert findings([GOOD], {}) == []
+    (sentence,) = findings([GOOD, replace(GOOD, **fault)], {})
+    assert says in sentence
+
+
+def test_what_is_no_fault():
+    at_limit = [replace(GOOD, shared=SHARED_LIMIT["sm_90a"]), replace(GOOD, target="sm_80", wgmma=0, shared=166_912)]
+    assert findings(at_limit, {}) == []
+    assert findings([replace(GOOD, dtype="fp32", wgmma=0, mma=0)], {}) == []  # fp32 products use no tensor cores
+
+
+def test_known_spills_may_not_grow_nor_outlive_their_cause():
+    spills = {(GOOD.name, GOOD.target): Spill(100, "a reason")}
+    assert findings([replace(GOOD, spill_stores=100)], spills) == []
+    assert len(findings([replace(GOOD, spill_stores=101)], spills)) == 1
+    assert len(findings([GOOD], spills)) == 1
+    assert all(spill.bytes > 0 and spill.reason for spill in check.SPILLS.values())
+
+
+def test_check_ends_with_1_and_says_why(specimens, tmp_path, monkeypatch):
+    readings = specimens[2]
+    monkeypatch.setattr(check, "compile_all", lambda *a, only, **k: [r for r in readings if only in r.name])
+    said: list[str] = []
+
+    def run(**rest) -> int:
+        said.clear()
+        return check.check(say=said.append, **rest)
+
+    assert run(tests=False, out=tmp_path / "table.csv") == 1
+    assert sum(sentence.startswith("FAILED") for sentence in said) == 3
+    with (tmp_path / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4
+    assert all(row["triton"] and row["date"] for row in rows)
+    monkeypatch.setattr(check, "findings", lambda readings: [])
+    assert run(tests=False) == 0
+    monkeypatch.setattr(check, "run_tests", lambda native: False)
+    assert run() == 1
+    monkeypatch.setattr(check, "run_tests", lambda native: True)
+    assert run() == 0
+    assert run(only="no such name") == 1
+
+
+def test_run_tests_reports_failure_and_a_hang(tmp_path):
+    (tmp_path / "test_it.py").write_text(
+        "import os\ndef test_mode():\n    assert os.environ['TRITON_INTERPRET'] == '1'\n"
+    )
+    assert check.run_tests(native=False, tests=tmp_path)
+    (tmp_path / "test_it.py").write_text("def test_it():\n    assert False\n")
+    assert not check.run_tests(native=False, tests=tmp_path)
+    (tmp_path / "test_it.py").write_text("import time\ndef test_it():\n    time.sleep(60)\n")
+    assert not check.run_tests(native=False, tests=tmp_path, seconds=3)
+
+
+# --- timing -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, so nothing is refused")
+def test_without_a_gpu_bench_says_so_in_one_line():
+    done = subprocess.run(
+        [sys.executable, "-m", "potamos.kernels.bench"], capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert done.stderr == "error: no GPU that torch can use on this machine: nothing was tested or timed\n"
+
+
+def test_nothing_is_timed_when_a_test_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "gpu", lambda: torch.device("cpu"))
+    monkeypatch.setattr(bench, "run_tests", lambda native, seconds: False)
+    monkeypatch.setattr(bench, "time_cells", lambda *a, **k: pytest.fail("timed in spite of a failed test"))
+    said: list[str] = []
+    assert bench.bench(out=tmp_path, say=said.append) == 1
+    assert "FAILED" in said[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_cells_are_timed_in_both_directions():
+    cells = [Cell(4, 100, 2), Cell(2, 130, 1)]
+    device = torch.device("cpu")
+    forms = {"rfft": 1, "chunked": 1}
+    rows = bench.time_cells(cells, device, dtype=torch.float32, forms=forms, seconds=0.05, say=lambda _: None)
+    assert [(r["width"], r["length"], r["direction"]) for r in rows] == [
+        (cell.width, cell.length, way) for cell in cells for way in ("forward", "forward+backward")
+    ]
+    assert all(row["rfft_ms"] > 0 and row["chunked_ms"] > 0 and row["floor_ms"] >= 0 for row in rows)
+    assert all(float(row["error"]) < 1e-5 for row in rows[::2])
+    late = bench.time_cells(cells[:1], device, deadline=-math.inf, forms={"rfft": 1}, say=lambda _: None)
+    assert [row["rfft_ms"] for row in late] == ["", ""]
+
+
+def test_the_fft_form_computes_the_mixer(assert_close):
+    """Output and gradients of what the timings compare with; and that the comparison notices a shift by a token."""
+    problem = Problem.draw(Cell(3, 200, 2), torch.device("cpu"), torch.float32)
+    run, leaves = problem.rfft()
+    mixer, all_leaves = problem.mixer("torch")
+    y, want = run(), mixer()
+    assert_close(y, want, 1e-5)
+    with pytest.raises(AssertionError, match="relative rms"):
+        assert_close(y.roll(1, 2), want, 1e-5)
+    got = torch.autograd.grad(y, leaves, problem.grad)
+    reference = torch.autograd.grad(want, all_leaves, problem.grad)
+    for gradient, other in zip(got[:3], reference, strict=False):
+        assert_close(gradient, other, 1e-5)
+
+
+def test_the_long_kernel_is_the_sum_over_modes(assert_close):
+    diag = Problem.draw(Cell(2, 4, 1), torch.device("cpu"), torch.float32).diagonal()
+    a_bar, b_bar, c = (x.to(torch.complex128) for x in discretise(diag))
+    powers = a_bar[:, None] ** torch.arange(150)[None, :, None]
+    want = 2 * ((c * b_bar)[:, None] * powers).sum(-1).real
+    assert_close(long_kernel(diag, 150), want, 1e-5)
+
+
+def test_goals_are_answered_from_rows():
+    """A table at exactly 0.35 ms forward, 1 ms both ways, and torch's rfft at 3.6 ms and 4.9 ms."""
+    rows = []
+    for length in (1024 * 2**n for n in range(8)):
+        for direction, ours, theirs in (("forward", 0.35, 3.6), ("forward+backward", 1.0, 4.9)):
+            row = {
+                "width": 768,
+                "length": length,
+                "direction": direction,
+                "triton_ms": ours,
+                "over_rfft": theirs / ours,
+            }
+            rows.append({**row, "saved_over_inputs": 1.2})
+    rows.append({"width": 768, "length": 2**20, "direction": "forward", "triton_ms": 3.0, "over_rfft": ""})
+    answers = {row["criterion"]: row["reached"] for row in goals.answer(rows)}
+    assert answers["forward ms, L = 2K"] == "goal"
+    assert answers["forward, slowest / fastest of L = 1K..32K"] == "goal"
+    assert answers["forward, times faster than torch rfft, least of L = 1K..32K"] == "goal"
+    assert answers["forward+backward, times faster than torch rfft, least"] == "none"
+    assert answers["forward, times FlashFFTConv as published, L = 16K"] == "goal"  # 15.2 / 3.477 = 4.37
+    assert answers["forward+backward / forward, most of L = 1K..32K"] == "goal"
+    assert answers["saved for the backward / inputs"] == "must"
+    assert answers["tokens of the longest row"] == "goal"
+    assert all(row["measured"] == row["reached"] == "" for row in goals.answer([]))
+    without_4k = [row for row in rows if row["length"] != 4096]
+    assert {row["criterion"]: row["measured"] for row in goals.answer(without_4k)}[
+        "forward, slowest / fastest of L = 1K..32K"
+    ] == ""
+
+
+@pytest.mark.parametrize(
+    ("took", "memory", "tensor", "says"),
+    [(1.0, 0.7, 0.2, "by bytes"), (1.0, 0.2, 0.7, "by tensor cores"), (1.0, 0.3, 0.2, "latency")],
+)
+def test_what_limits(took, memory, tensor, says):
+    assert says in bench.limit(took, memory, tensor)
+
+
+# --- a bare GPU machine -----------------------------------------------------------------------------------------------
+
+
+def test_bench_imports_torch_and_the_standard_library_alone():
+    script = "import sys; before = set(sys.modules); import torch, triton; outside = set(sys.modules)\n"
+    script += "import potamos.kernels.bench; print(*sorted(set(sys.modules) - outside))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    ours = {name for name in done.stdout.split() if name.startswith("potamos.")}
+    assert {name.split(".")[1] for name in ours} == {"kernels"}
+    rest = {name.split(".")[0] for name in done.stdout.split()} - {
+        "potamos",
+        "torch",
+        "triton",
+        *sys.stdlib_module_names,
+    }
+    assert rest == set()
+
+
+def test_the_tests_of_the_gpu_import_only_what_its_image_has():
+    """tests/conftest.py and tests/kernels/triton are run on a machine with torch, triton, numpy and pytest."""
+    files = [ROOT / "tests" / "conftest.py", ROOT / "tests" / "harness.py", Path(__file__).with_name("conftest.py")]
+    files += sorted((ROOT / "tests" / "kernels" / "triton").glob("*.py"))
+    assert len(files) > 3
+    allowed = {"torch", "triton", "numpy", "pytest", *sys.stdlib_module_names}
+    for path in files:
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                room = name.split(".")[:2]
+                assert name.split(".")[0] in allowed or room == ["potamos", "kernels"], f"{path}: imports {name}"
