@@ -4,9 +4,12 @@ import torch
 from torch import Tensor
 
 from ..backend import Backend, resolve_backend
+from .operator import fused_long_conv
 from .reference import long_conv_reference
 
 __all__ = ["long_conv", "long_conv_reference"]
+
+AUTO_TAPS = 32_768
 
 
 def long_conv(
@@ -21,15 +24,25 @@ def long_conv(
     """y = post_gate * (causal_conv(x, kernel) + d x) with x = pre_gate * u.
 
     u and the gates: (batch, channel, length), any length; kernel: (channel, taps), tap 0 the current token, any number
-    of taps (those beyond the length have no effect); d: (channel). Returns u's shape and dtype; arithmetic is fp32
-    (fp64 for fp64 inputs), by real FFTs of at least length + taps - 1 points, so nothing wraps around.
+    of taps (those beyond the length have no effect); d: (channel). Returns u's shape and dtype.
+
+    backend: "torch" computes in fp32 (fp64 for fp64 inputs), by real FFTs of at least length + taps - 1 points, so
+    nothing wraps around; "triton" by block FFTs in one launch to 2048 tokens (fp32: 512) and in blocks of so many above
+    it, in fp32 for fp32 inputs and with products of fp16, block floating, for fp16 and bf16 (see `triton.py`). "auto"
+    is "triton" on CUDA devices, but not above 32,768 taps and tokens: the work on blocks grows with the square of their
+    number, and by its memory traffic a plain FFT is ahead from about there (computed, not measured).
 
     An FFT mixes all tokens: a later token changes an earlier output, and another document's token would change this
     one's, by rounding (about 1e-7 in fp32). Where exactly zero is needed use `diag_ssm`. No documents, therefore.
-    Raises ValueError for shapes that do not fit, BackendUnavailableError for backend="triton".
+    Raises ValueError for shapes that do not fit, BackendUnavailableError for backend="triton" where it cannot run: on
+    the CPU (except under TRITON_INTERPRET=1), for fp64, without Triton.
     """
-    resolve_backend(backend, "long_conv")
     _check(u, kernel, d, pre_gate, post_gate)
+    if _fused(u, kernel, backend):
+        taps = kernel[:, : u.shape[2]].float()
+        if d is not None:  # The skip is an addition to the tap of the current token.
+            taps = torch.cat([taps[:, :1] + d.float()[:, None], taps[:, 1:]], 1)
+        return fused_long_conv(u, taps, pre_gate, post_gate)
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     x = u.to(dtype) if pre_gate is None else u.to(dtype) * pre_gate.to(dtype)
     length = u.shape[2]
@@ -42,6 +55,12 @@ def long_conv(
     if post_gate is not None:
         y = y * post_gate.to(dtype)
     return y.to(u.dtype)
+
+
+def _fused(u: Tensor, kernel: Tensor, backend: str) -> bool:
+    if backend == "auto" and min(u.shape[2], kernel.shape[1]) > AUTO_TAPS:
+        backend = "torch"
+    return resolve_backend(backend, "long_conv", u) == "triton"
 
 
 def fast_size(points: int) -> int:

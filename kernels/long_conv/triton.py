@@ -26,15 +26,12 @@ fp16 (5e-4, bf16: 4e-3). Sums, spectra and the products of spectra are fp32.
 Everything is deterministic: there are no atomics.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+
+from ..aot import Configuration
 
 
 @triton.jit
@@ -48,12 +45,8 @@ def _rows(start, pair, batch, length, stride_b, N1: tl.constexpr, N2: tl.constex
 
 @triton.jit
 def _product(a, b, HALF: tl.constexpr):
-    """The matrix product of two tiles, to fp32: of fp16 roundings on tensor cores, or exact products without."""
-    if HALF:
-        c = tl.dot(a.to(tl.float16), b.to(tl.float16))
-    else:
-        c = tl.dot(a, b, input_precision="ieee")
-    return c
+    """The matrix product of two tiles, to fp32: on tensor cores after rounding to fp16, or in fp32 without them."""
+    return tl.dot(a.to(tl.float16), b.to(tl.float16)) if HALF else tl.dot(a, b, input_precision="ieee")
 
 
 @triton.jit
@@ -274,197 +267,55 @@ CONFIGS = {
 """16-bit and fp32 inputs. None of these spills a register; the next larger ones do (64 x 64: 8 bytes forward and 180
 backward, fp32 64 x 32: 740). 64 rows because Hopper's wgmma has no fewer."""
 
-
-class Plan:
-    """How one call is cut: shapes, strides and the tables of its transform."""
-
-    def __init__(self, u: Tensor, taps: int):
-        self.batch, self.channels, self.length = u.shape
-        self.half = u.dtype != torch.float32
-        configs = CONFIGS[self.half]
-        self.config = next((config for config in configs if self.length <= config.block), configs[-1])
-        self.pairs = (self.batch + 1) // 2
-        self.blocks = triton.cdiv(self.length, self.config.block)
-        self.parts = min(self.blocks, (taps + self.config.block - 2) // self.config.block + 1)
-        self.strides = u.stride()[:2]
-        self.tables, self.twiddles = _tables(self.config, u.device)
-
-    def spectra(self, x: Tensor, gate: Tensor | None) -> Tensor:
-        """(channel, pair, block, 2, N): the spectrum of each block of gate * x."""
-        shape = (self.channels, self.pairs, self.blocks, 2, self.config.points)
-        spectra = torch.empty(shape, dtype=torch.float32, device=x.device)
-        long_conv_transform_kernel[(self.channels * self.pairs * self.blocks,)](
-            x, x if gate is None else gate, spectra, self.tables, self.twiddles,
-            self.batch, self.length, self.pairs, self.blocks, *self.strides,
-            GATED=gate is not None, **self._constants(),
-        )  # fmt: skip
-        return spectra
-
-    def convolve(
-        self,
-        weights: Tensor,
-        x: Tensor,
-        gate: Tensor | None,
-        spectra: Tensor | None,
-        out_gate: Tensor | None,
-        second_gate: Tensor | None = None,
-        *,
-        adjoint: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """out_gate * c and second_gate * c, c the convolution (or its adjoint) of gate * x. Without a second gate the
-        second tensor is the first. `spectra` of gate * x are needed where there is more than one block."""
-        out = torch.empty_like(x)
-        second = out if second_gate is None else torch.empty_like(x)
-        long_conv_kernel[(self.channels * self.pairs * self.blocks,)](
-            x, x if gate is None else gate, weights if spectra is None else spectra, weights,
-            x if out_gate is None else out_gate, out, x if second_gate is None else second_gate, second,
-            self.tables, self.twiddles,
-            self.batch, self.length, self.pairs, self.blocks, self.parts, *self.strides,
-            GATED=gate is not None, OUT_GATED=out_gate is not None, SECOND=second_gate is not None,
-            SPLIT=spectra is not None, ADJOINT=adjoint, **self._constants(),
-        )  # fmt: skip
-        return out, second
-
-    def weight_gradient(self, x: Tensor, gate: Tensor | None, grad: Tensor, grad_gate: Tensor | None) -> Tensor:
-        """(channel, 1, 2, N): gradient of the spectrum where one block is the whole sequence."""
-        groups, group = self._groups(self.channels)
-        out = torch.empty((groups, self.channels, 1, 2, self.config.points), dtype=torch.float32, device=x.device)
-        long_conv_weight_gradient_kernel[(groups * self.channels,)](
-            x, x if gate is None else gate, grad, x if grad_gate is None else grad_gate, out,
-            self.tables, self.twiddles,
-            self.batch, self.length, self.channels, self.pairs, group, *self.strides,
-            GATED=gate is not None, GRAD_GATED=grad_gate is not None, **self._constants(),
-        )  # fmt: skip
-        return out.sum(0)
-
-    def correlate(self, x_spectra: Tensor, grad_spectra: Tensor) -> Tensor:
-        """(channel, parts, 2, N): gradient of the kernel's spectrum from the blocks' spectra."""
-        points = self.config.points
-        tile = min(points, CORRELATE_TILE)
-        programs = self.channels * self.parts * (points // tile)
-        groups, group = self._groups(programs)
-        shape = (groups, self.channels, self.parts, 2, points)
-        out = torch.empty(shape, dtype=torch.float32, device=x_spectra.device)
-        long_conv_correlate_kernel[(groups * programs,)](
-            x_spectra, grad_spectra, out, self.channels, self.pairs, self.blocks, self.parts, group,
-            POINTS=points, TILE=tile, num_warps=4,
-        )  # fmt: skip
-        return out.sum(0)
-
-    def weights(self, taps: Tensor) -> Tensor:
-        """(channel, parts, 2, N): spectra, over N, of the kernel (channel, taps) fp32 in the order of the transforms.
-
-        Part p is the circulant of the lags p S - S + 1 ... p S + S - 1: lag p S + m at m, negative m from the end.
-        """
-        block, parts, channels = self.config.block, self.parts, taps.shape[0]
-        lags = torch.nn.functional.pad(taps, (block, parts * block - taps.shape[1]))
-        ahead, behind = lags[:, block:], lags[:, :-block]
-        circulant = torch.stack([ahead.view(channels, parts, block), behind.view(channels, parts, block)], 2)
-        spectrum = torch.fft.fft(circulant.flatten(2), norm="forward")
-        spectrum = spectrum.view(channels, parts, self.config.n2, self.config.n1).transpose(2, 3)
-        return torch.view_as_real(spectrum).permute(0, 1, 4, 2, 3).contiguous()
-
-    def taps(self, gradient: Tensor, taps: int) -> Tensor:
-        """(channel, taps): the adjoint of `weights`."""
-        block, parts, channels = self.config.block, self.parts, gradient.shape[0]
-        parted = gradient.view(channels, parts, 2, self.config.n1, self.config.n2).permute(0, 1, 4, 3, 2).contiguous()
-        circulant = torch.fft.ifft(torch.view_as_complex(parted).flatten(2)).real
-        lags = circulant.new_zeros(channels, (parts + 1) * block)
-        lags[:, block:] = circulant[..., :block].reshape(channels, -1)
-        lags[:, :-block] += circulant[..., block:].reshape(channels, -1)
-        return lags[:, block : block + taps].contiguous()
-
-    def _constants(self) -> dict[str, Any]:
-        config = self.config
-        return {"N1": config.n1, "N2": config.n2, "HALF": config.half, "num_warps": config.warps}
-
-    def _groups(self, programs: int) -> tuple[int, int]:
-        """Groups of rows, so that there are programs enough for a GPU, and the pairs of rows in each."""
-        group = triton.cdiv(self.pairs, min(self.pairs, triton.cdiv(ENOUGH_PROGRAMS, programs)))
-        return triton.cdiv(self.pairs, group), group
-
-
 CORRELATE_TILE = 1024
-ENOUGH_PROGRAMS = 1024
+"""Frequencies per program of the correlation of stored spectra."""
 
 
-@lru_cache(maxsize=32)
-def _tables(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The matrices of the two products (fp16 or fp32) and the twiddles (fp32); cos and sin in each, from fp64.
-
-    The first matrix acts on the two rows of the batch, one above the other: [cos | sin] gives the real part of the
-    transform of row 0 + i row 1, [-sin | cos] the imaginary; transposed they do the inverse.
-    """
-
-    def angles(rows: int, columns: int, points: int) -> Tensor:
-        turns = torch.arange(rows)[:, None] * torch.arange(columns)[None, :] % points
-        return turns.double() * (2 * torch.pi / points)
-
-    first = angles(config.n1, config.n1 // 2, config.n1)
-    second = angles(config.n2, config.n2, config.n2)
-    twiddle = angles(config.n1, config.n2, config.points)
-    matrices = (
-        torch.cat([first.cos(), first.sin()], 1),
-        torch.cat([-first.sin(), first.cos()], 1),
-        second.cos(),
-        second.sin(),
-    )
-    table = torch.cat([matrix.flatten() for matrix in matrices])
-    twiddles = torch.stack([twiddle.cos(), twiddle.sin()])
-    return table.to(device, torch.float16 if config.half else torch.float32), twiddles.to(device, torch.float32)
-
-
-def forward(u: Tensor, taps: Tensor, pre_gate: Tensor | None, post_gate: Tensor | None) -> Tensor:
-    """y = post_gate * causal_conv(pre_gate * u, taps).
-
-    u and the gates: (batch, channel, length) of one dtype (fp32, fp16, bf16) and one memory order, the length
-    contiguous; taps: (channel, taps) fp32, no more than the length. Returns u's shape, dtype and order.
-    """
-    with _device(u):
-        plan = Plan(u, taps.shape[1])
-        spectra = plan.spectra(u, pre_gate) if plan.blocks > 1 else None
-        return plan.convolve(plan.weights(taps), u, pre_gate, spectra, post_gate)[0]
+def configurations() -> list[Configuration]:
+    """What can be launched. Forms with one gate are parts of those with two, fp16 differs from bf16 in loads alone."""
+    found = []
+    for half, configs in CONFIGS.items():
+        for config in configs:
+            found.append(_configuration(config, "forward", long_conv_kernel, **_flags()))
+            found.append(_configuration(config, "forward gated", long_conv_kernel, **_flags(True)))
+            found.append(_configuration(config, "backward gated", long_conv_kernel, **_flags(True, adjoint=True)))
+            if half:
+                flags = {"GATED": True, "GRAD_GATED": True}
+                found.append(_configuration(config, "kernel gradient", long_conv_weight_gradient_kernel, **flags))
+            if config is configs[-1]:
+                for name, flags in (("forward", _flags(True)), ("backward", _flags(True, adjoint=True))):
+                    flags = {**flags, "SPLIT": True}
+                    found.append(_configuration(config, f"{name} gated blocks", long_conv_kernel, **flags))
+            if config is configs[-1] or not half:
+                found.append(_configuration(config, "spectra", long_conv_transform_kernel, GATED=True))
+                constants = {"POINTS": config.points, "TILE": min(config.points, CORRELATE_TILE)}
+                pointers = dict.fromkeys(("x_spectra", "grad_spectra", "out"), "*fp32")
+                signature = {**dict.fromkeys(("channels", "pairs", "blocks", "parts", "group"), "i32"), **pointers}
+                name = f"long_conv correlation fp32 {config.points}"
+                found.append(Configuration(name, long_conv_correlate_kernel, signature, constants, dtype="fp32"))
+    return list({configuration.name: configuration for configuration in found}.values())
 
 
-def backward(
-    grad: Tensor,
-    u: Tensor,
-    taps: Tensor,
-    pre_gate: Tensor | None,
-    post_gate: Tensor | None,
-    *,
-    inputs: bool,
-    kernel: bool,
-    gate: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of u, taps, pre_gate and post_gate, those asked for: `inputs` (u and pre_gate), `kernel`, `gate`.
-
-    Arguments as `forward`; grad like u. Nothing but the inputs is kept from the forward pass. One launch each for the
-    inputs, the kernel and post_gate; with more than one block (or in fp32) two more, for the spectra that they share.
-    """
-    with _device(u):
-        plan = Plan(u, taps.shape[1])
-        weights = plan.weights(taps)
-        split = plan.blocks > 1
-        stored = kernel and (split or not plan.half)
-        x_spectra = plan.spectra(u, pre_gate) if stored or (gate and split) else None
-        grad_spectra = plan.spectra(grad, post_gate) if stored or (inputs and split) else None
-        grad_u = grad_taps = grad_pre = grad_post = None
-        if inputs:
-            second = None if pre_gate is None else u
-            grad_u, grad_pre = plan.convolve(
-                weights, grad, post_gate, grad_spectra, pre_gate, second, adjoint=True
-            )
-        if kernel:
-            if x_spectra is not None and grad_spectra is not None:
-                gradient = plan.correlate(x_spectra, grad_spectra)
-            else:
-                gradient = plan.weight_gradient(u, pre_gate, grad, post_gate)
-            grad_taps = plan.taps(gradient, taps.shape[1])
-        if gate:
-            grad_post = plan.convolve(weights, u, pre_gate, x_spectra, grad)[0]
-        return grad_u, grad_taps, grad_pre if pre_gate is not None else None, grad_post
+def _flags(gated: bool = False, adjoint: bool = False) -> dict[str, bool]:
+    return {"GATED": gated, "OUT_GATED": gated, "SECOND": gated and adjoint, "SPLIT": False, "ADJOINT": adjoint}
 
 
-def _device(x: Tensor) -> Any:
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+def _configuration(config: Config, name: str, kernel: triton.JITFunction, **flags: bool) -> Configuration:
+    dtype = "bf16" if config.half else "fp32"
+    constants = {**flags, "N1": config.n1, "N2": config.n2, "HALF": config.half}
+    signature = {}
+    for argument in kernel.arg_names:
+        if argument in constants:
+            continue
+        if argument in ("twiddles", "spectra", "weights") or (argument == "out" and kernel is not long_conv_kernel):
+            signature[argument] = "*fp32"
+        elif argument == "tables":
+            signature[argument] = "*fp16" if config.half else "*fp32"
+        elif argument in ("x", "gate", "grad", "grad_gate", "out_gate", "out", "second_gate", "second"):
+            signature[argument] = f"*{dtype}"
+        else:
+            signature[argument] = "i32"
+    return Configuration(
+        f"long_conv {name} {dtype} {config.n1}x{config.n2}", kernel, signature, constants,
+        num_warps=config.warps, aligned=("length", "stride_b", "stride_c"), dtype=dtype,
+    )  # fmt: skip

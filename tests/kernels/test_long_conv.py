@@ -50,11 +50,19 @@ def test_fast_sizes():
     assert [fast_size(n) for n in (1, 2, 3, 7, 31, 511, 2047, 2049)] == [2, 2, 4, 8, 32, 512, 2048, 2160]
 
 
+def test_triton_needs_a_gpu_or_its_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="needs a CUDA device"):
+        long_conv(torch.randn(2, 3, 8), torch.randn(3, 8), backend="triton")
+    with pytest.raises(ValueError, match="takes fp32, fp16 or bf16"):
+        long_conv(torch.randn(2, 3, 8).double(), torch.randn(3, 8).double(), backend="triton")
+
+
 def test_bad_arguments_are_named():
     u, kernel = torch.randn(2, 3, 8), torch.randn(3, 8)
     with pytest.raises(ValueError, match=r"kernel must be \(3, taps\)"):
         long_conv(u, kernel[:2])
     with pytest.raises(ValueError, match="post_gate has shape"):
         long_conv(u, kernel, post_gate=u[..., :4])
-    with pytest.raises(ValueError, match="not available"):
-        long_conv(u, kernel, backend="triton")
+    with pytest.raises(ValueError, match="unknown backend 'cuda'"):
+        long_conv(u, kernel, backend="cuda")  # type: ignore[arg-type]
