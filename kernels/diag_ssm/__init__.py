@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..backend import Backend, resolve_backend
 from .chunked import chunked_ssm
+from .fused import fused_mix, fused_obstacle
 from .parameters import Diagonal, DiagState, compute_dtype, discretise
 from .reference import diag_ssm_reference
 from .segments import cut
@@ -37,12 +38,23 @@ def diag_ssm(
     also avoids reading ids on the host.
     state: what an earlier call or step returned. Returns y (u's shape and dtype) and the state after the last token.
 
-    Arithmetic is fp32 (fp64 for fp64 inputs). Memory is linear in length.
-    Raises ValueError for shapes that do not fit, BackendUnavailableError for backend="triton".
+    State and sums are fp32 (fp64 for fp64 inputs); the Triton kernel multiplies in u's dtype, the torch form in fp32
+    or fp64. Memory is linear in length. backend: "auto" is Triton on CUDA devices for at most 128 modes, else torch;
+    on the Triton path nothing waits for the device, on the torch path document ids are read on the host.
+    Raises ValueError for shapes that do not fit, BackendUnavailableError where backend="triton" cannot run.
     """
-    resolve_backend(backend, "diag_ssm")
     check_sequence("diag_ssm", u, diag, d, document_ids, state)
+    chosen = resolve_backend(backend, "diag_ssm", u, obstacle=fused_obstacle(diag.modes))
     batch, channels, _ = u.shape
+    if chosen == "triton":
+        carried = None if state is None else state.document
+        initial = None if state is None else state.modes.float().transpose(0, 1)
+        y, modes = fused_mix(
+            None, None, u.transpose(0, 1), None, diag, d,
+            document_ids=document_ids, carried_document=carried, initial=initial, history=None,
+        )  # fmt: skip
+        document = last_document(document_ids, state, batch, u.device)
+        return y.transpose(0, 1), DiagState(modes.transpose(0, 1), document)
     group, dtype = channels // diag.channels, compute_dtype(u)
     segments = cut(u.shape[2], document_ids, None if state is None else state.document)
     z = segments.split(u.transpose(0, 1).to(dtype))

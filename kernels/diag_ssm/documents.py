@@ -5,28 +5,27 @@ chunk carry their document's number counted from the chunk's first token, and th
 occur. Nearly all chunks of ordinary text hold one document or two.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Chunks:
+class Chunks(NamedTuple):
     """Where documents begin in (batch, length) tokens cut into chunks, and these into super-chunks.
 
     relative (batch, length) int8: documents that began in the token's chunk after its first token, up to the token;
     continues (batch, chunks) int8: 1 where a chunk's first token belongs to the document of the token before it (for
     the first chunk: of the carried state);
-    unbroken (batch, chunks) bool: no document begins in the chunk, so that the state passes through it;
-    most (batch, supers) int32: the highest relative number in each super-chunk.
+    most (batch, supers) int32: the highest relative number in each super-chunk;
+    unbroken (batch, chunks) bool: no document begins in the chunk, so that the state passes through it.
     """
 
     relative: Tensor
     continues: Tensor
-    unbroken: Tensor
     most: Tensor
+    unbroken: Tensor
 
 
 def find_chunks(document_ids: Tensor, carried_document: Tensor | None, chunk: int, columns: int) -> Chunks:
@@ -49,8 +48,8 @@ def find_chunks(document_ids: Tensor, carried_document: Tensor | None, chunk: in
     return Chunks(
         relative.flatten(1)[:, :length].contiguous(),
         (~starts[:, :chunks, 0]).to(torch.int8).contiguous(),
-        ~starts[:, :chunks].any(2),
         most,
+        ~starts[:, :chunks].any(2),
     )
 
 

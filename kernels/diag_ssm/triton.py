@@ -12,7 +12,8 @@ the states before and after a chunk (M complex numbers):
 Documents: tokens carry their document's number relative to the chunk's first token; T and L are applied once per
 number that occurs in the super-chunk, to the tokens of that number alone.
 
-Legend: C channels, H kernels of C / H channels each, B rows, L tokens, Q = 64 tokens a chunk, M modes, N = 2 M.
+Legend: C channels, H kernels of C / H channels each, B rows, L tokens, Q = 64 tokens a chunk, M modes, N = 2 M of
+real and imaginary parts interleaved.
 Sources: Fu et al. 2022 (H3), section 4; Dao and Gu 2024 (SSD), section 6; Blelloch 1990 for the scan.
 """
 
@@ -25,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..aot import Configuration
 from .documents import Chunks
 
 CHUNK = 64
@@ -88,20 +90,20 @@ def scan_fwd_kernel(
     OUTPUT: tl.constexpr,
 ):  # fmt: skip
     """Grid (channels, batch, segments). Without OUTPUT only the state after each segment is computed."""
-    channel, b, segment = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    kernel = channel // group
+    channel, b, segment = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    head = channel // group
     i, c = tl.arange(0, CHUNK), tl.arange(0, COLUMNS)
     first = c[None, :] == 0
     previous = tl.broadcast_to(tl.maximum(c - 1, 0)[None, :], [MODES, COLUMNS])
     if SHIFT:
         shift_lower = load_lower(SHIFT_ + channel * shift_taps, shift_taps, CHUNK, DOT)
         shift_upper = load_upper(SHIFT_ + channel * shift_taps, shift_taps, CHUNK, DOT)
-    write_re, write_im = load_pairs(WRITE_ + kernel * CHUNK * 2 * modes, modes, CHUNK, MODES, DOT)
+    write_re, write_im = load_pairs(WRITE_ + head * CHUNK * 2 * modes, modes, CHUNK, MODES, DOT)
     write_re, write_im = tl.trans(write_re), tl.trans(write_im)
     if OUTPUT:
-        toeplitz = load_lower(TAPS_ + kernel * CHUNK, CHUNK, CHUNK, DOT)
-        read_re, read_im = load_pairs(READ_ + kernel * CHUNK * 2 * modes, modes, CHUNK, MODES, DOT)
-    decay_re, decay_im = load_state(DECAY_ + kernel * 2 * modes, modes, MODES)
+        toeplitz = load_lower(TAPS_ + head * CHUNK, CHUNK, CHUNK, DOT)
+        read_re, read_im = load_pairs(READ_ + head * CHUNK * 2 * modes, modes, CHUNK, MODES, DOT)
+    decay_re, decay_im = load_state(DECAY_ + head * 2 * modes, modes, MODES)
 
     row = channel * batch + b
     base = row * length
@@ -121,14 +123,14 @@ def scan_fwd_kernel(
         came_before = (before >= 0) & (before < length)
         v = tl.load(V_ + base + token, mask=inside, other=0.0)
         if DOCUMENTS:
-            numbers = RELATIVE_ + b.to(tl.int64) * length
+            numbers = RELATIVE_ + b * length
             number = tl.load(numbers + token, mask=inside, other=0).to(tl.int32)
             end = tl.minimum(chunk * CHUNK + CHUNK, length) - 1
             end_number = tl.load(numbers + end, mask=chunk * CHUNK < length, other=0).to(tl.int32)[None, :]
             chunks = tl.cdiv(length, CHUNK)
-            continues = (tl.load(CONTINUES_ + b.to(tl.int64) * chunks + chunk, mask=chunk < chunks, other=0) != 0)[None, :]
+            continues = (tl.load(CONTINUES_ + b * chunks + chunk, mask=chunk < chunks, other=0) != 0)[None, :]
             from_before = continues & (number == 0)
-            most = tl.load(MOST_ + b.to(tl.int64) * supers + n)
+            most = tl.load(MOST_ + b * supers + n)
         if SHIFT:
             k = tl.load(K_ + base + token, mask=inside, other=0.0)
             k_before = tl.load(K_ + base + before, mask=came_before, other=0.0)
@@ -269,10 +271,10 @@ def scan_forward(
     segments = triton.cdiv(supers, piece)
     taps, read, write, decay = (x.contiguous() for x in (taps, read, write, decay))
     shift_taps, initial, history = (None if x is None else x.contiguous() for x in (shift_taps, initial, history))
-    state = (channels, batch, 2 * modes)
     y = torch.empty_like(v)
     starts = v.new_empty((channels, batch, supers, 2 * modes), dtype=torch.float32)
-    assert v.is_contiguous() and block.columns >= 16
+    assert v.is_contiguous()
+    assert block.columns >= 16
     assert documents is None or documents.most.shape[1] == supers
 
     def launch(pieces: int, before: Tensor | None, output: bool) -> Tensor:
@@ -293,7 +295,7 @@ def scan_forward(
         chunks = piece * block.columns
         unbroken = None if documents is None else documents.unbroken
         initial = segment_states(launch(segments - 1, None, False), decay, chunks, initial, unbroken)
-    return y, launch(segments, initial, True)[:, :, -1].view(state), starts
+    return y, launch(segments, initial, True)[:, :, -1], starts
 
 
 def padded_modes(modes: int) -> int:
@@ -309,7 +311,7 @@ def _multiprocessors(device: torch.device) -> int:
 def segment_states(
     local: Tensor, decay: Tensor, chunks: int, initial: Tensor | None, unbroken: Tensor | None
 ) -> Tensor:
-    """The state before each segment, (C, B, S, N), from what each segment but the last adds, local (C, B, S - 1, N).
+    """The state before each segment, (C, B, S, N), from what each but the last adds, local (C, B, S - 1, N).
 
     decay (H, N) over one chunk, `chunks` of them a segment; initial (C, B, N) or None; unbroken (B, chunks of the
     row) or None. Log2(S) steps, each composing every segment with the one 1, 2, 4, ... before it.
@@ -338,3 +340,45 @@ def _power(x: Tensor, exponent: int) -> Tensor:
             result = result * x
         x, exponent = x * x, exponent >> 1
     return result
+
+
+def configurations() -> list[Configuration]:
+    """What `scan_forward` launches: each form for H3's 32 modes, and the fused mixer for up to the most modes.
+
+    fp16 compiles like bf16; a carried state adds loads before the loop, or masked ones that are the same in every form.
+    """
+    found = []
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")):
+        for documents in (False, True):
+            found += [_configuration(dtype, name, 32, mix, documents) for mix in (True, False)]
+            found.append(_configuration(dtype, name, 32, True, documents, output=False))
+        found.append(_configuration(dtype, name, 32, True, False, carried=True))
+    for modes in (16, 64, 128):
+        found += [_configuration(torch.bfloat16, "bf16", modes, True, documents) for documents in (False, True)]
+    found.append(_configuration(torch.float32, "fp32", 128, True, True))
+    return found
+
+
+def _configuration(
+    dtype: torch.dtype, name: str, modes: int, mix: bool, documents: bool, carried: bool = False, output: bool = True
+) -> Configuration:
+    block = choose_config(dtype, modes)
+    constants = {
+        "CHUNK": CHUNK, "COLUMNS": block.columns, "MODES": modes, "DOT": _DOT[dtype], "SHIFT": mix, "GATE": mix,
+        "INITIAL": carried, "HISTORY": carried, "DOCUMENTS": documents, "OUTPUT": output,
+    }  # fmt: skip
+    typed = dict.fromkeys(("Q_", "K_", "V_", "Y_"), f"*{name}")
+    typed |= {"RELATIVE_": "*i8", "CONTINUES_": "*i8", "MOST_": "*i32"}
+    signature = {n: typed.get(n, "*fp32" if n.endswith("_") else "i32") for n in scan_fwd_kernel.arg_names}
+    title = f"{'h3_mix' if mix else 'diag_ssm'} {'forward' if output else 'states'}"
+    title += f"{' documents' if documents else ''}{' carried' if carried else ''} {name}"
+    return Configuration(
+        f"{title} {block.columns}x{block.warps}{'' if modes == 32 else f' M{modes}'}",
+        scan_fwd_kernel,
+        {n: t for n, t in signature.items() if n not in constants},
+        constants,
+        num_warps=block.warps,
+        num_stages=block.stages,
+        aligned=("length",),
+        dtype=name,
+    )

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from ..backend import Backend, resolve_backend
 from ..diag_ssm import Diagonal, check_sequence, last_document, step_modes
 from ..diag_ssm.chunked import chunked_ssm
+from ..diag_ssm.fused import fused_mix, fused_obstacle
 from ..diag_ssm.parameters import compute_dtype
 from ..diag_ssm.segments import Segments, cut
 from .shift import next_history, shift_conv
@@ -74,28 +75,79 @@ def h3_mix(
     d: (H). document_ids: (batch, length) int32, nothing crosses a change of id; None means one document (the carried
     state's, if there is one) and avoids reading ids on the host. state: what an earlier call or step returned.
 
-    Returns the output (q's shape and dtype) and the state after the last token. Arithmetic is fp32 (fp64 for fp64
-    inputs). Raises ValueError for shapes that do not fit, BackendUnavailableError for backend="triton".
+    Returns the output (q's shape and dtype) and the state after the last token. State and sums are fp32 (fp64 for
+    fp64 inputs); the Triton kernel multiplies in q's dtype, the torch form in fp32 or fp64. backend: "auto" is Triton
+    on CUDA devices for at most 128 modes and 64 taps, else torch. With head_dim 1 nothing on the Triton path waits for
+    the device; with more, only the SSM is Triton's and document ids are read on the host.
+    Raises ValueError for shapes that do not fit, BackendUnavailableError where backend="triton" cannot run.
     """
-    resolve_backend(backend, "h3_mix")
     _check("h3_mix", q, k, v, shift, diag, d_k, d, head_dim, document_ids, state)
+    taps_in_kernel = shift.shape[1] if head_dim == 1 else 1
+    chosen = resolve_backend(backend, "h3_mix", q, obstacle=fused_obstacle(diag.modes, taps_in_kernel))
+    if chosen == "triton" and head_dim == 1:
+        return _fused(q, k, v, shift, diag, d_k, d, document_ids, state)
     batch, dtype = q.shape[0], compute_dtype(q)
     segments = cut(q.shape[2], document_ids, None if state is None else state.document)
     query, key, value = (x.transpose(0, 1).to(dtype) for x in (q, k, v))
     taps = torch.cat([shift[:, :1].to(dtype) + d_k.to(dtype)[:, None], shift[:, 1:].to(dtype)], 1)
     history = None if state is None else _valid_history(state, document_ids).to(dtype).transpose(0, 1)
 
-    kv = _outer(shift_conv(key, taps, segments, history), value, segments, head_dim)
-    initial = None if state is None else state.diag.to(dtype).transpose(0, 1).flatten(1, 2)
-    y, final = chunked_ssm(kv, diag, d, segments, initial)
-    out = _gate(query, y, segments, head_dim)
+    shifted = shift_conv(key, taps, segments, history)
+    if chosen == "triton":
+        out, modes = _heads_through_kernel(query, shifted, value, diag, d, head_dim, document_ids, state, q.dtype)
+    else:
+        kv = _outer(shifted, value, segments, head_dim)
+        initial = None if state is None else state.diag.to(dtype).transpose(0, 1).flatten(1, 2)
+        y, final = chunked_ssm(kv, diag, d, segments, initial)
+        out = _gate(query, y, segments, head_dim)
+        modes = final.unflatten(1, (batch, head_dim**2)).transpose(0, 1)
 
     next_state = H3State(
         next_history(key, shift.shape[1] - 1, document_ids, history).transpose(0, 1),
-        final.unflatten(1, (batch, head_dim**2)).transpose(0, 1),
+        modes,
         last_document(document_ids, state, batch, q.device),
     )
     return out.to(q.dtype).transpose(0, 1), next_state
+
+
+def _fused(q, k, v, shift, diag, d_k, d, document_ids, state: H3State | None) -> tuple[Tensor, H3State]:
+    """Head dimension 1: everything in one kernel."""
+    query, key, value = (x.transpose(0, 1) for x in (q, k, v))
+    taps = torch.cat([shift[:, :1].float() + d_k.float()[:, None], shift[:, 1:].float()], 1)
+    history = initial = carried = None
+    if state is not None:
+        history = _valid_history(state, document_ids).float().transpose(0, 1)
+        initial, carried = state.diag.float()[:, :, 0].transpose(0, 1), state.document
+    out, modes = fused_mix(
+        query, key, value, taps, diag, d,
+        document_ids=document_ids, carried_document=carried, initial=initial, history=history,
+    )  # fmt: skip
+    next_state = H3State(
+        next_history(key.float(), shift.shape[1] - 1, document_ids, history).transpose(0, 1),
+        modes.transpose(0, 1)[:, :, None],
+        last_document(document_ids, state, q.shape[0], q.device),
+    )
+    return out.transpose(0, 1), next_state
+
+
+def _heads_through_kernel(
+    query: Tensor, key: Tensor, value: Tensor, diag, d, head_dim: int, document_ids, state, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Larger heads: the outer products and the gate in torch, the SSM in the kernel, its input rounded to `dtype`.
+
+    query, filtered key, value (channel, batch, L) -> the output like them and modes (batch, H, head_dim^2, M, 2).
+    """
+    query, key, value = (x.unflatten(0, (-1, head_dim)) for x in (query, key, value))
+    kv = (key[:, :, None] * value[:, None]).flatten(0, 2).to(dtype)
+    initial = carried = None
+    if state is not None:
+        initial, carried = state.diag.float().flatten(1, 2).transpose(0, 1), state.document
+    y, modes = fused_mix(
+        None, None, kv, None, diag, d,
+        document_ids=document_ids, carried_document=carried, initial=initial, history=None,
+    )  # fmt: skip
+    out = (query[:, :, None] * y.unflatten(0, (-1, head_dim, head_dim))).sum(1).flatten(0, 1)
+    return out, modes.transpose(0, 1).unflatten(1, (diag.channels, head_dim**2))
 
 
 def h3_mix_step(

@@ -1,0 +1,213 @@
+"""The fused kernel behind autograd: from parameters and a carried state to outputs and the next state.
+
+The kernel passes states from chunk to chunk; what a call's last, incomplete chunk adds to the carried state is a
+small product in torch. Everything from the model's parameters to the chunk operators is torch's autograd too.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .chunked import _ChunkOperators, _complex, _toeplitz
+from .documents import Chunks, find_chunks, last_document_mask
+from .parameters import Diagonal, discretise
+from .segments import CHUNK
+
+MOST_TAPS = CHUNK
+MOST_MODES = 128
+
+
+def fused_obstacle(modes: int, shift_taps: int = 1) -> str | None:
+    """Why the fused kernel cannot take these sizes, in words that follow "backend='triton' "; None where it can."""
+    if modes > MOST_MODES:
+        return f"takes at most {MOST_MODES} modes, not {modes}"
+    if shift_taps > MOST_TAPS:
+        return f"takes at most {MOST_TAPS} shift taps, not {shift_taps}"
+    return None
+
+
+class _FusedScan(torch.autograd.Function):
+    """`triton.scan_forward` with gradients: y and the state after the last whole chunk."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, shift_taps, taps, read, write, decay, initial, history, documents):
+        from .triton import scan_forward
+
+        y, final, _ = scan_forward(q, k, v, shift_taps, taps, read, write, decay, initial, history, documents)
+        ctx.save_for_backward(q, k, v, shift_taps, taps, read, write, decay, initial, history)
+        ctx.documents = documents
+        ctx.set_materialize_grads(False)
+        return y, final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y, grad_final):
+        inputs = [None if x is None else x.detach().requires_grad_() for x in ctx.saved_tensors]
+        wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad, strict=False) if x is not None and needed]
+        with torch.enable_grad():
+            outputs = scan_in_torch(*inputs, ctx.documents)
+        pairs = [(o, g) for o, g in zip(outputs, (grad_y, grad_final), strict=True) if g is not None]
+        results, gradients = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(results, wanted, gradients, allow_unused=True))
+        needs = zip(inputs, ctx.needs_input_grad, strict=False)
+        return *(next(found) if x is not None and needed else None for x, needed in needs), None
+
+
+def scan_in_torch(
+    q: Tensor | None,
+    k: Tensor | None,
+    v: Tensor,
+    shift_taps: Tensor | None,
+    taps: Tensor,
+    read: Tensor,
+    write: Tensor,
+    decay: Tensor,
+    initial: Tensor | None,
+    history: Tensor | None,
+    documents: Chunks | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What the kernel computes, from the same operators, in differentiable torch and the operators' dtype: y like v,
+    and the state after the last whole chunk (C, B, N)."""
+    channels, batch, length = v.shape
+    group, chunks, dtype = channels // decay.shape[0], -(-length // CHUNK), taps.dtype
+    spare = chunks * CHUNK - length
+
+    def cut(x: Tensor) -> Tensor:
+        return F.pad(x.to(dtype), (0, spare)).unflatten(2, (chunks, CHUNK))
+
+    def each(x: Tensor) -> Tensor:
+        return x.repeat_interleave(group, 0)
+
+    number = torch.zeros(batch, chunks, CHUNK, dtype=torch.int8, device=v.device)
+    continues = torch.ones(batch, chunks, dtype=torch.bool, device=v.device)
+    if documents is not None:
+        number = F.pad(documents.relative, (0, spare)).unflatten(1, (chunks, CHUNK))
+        continues = documents.continues.bool()
+    end = number[:, :, -1:]
+    if spare:
+        end = torch.cat([end[:, :-1], number[:, -1:, CHUNK - spare - 1, None]], 1)
+    documents_here = [number == r for r in range(int(number.max()) + 1)]
+    from_before = continues[:, :, None] & (number == 0)
+
+    z = cut(v)
+    if k is not None:
+        assert shift_taps is not None
+        padded = F.pad(shift_taps.to(dtype), (0, CHUNK - shift_taps.shape[1]))
+        whole = _toeplitz(F.pad(padded, (0, CHUNK)))[:, CHUNK:]
+        upper, lower = whole[:, :, :CHUNK], whole[:, :, CHUNK:]
+        key = cut(k)
+        first = torch.zeros_like(key[:, :, :1])
+        if history is not None:
+            first = F.pad(history.to(dtype), (CHUNK - history.shape[2], 0))[:, :, None]
+        before = torch.cat([first, torch.where((number == end)[:, :-1], key[:, :, :-1], 0)], 2)
+        shifted = torch.where(from_before, torch.einsum("cij,cbnj->cbni", upper, before), 0)
+        for here in documents_here:
+            own = torch.einsum("cij,cbnj->cbni", lower, torch.where(here, key, 0))
+            shifted = shifted + torch.where(here, own, 0)
+        z = shifted * z
+    updates = torch.einsum("cjm,cbnj->cbnm", each(write), torch.where(number == end, z, 0))
+    rate, state = _complex(each(decay))[:, None], _complex(updates[:, :, 0] * 0 if initial is None else initial)
+    passes = continues & (end[:, :, 0] == 0)
+    states = [state]
+    for c in range(chunks):
+        state = torch.where(passes[:, c, None], rate * state, 0) + _complex(updates[:, :, c])
+        states.append(state)
+    read_by = torch.view_as_real(torch.stack(states[:-1], 2)).flatten(-2)
+    y = torch.where(from_before, torch.einsum("cim,cbnm->cbni", each(read), read_by), 0)
+    for here in documents_here:
+        y = y + torch.where(here, torch.einsum("cij,cbnj->cbni", _toeplitz(each(taps)), torch.where(here, z, 0)), 0)
+    y = y.flatten(2)[:, :, :length]
+    if q is not None:
+        y = q.to(dtype) * y
+    return y.to(v.dtype), torch.view_as_real(states[length // CHUNK]).flatten(-2)
+
+
+def fused_mix(
+    q: Tensor | None,
+    k: Tensor | None,
+    v: Tensor,
+    shift_taps: Tensor | None,
+    diag: Diagonal,
+    d: Tensor | None,
+    *,
+    document_ids: Tensor | None,
+    carried_document: Tensor | None,
+    initial: Tensor | None,
+    history: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """H3's mixer with head dimension 1 (or, without q, k, shift_taps, the diagonal SSM of v) through the kernel.
+
+    q, k, v (C, B, L) of one dtype; shift_taps (C, n) fp32 with the skip in tap 0; initial (C, B, M, 2) fp32, history
+    (C, B, n - 1), already zero where it belongs to another document; carried_document (B,) of that state, or None.
+    Returns y like v and the state after the last token (C, B, M, 2) fp32. Nothing waits for the device.
+    """
+    from .triton import choose_config
+
+    q, k, v = (None if x is None else x.contiguous() for x in (q, k, v))
+    assert v is not None
+    read, write, taps, decay, powers = _operators(diag, d)
+    flat = None if initial is None else initial.flatten(-2)
+    documents = None
+    if document_ids is not None:
+        columns = choose_config(v.dtype, diag.modes).columns
+        documents = find_chunks(document_ids, carried_document, CHUNK, columns)
+    result = _FusedScan.apply(q, k, v, shift_taps, taps, read, write, decay, flat, history, documents)
+    assert result is not None
+    y, state = result
+    if v.shape[2] % CHUNK:
+        z, unbroken = _tail(k, v, shift_taps, history, document_ids, carried_document)
+        filled, group = z.shape[2], v.shape[0] // diag.channels
+        rate, last = _complex(powers[:, filled]), write[:, CHUNK - filled :]
+        carried = torch.view_as_real(_complex(state) * rate.repeat_interleave(group, 0)[:, None]).flatten(-2)
+        if unbroken is not None:
+            carried = torch.where(unbroken[None, :, None], carried, 0)
+        state = torch.baddbmm(carried, z, last.repeat_interleave(group, 0))
+    return y, state.unflatten(-1, (diag.modes, 2))
+
+
+def _operators(diag: Diagonal, d: Tensor | None) -> tuple[Tensor, ...]:
+    operators = _ChunkOperators.apply(*discretise(diag), CHUNK, torch.float32)
+    assert operators is not None
+    read, write, taps, decay, powers = operators
+    if d is not None:
+        taps = torch.cat([taps[:, :1] + d.to(taps.dtype)[:, None], taps[:, 1:]], 1)
+    return read, write, taps, decay, powers
+
+
+def _tail(
+    k: Tensor | None,
+    v: Tensor,
+    shift_taps: Tensor | None,
+    history: Tensor | None,
+    document_ids: Tensor | None,
+    carried_document: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """The input of the SSM after the last whole chunk, (C, B, L % 64) fp32, zero outside the row's last document, and
+    whether that document began before (B,), None for all."""
+    filled = v.shape[2] % CHUNK
+    begin = v.shape[2] - filled
+    mask = unbroken = None
+    if document_ids is not None:
+        ids = document_ids[:, max(0, begin - CHUNK) :]
+        if begin == 0:
+            before = ids[:, :1] if carried_document is None else carried_document[:, None].to(ids.dtype)
+            ids = torch.cat([before.expand(-1, CHUNK), ids], 1)
+        mask = last_document_mask(ids)
+        unbroken = mask[:, CHUNK - 1]
+    z = v[:, :, begin:].float()
+    if k is not None:
+        assert shift_taps is not None
+        reach = shift_taps.shape[1] - 1
+        window = k[:, :, max(0, begin - reach) :].float()
+        if begin == 0:
+            past = window.new_zeros(*window.shape[:2], reach) if history is None else history.float()
+            window = torch.cat([past, window], 2)
+        if mask is not None:
+            window = torch.where(mask[None, :, CHUNK - reach :], window, 0)
+        # Row i of the band holds the taps that token i reads of the window.
+        band = _toeplitz(F.pad(shift_taps, (0, filled - 1)))[:, reach:]
+        z = torch.bmm(window, band.transpose(1, 2)) * z
+    if mask is not None:
+        z = torch.where(mask[None, :, CHUNK:], z, 0)
+    return z, unbroken
