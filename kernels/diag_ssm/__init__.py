@@ -6,6 +6,7 @@ from torch import Tensor
 from ..backend import Backend, resolve_backend
 from .chunked import chunked_ssm
 from .fused import fused_mix, fused_obstacle
+from .library import traced_diag_ssm
 from .parameters import Diagonal, DiagState, compute_dtype, discretise
 from .reference import diag_ssm_reference
 from .segments import cut
@@ -39,12 +40,14 @@ def diag_ssm(
     state: what an earlier call or step returned. Returns y (u's shape and dtype) and the state after the last token.
 
     State and sums are fp32 (fp64 for fp64 inputs); the Triton kernel multiplies in u's dtype, the torch form in fp32
-    or fp64. Memory is linear in length. backend: "auto" is Triton on CUDA devices for at most 128 modes, else torch;
+    or fp64. Memory is linear in length. backend: "auto" is Triton on CUDA devices for at most 64 modes, else torch;
     on the Triton path nothing waits for the device, on the torch path document ids are read on the host.
     Raises ValueError for shapes that do not fit, BackendUnavailableError where backend="triton" cannot run.
     """
     check_sequence("diag_ssm", u, diag, d, document_ids, state)
     chosen = resolve_backend(backend, "diag_ssm", u, obstacle=fused_obstacle(diag.modes))
+    if torch.compiler.is_compiling():
+        return traced_diag_ssm(u, diag, d, document_ids, state, backend)
     batch, channels, _ = u.shape
     if chosen == "triton":
         carried = None if state is None else state.document

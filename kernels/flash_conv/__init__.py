@@ -15,6 +15,7 @@ from ..diag_ssm.chunked import chunked_ssm
 from ..diag_ssm.fused import fused_mix, fused_obstacle
 from ..diag_ssm.parameters import compute_dtype
 from ..diag_ssm.segments import Segments, cut
+from .library import operation
 from .shift import next_history, shift_conv
 
 __all__ = ["H3State", "h3_mix", "h3_mix_step", "initial_h3_state"]
@@ -77,13 +78,20 @@ def h3_mix(
 
     Returns the output (q's shape and dtype) and the state after the last token. State and sums are fp32 (fp64 for
     fp64 inputs); the Triton kernel multiplies in q's dtype, the torch form in fp32 or fp64. backend: "auto" is Triton
-    on CUDA devices for at most 128 modes and 64 taps, else torch. With head_dim 1 nothing on the Triton path waits for
+    on CUDA devices for at most 64 modes and 64 taps, else torch. With head_dim 1 nothing on the Triton path waits for
     the device; with more, only the SSM is Triton's and document ids are read on the host.
     Raises ValueError for shapes that do not fit, BackendUnavailableError where backend="triton" cannot run.
     """
     _check("h3_mix", q, k, v, shift, diag, d_k, d, head_dim, document_ids, state)
     taps_in_kernel = shift.shape[1] if head_dim == 1 else 1
     chosen = resolve_backend(backend, "h3_mix", q, obstacle=fused_obstacle(diag.modes, taps_in_kernel))
+    if torch.compiler.is_compiling():
+        leaves = (diag.log_dt, diag.log_a, diag.b, diag.B, diag.C)
+        carried = (None, None, None) if state is None else (state.shift, state.diag, state.document)
+        y, *after = operation(
+            q, k, v, shift, *leaves, d_k, d, document_ids, *carried, head_dim, diag.rule, backend
+        )  # fmt: skip
+        return y, H3State(*after)
     if chosen == "triton" and head_dim == 1:
         return _fused(q, k, v, shift, diag, d_k, d, document_ids, state)
     batch, dtype = q.shape[0], compute_dtype(q)
