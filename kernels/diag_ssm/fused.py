@@ -15,7 +15,8 @@ from .parameters import Diagonal, discretise
 from .segments import CHUNK
 
 MOST_TAPS = CHUNK
-MOST_MODES = 128
+MOST_MODES = 64
+"""Above, the operators of fp32 inputs leave no room in shared memory."""
 
 
 def fused_obstacle(modes: int, shift_taps: int = 1) -> str | None:
@@ -34,8 +35,8 @@ class _FusedScan(torch.autograd.Function):
     def forward(ctx, q, k, v, shift_taps, taps, read, write, decay, initial, history, documents):
         from .triton import scan_forward
 
-        y, final, _ = scan_forward(q, k, v, shift_taps, taps, read, write, decay, initial, history, documents)
-        ctx.save_for_backward(q, k, v, shift_taps, taps, read, write, decay, initial, history)
+        y, final, starts = scan_forward(q, k, v, shift_taps, taps, read, write, decay, initial, history, documents)
+        ctx.save_for_backward(q, k, v, shift_taps, taps, read, write, decay, history, starts)
         ctx.documents = documents
         ctx.set_materialize_grads(False)
         return y, final
@@ -43,15 +44,15 @@ class _FusedScan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y, grad_final):
-        inputs = [None if x is None else x.detach().requires_grad_() for x in ctx.saved_tensors]
-        wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad, strict=False) if x is not None and needed]
-        with torch.enable_grad():
-            outputs = scan_in_torch(*inputs, ctx.documents)
-        pairs = [(o, g) for o, g in zip(outputs, (grad_y, grad_final), strict=True) if g is not None]
-        results, gradients = zip(*pairs, strict=True)
-        found = iter(torch.autograd.grad(results, wanted, gradients, allow_unused=True))
-        needs = zip(inputs, ctx.needs_input_grad, strict=False)
-        return *(next(found) if x is not None and needed else None for x, needed in needs), None
+        from .triton_backward import scan_backward
+
+        *inputs, starts = ctx.saved_tensors
+        if grad_y is None:
+            grad_y = torch.zeros_like(inputs[2])
+        needs = ctx.needs_input_grad
+        operators = any(needs[3:8])
+        found = scan_backward(grad_y.contiguous(), grad_final, *inputs, ctx.documents, starts, operators=operators)
+        return *(x if needed else None for x, needed in zip(found, needs[:10], strict=True)), None
 
 
 def scan_in_torch(
