@@ -451,8 +451,8 @@ def scan_backward(
         "num_warps": config.warps, "num_stages": config.stages,
     }  # fmt: skip
     sizes = [batch, length, channels // heads, modes]
-    if grad_final is not None:
-        grad_final = grad_final.contiguous()
+    grad_y, taps, read, write, decay = (x.contiguous() for x in (grad_y, taps, read, write, decay))
+    shift, history, grad_final = (None if x is None else x.contiguous() for x in (shift, history, grad_final))
 
     def new(*shape: int) -> Tensor:
         return torch.empty(*shape, dtype=torch.float32, device=v.device)
