@@ -14,7 +14,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 # Seconds that each test target may take; a target that takes longer is ended and fails.
 UNIT_LIMIT ?= 240
 DISTRIBUTED_LIMIT ?= 120
-KERNELS_LIMIT ?= 120
+KERNELS_LIMIT ?= 300
 RESUME_LIMIT ?= 120
 LEARNING_LIMIT ?= 180
 

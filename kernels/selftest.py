@@ -53,6 +53,7 @@ def failures(errors: dict[str, float]) -> list[str]:
 def main() -> None:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     device = torch.device("cpu" if interpreted else "cuda")
+    torch.set_default_device(device)  # the definition makes its tensors there
     failed = False
     for length in LENGTHS:
         errors = compare(Cell(2, length, 2), device)
