@@ -42,12 +42,13 @@ def diag_ssm(
     State and sums are fp32 (fp64 for fp64 inputs); the Triton kernel multiplies in u's dtype, the torch form in fp32
     or fp64. Memory is linear in length. backend: "auto" is Triton on CUDA devices for at most 64 modes, else torch;
     on the Triton path nothing waits for the device, on the torch path document ids are read on the host.
+    Under torch.compile the call is one node of the graph, whose backward runs the forward again.
     Raises ValueError for shapes that do not fit, BackendUnavailableError where backend="triton" cannot run.
     """
     check_sequence("diag_ssm", u, diag, d, document_ids, state)
-    chosen = resolve_backend(backend, "diag_ssm", u, obstacle=fused_obstacle(diag.modes))
     if torch.compiler.is_compiling():
         return traced_diag_ssm(u, diag, d, document_ids, state, backend)
+    chosen = resolve_backend(backend, "diag_ssm", u, obstacle=fused_obstacle(diag.modes))
     batch, channels, _ = u.shape
     if chosen == "triton":
         carried = None if state is None else state.document

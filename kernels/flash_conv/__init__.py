@@ -80,11 +80,10 @@ def h3_mix(
     fp64 inputs); the Triton kernel multiplies in q's dtype, the torch form in fp32 or fp64. backend: "auto" is Triton
     on CUDA devices for at most 64 modes and 64 taps, else torch. With head_dim 1 nothing on the Triton path waits for
     the device; with more, only the SSM is Triton's and document ids are read on the host.
+    Under torch.compile the call is one node of the graph, whose backward runs the forward again.
     Raises ValueError for shapes that do not fit, BackendUnavailableError where backend="triton" cannot run.
     """
     _check("h3_mix", q, k, v, shift, diag, d_k, d, head_dim, document_ids, state)
-    taps_in_kernel = shift.shape[1] if head_dim == 1 else 1
-    chosen = resolve_backend(backend, "h3_mix", q, obstacle=fused_obstacle(diag.modes, taps_in_kernel))
     if torch.compiler.is_compiling():
         leaves = (diag.log_dt, diag.log_a, diag.b, diag.B, diag.C)
         carried = (None, None, None) if state is None else (state.shift, state.diag, state.document)
@@ -92,6 +91,8 @@ def h3_mix(
             q, k, v, shift, *leaves, d_k, d, document_ids, *carried, head_dim, diag.rule, backend
         )  # fmt: skip
         return y, H3State(*after)
+    taps_in_kernel = shift.shape[1] if head_dim == 1 else 1
+    chosen = resolve_backend(backend, "h3_mix", q, obstacle=fused_obstacle(diag.modes, taps_in_kernel))
     if chosen == "triton" and head_dim == 1:
         return _fused(q, k, v, shift, diag, d_k, d, document_ids, state)
     batch, dtype = q.shape[0], compute_dtype(q)
