@@ -27,6 +27,7 @@ Everything is deterministic: there are no atomics.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -35,7 +36,7 @@ from ..aot import Configuration
 
 
 @triton.jit
-def _rows(start, pair, batch, length, stride_b, N1: tl.constexpr, N2: tl.constexpr):
+def _rows(start, pair, batch, length, stride_b, N1: tl.constexpr, N2: tl.constexpr) -> "Any":
     """Offsets and mask of a tile (N1, N2): S tokens of row 2 pair in its upper half, of row 2 pair + 1 in its lower."""
     a = tl.arange(0, N1)[:, None]
     row = pair * 2 + a // (N1 // 2)
@@ -44,13 +45,13 @@ def _rows(start, pair, batch, length, stride_b, N1: tl.constexpr, N2: tl.constex
 
 
 @triton.jit
-def _product(a, b, HALF: tl.constexpr):
+def _product(a, b, HALF: tl.constexpr) -> "Any":
     """The matrix product of two tiles, to fp32: on tensor cores after rounding to fp16, or in fp32 without them."""
     return tl.dot(a.to(tl.float16), b.to(tl.float16)) if HALF else tl.dot(a, b, input_precision="ieee")
 
 
 @triton.jit
-def _normalise(x, y, HALF: tl.constexpr):
+def _normalise(x, y, HALF: tl.constexpr) -> "Any":
     """(x / peak, y / peak, peak), peak the largest magnitude in both; for fp32 nothing is done."""
     peak = 1.0
     if HALF:
@@ -61,14 +62,14 @@ def _normalise(x, y, HALF: tl.constexpr):
 
 
 @triton.jit
-def _transform(x, tables, twiddles, N1: tl.constexpr, N2: tl.constexpr, HALF: tl.constexpr):
+def _transform(x, tables, twiddles, N1: tl.constexpr, N2: tl.constexpr, HALF: tl.constexpr) -> "Any":
     """The spectrum (re, im), in the order of Z, of the two zero-padded rows in tile x."""
     i = tl.arange(0, N1)
     j = tl.arange(0, N2)
     outer = i[:, None] * N1 + i[None, :]
     inner = j[:, None] * N2 + j[None, :]
     grid = i[:, None] * N2 + j[None, :]
-    x, _, peak = _normalise(x, x, HALF)
+    x, _, peak = _normalise(x, x, HALF)  # pyright: ignore
     y_re = _product(tl.load(tables + outer), x, HALF)
     y_im = _product(tl.load(tables + N1 * N1 + outer), x, HALF)
     cos = tl.load(twiddles + grid)
@@ -83,14 +84,14 @@ def _transform(x, tables, twiddles, N1: tl.constexpr, N2: tl.constexpr, HALF: tl
 
 
 @triton.jit
-def _inverse(re, im, tables, twiddles, N1: tl.constexpr, N2: tl.constexpr, HALF: tl.constexpr):
+def _inverse(re, im, tables, twiddles, N1: tl.constexpr, N2: tl.constexpr, HALF: tl.constexpr) -> "Any":
     """The two rows, first half of the N points, of a spectrum in the order of Z; without the division by N."""
     i = tl.arange(0, N1)
     j = tl.arange(0, N2)
     outer = i[:, None] + i[None, :] * N1
     inner = j[:, None] * N2 + j[None, :]
     grid = i[:, None] * N2 + j[None, :]
-    re, im, peak = _normalise(re, im, HALF)
+    re, im, peak = _normalise(re, im, HALF)  # pyright: ignore
     cos = tl.load(tables + 2 * N1 * N1 + inner)
     sin = tl.load(tables + 2 * N1 * N1 + N2 * N2 + inner)
     v_re = _product(re, cos, HALF) - _product(im, sin, HALF)
@@ -105,7 +106,7 @@ def _inverse(re, im, tables, twiddles, N1: tl.constexpr, N2: tl.constexpr, HALF:
 
 
 @triton.jit
-def _load(x, gate, offsets, inside, GATED: tl.constexpr):
+def _load(x, gate, offsets, inside, GATED: tl.constexpr) -> "Any":
     value = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
     if GATED:
         value *= tl.load(gate + offsets, mask=inside, other=0.0).to(tl.float32)
@@ -122,7 +123,7 @@ def long_conv_transform_kernel(
     block = (program % blocks).to(tl.int32)
     pair = (program // blocks % pairs).to(tl.int32)
     channel = program // blocks // pairs
-    offsets, inside = _rows(block * (N1 * N2 // 2), pair, batch, length, stride_b, N1, N2)
+    offsets, inside = _rows(block * (N1 * N2 // 2), pair, batch, length, stride_b, N1, N2)  # pyright: ignore
     value = _load(x, gate, channel * stride_c + offsets, inside, GATED)
     re, im = _transform(value, tables, twiddles, N1, N2, HALF)
     grid = tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
@@ -149,7 +150,7 @@ def long_conv_kernel(
     channel = program // blocks // pairs
     points: tl.constexpr = N1 * N2
     grid = tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
-    offsets, inside = _rows(block * (points // 2), pair, batch, length, stride_b, N1, N2)
+    offsets, inside = _rows(block * (points // 2), pair, batch, length, stride_b, N1, N2)  # pyright: ignore
     offsets += channel * stride_c
     weights += channel * parts * (2 * points)
     if SPLIT:

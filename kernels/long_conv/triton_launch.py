@@ -5,18 +5,16 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from .triton import (
-    CONFIGS,
-    CORRELATE_TILE,
-    Config,
-    long_conv_correlate_kernel,
-    long_conv_kernel,
-    long_conv_transform_kernel,
-    long_conv_weight_gradient_kernel,
-)
+from . import triton as kernels
+from .triton import CONFIGS, CORRELATE_TILE, Config
+
+# Typed as anything: a decorated kernel takes a grid in brackets, which its signature does not say.
+_convolve: Any = kernels.long_conv_kernel
+_transform: Any = kernels.long_conv_transform_kernel
+_weight_gradient: Any = kernels.long_conv_weight_gradient_kernel
+_correlate: Any = kernels.long_conv_correlate_kernel
 
 ENOUGH_PROGRAMS = 1024
 """Programs that fill a large GPU several times over: rows are summed in groups until there are about as many."""
@@ -31,7 +29,7 @@ class Plan:
         configs = CONFIGS[self.half]
         self.config = next((config for config in configs if self.length <= config.block), configs[-1])
         self.pairs = (self.batch + 1) // 2
-        self.blocks = triton.cdiv(self.length, self.config.block)
+        self.blocks = _ceil_div(self.length, self.config.block)
         self.parts = min(self.blocks, (taps + self.config.block - 2) // self.config.block + 1)
         self.strides = u.stride()[:2]
         self.tables, self.twiddles = _tables(self.config, u.device)
@@ -40,7 +38,7 @@ class Plan:
         """(channel, pair, block, 2, N): the spectrum of each block of gate * x."""
         shape = (self.channels, self.pairs, self.blocks, 2, self.config.points)
         spectra = torch.empty(shape, dtype=torch.float32, device=x.device)
-        long_conv_transform_kernel[(self.channels * self.pairs * self.blocks,)](
+        _transform[(self.channels * self.pairs * self.blocks,)](
             x, x if gate is None else gate, spectra, self.tables, self.twiddles,
             self.batch, self.length, self.pairs, self.blocks, *self.strides,
             GATED=gate is not None, **self._constants(),
@@ -64,7 +62,7 @@ class Plan:
 
         `spectra` of gate * x are needed where there is more than one block. Returns `out`.
         """
-        long_conv_kernel[(self.channels * self.pairs * self.blocks,)](
+        _convolve[(self.channels * self.pairs * self.blocks,)](
             x, x if gate is None else gate, weights if spectra is None else spectra, weights,
             x if out_gate is None else out_gate, out,
             x if second_gate is None else second_gate, out if second is None else second,
@@ -79,7 +77,7 @@ class Plan:
         """(channel, 1, 2, N): gradient of the spectrum where one block is the whole sequence."""
         groups, group = self._groups(self.channels)
         out = torch.empty((groups, self.channels, 1, 2, self.config.points), dtype=torch.float32, device=x.device)
-        long_conv_weight_gradient_kernel[(groups * self.channels,)](
+        _weight_gradient[(groups * self.channels,)](
             x, x if gate is None else gate, grad, x if grad_gate is None else grad_gate, out,
             self.tables, self.twiddles,
             self.batch, self.length, self.channels, self.pairs, group, *self.strides,
@@ -95,7 +93,7 @@ class Plan:
         groups, group = self._groups(programs)
         shape = (groups, self.channels, self.parts, 2, points)
         out = torch.empty(shape, dtype=torch.float32, device=x_spectra.device)
-        long_conv_correlate_kernel[(groups * programs,)](
+        _correlate[(groups * programs,)](
             x_spectra, grad_spectra, out, self.channels, self.pairs, self.blocks, self.parts, group,
             POINTS=points, TILE=tile, num_warps=4,
         )  # fmt: skip
@@ -130,8 +128,8 @@ class Plan:
 
     def _groups(self, programs: int) -> tuple[int, int]:
         """Groups of rows, so that there are programs enough for a GPU, and the pairs of rows in each."""
-        group = triton.cdiv(self.pairs, min(self.pairs, triton.cdiv(ENOUGH_PROGRAMS, programs)))
-        return triton.cdiv(self.pairs, group), group
+        group = _ceil_div(self.pairs, min(self.pairs, _ceil_div(ENOUGH_PROGRAMS, programs)))
+        return _ceil_div(self.pairs, group), group
 
 
 @lru_cache(maxsize=32)
@@ -217,3 +215,7 @@ def backward(
 
 def _device(x: Tensor) -> Any:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
