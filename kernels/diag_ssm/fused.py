@@ -46,12 +46,13 @@ class _FusedScan(torch.autograd.Function):
     def backward(ctx, grad_y, grad_final):
         from .triton_backward import scan_backward
 
-        *inputs, starts = ctx.saved_tensors
-        if grad_y is None:
-            grad_y = torch.zeros_like(inputs[2])
+        q, k, v, shift_taps, taps, read, write, decay, history, starts = ctx.saved_tensors
+        grad_y = torch.zeros_like(v) if grad_y is None else grad_y.contiguous()
         needs = ctx.needs_input_grad
-        operators = any(needs[3:8])
-        found = scan_backward(grad_y.contiguous(), grad_final, *inputs, ctx.documents, starts, operators=operators)
+        found = scan_backward(
+            grad_y, grad_final, q, k, v, shift_taps, taps, read, write, decay, history, ctx.documents, starts,
+            operators=any(needs[3:8]),
+        )  # fmt: skip
         return *(x if needed else None for x, needed in zip(found, needs[:10], strict=True)), None
 
 
@@ -145,8 +146,8 @@ def fused_mix(
     """
     from .triton import choose_config
 
-    q, k, v = (None if x is None else x.contiguous() for x in (q, k, v))
-    assert v is not None
+    q, k = (None if x is None else x.contiguous() for x in (q, k))
+    v = v.contiguous()
     read, write, taps, decay, powers = _operators(diag, d)
     flat = None if initial is None else initial.flatten(-2)
     documents = None

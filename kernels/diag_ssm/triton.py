@@ -19,6 +19,7 @@ Sources: Fu et al. 2022 (H3), section 4; Dao and Gu 2024 (SSD), section 6; Blell
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -98,7 +99,8 @@ def scan_fwd_kernel(
     if SHIFT:
         shift_lower = load_lower(SHIFT_ + channel * shift_taps, shift_taps, CHUNK, DOT)
         shift_upper = load_upper(SHIFT_ + channel * shift_taps, shift_taps, CHUNK, DOT)
-    write_re, write_im = load_pairs(WRITE_ + head * CHUNK * 2 * modes, modes, CHUNK, MODES, DOT)
+    write_at = WRITE_ + head * CHUNK * 2 * modes
+    write_re, write_im = load_pairs(write_at, modes, CHUNK, MODES, DOT)  # pyright: ignore[reportGeneralTypeIssues]
     write_re, write_im = tl.trans(write_re), tl.trans(write_im)
     if OUTPUT:
         toeplitz = load_lower(TAPS_ + head * CHUNK, CHUNK, CHUNK, DOT)
@@ -265,10 +267,10 @@ def scan_forward(
     modes = decay.shape[1] // 2
     block = block or choose_config(v.dtype, modes)
     channels, batch, length = v.shape
-    supers = triton.cdiv(length, CHUNK * block.columns)
+    supers = _ceil(length, CHUNK * block.columns)
     segments = block.segments or choose_segments(channels * batch, supers, _multiprocessors(v.device))
-    piece = triton.cdiv(supers, segments)
-    segments = triton.cdiv(supers, piece)
+    piece = _ceil(supers, segments)
+    segments = _ceil(supers, piece)
     taps, read, write, decay = (x.contiguous() for x in (taps, read, write, decay))
     shift_taps, initial, history = (None if x is None else x.contiguous() for x in (shift_taps, initial, history))
     y = torch.empty_like(v)
@@ -276,6 +278,11 @@ def scan_forward(
     assert v.is_contiguous()
     assert block.columns >= 16
     assert documents is None or documents.most.shape[1] == supers
+    constants: dict[str, Any] = {
+        "CHUNK": CHUNK, "COLUMNS": block.columns, "MODES": padded_modes(modes), "DOT": _DOT[v.dtype],
+        "SHIFT": shift_taps is not None, "GATE": q is not None, "HISTORY": history is not None and history.shape[2] > 0,
+        "DOCUMENTS": documents is not None, "num_warps": block.warps, "num_stages": block.stages,
+    }  # fmt: skip
 
     def launch(pieces: int, before: Tensor | None, output: bool) -> Tensor:
         final = torch.empty(channels, batch, pieces, 2 * modes, dtype=torch.float32, device=v.device)
@@ -284,10 +291,7 @@ def scan_forward(
             *((None, None, None) if documents is None else (documents.relative, documents.continues, documents.most)),
             final, starts, batch, length, channels // decay.shape[0], modes,
             0 if shift_taps is None else shift_taps.shape[1], piece,
-            CHUNK=CHUNK, COLUMNS=block.columns, MODES=padded_modes(modes), DOT=_DOT[v.dtype],
-            SHIFT=shift_taps is not None, GATE=q is not None, INITIAL=before is not None,
-            HISTORY=history is not None and history.shape[2] > 0, DOCUMENTS=documents is not None, OUTPUT=output,
-            num_warps=block.warps, num_stages=block.stages,
+            **constants, **{"INITIAL": before is not None, "OUTPUT": output},
         )  # fmt: skip
         return final
 
@@ -300,7 +304,11 @@ def scan_forward(
 
 def padded_modes(modes: int) -> int:
     """Modes as a side of a tile: a power of two, at least the 16 that tensor cores take."""
-    return max(16, triton.next_power_of_2(modes))
+    return max(16, 1 << (modes - 1).bit_length())
+
+
+def _ceil(dividend: int, divisor: int) -> int:
+    return -(-dividend // divisor)
 
 
 @functools.cache

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -91,9 +93,10 @@ def test_the_mixer_is_its_definition(
 ):
     values, run = make_mix(batch, heads, length, modes=modes, taps=taps, head_dim=head_dim)
     ids = (torch.rand(batch, length) < BOUNDARIES).cumsum(1).int() if documents else None
-    states = [make_state(batch, heads, taps, modes, head_dim, x) if carried else None for x in (None, torch.float64)]
-    got, state = run(h3_mix, values, document_ids=ids, state=states[0])
-    want, want_state = run(h3_mix_reference, widen(values), document_ids=ids, state=states[1])
+    narrow = make_state(batch, heads, taps, modes, head_dim) if carried else None
+    wide = make_state(batch, heads, taps, modes, head_dim, torch.float64) if carried else None
+    got, state = run(h3_mix, values, document_ids=ids, state=narrow)
+    want, want_state = run(h3_mix_reference, widen(values), document_ids=ids, state=wide)
     assert_close(got, want, 1e-6, "y")
     assert_close(state.diag, want_state.diag, 1e-6, "state.diag")
     assert torch.equal(state.shift.double(), want_state.shift)
@@ -170,7 +173,8 @@ def plain_half_precision(values: dict[str, Tensor], dtype: torch.dtype) -> Tenso
         return x @ torch.where(lag >= 0, taps[:, lag.clamp(min=0)], 0).to(dtype).transpose(1, 2)
 
     z = (convolve(values["shift"], k) + values["d_k"].to(dtype)[:, None, None] * k) * v
-    taps = kernel(Diagonal(**{name: values[name] for name in NAMES}), length)
+    log_dt, log_a, b, B, C = (values[name] for name in NAMES)
+    taps = kernel(Diagonal(log_dt, log_a, b, B, C), length)
     return (q * (convolve(taps, z) + values["d"].to(dtype)[:, None, None] * z)).transpose(0, 1)
 
 
@@ -290,17 +294,15 @@ def test_segments_states_wait_for_nothing():
 
 def test_operators_in_torch_are_the_kernel(assert_close):
     """The definition at the level of operators, arbitrary ones, with a group and documents."""
-    make = lambda *shape: torch.randn(*shape) / 8  # noqa: E731
-    v, history = torch.randn(4, 1, 150), None
-    taps, read, write, decay, initial = make(2, 64), make(2, 64, 10), make(2, 64, 10), make(2, 10), make(4, 1, 10)
-    ids = (torch.rand(1, 150) < BOUNDARIES).cumsum(1)
-    args = (None, None, v, None, taps, read, write, decay, initial, history, find_chunks(ids, None, 64, 16))
-    y, final, starts = triton.scan_forward(*args)
-    wide = [x.double() if isinstance(x, Tensor) else x for x in args]
-    want, want_final = scan_in_torch(*wide)
+    shapes = {"taps": (2, 64), "read": (2, 64, 10), "write": (2, 64, 10), "decay": (2, 10), "initial": (4, 1, 10)}
+    x = {"v": torch.randn(4, 1, 150)} | {name: torch.randn(shape) / 8 for name, shape in shapes.items()}
+    rest: dict[str, Any] = {"q": None, "k": None, "shift_taps": None, "history": None}
+    documents = find_chunks((torch.rand(1, 150) < BOUNDARIES).cumsum(1), None, 64, 16)
+    y, final, starts = triton.scan_forward(**x, **rest, documents=documents)
+    want, want_final = scan_in_torch(**widen(x), **rest, documents=documents)
     assert_close(y, want, 1e-6, "y")
     assert_close(final, want_final, 1e-6, "final")
-    assert torch.equal(starts[:, :, 0], initial)
+    assert torch.equal(starts[:, :, 0], x["initial"])
 
 
 def test_what_the_kernel_cannot_take_is_refused_by_name(make_mix, monkeypatch):
