@@ -37,6 +37,7 @@ class NoGpuError(ValueError):
 
 CELLS = tuple(Cell(d, 1024 * 2**n, TOKENS // (1024 * 2**n)) for d in (768, 2048) for n in range(8))
 CELLS += (Cell(768, 2**20, 1),)
+CELLS += tuple(Cell(768, length, TOKENS // length, "long_conv") for length in (1024, 2048, 8192))
 
 
 def both_ways(run: Callable[[], Tensor], leaves: Sequence[Tensor], grad: Tensor) -> Callable[[], object]:
@@ -72,7 +73,7 @@ def measure_cell(
 ) -> Iterator[tuple[str, dict]]:
     """(direction, columns) of one form of the mixer: "triton", "rfft" or "chunked". Empty columns: out of memory."""
     problem = Problem.draw(cell, clock.device, dtype)
-    run, leaves = problem.rfft() if form == "rfft" else problem.mixer("torch" if form == "chunked" else form)
+    run, leaves = problem.form(form)
     for direction in (FORWARD, BOTH):
         call = forward_only(run) if direction == FORWARD else both_ways(run, leaves, problem.grad)
         columns: dict[str, Any] = {}
@@ -95,7 +96,7 @@ def measure_cell(
 
 def _difference(problem: Problem, other: Any) -> float:
     """Relative rms difference of the kernel's output from the rfft form's, to show that both compute one thing."""
-    ours = forward_only(problem.mixer("auto")[0])()
+    ours = forward_only(problem.form("auto")[0])()
     assert isinstance(ours, Tensor)
     return ((ours.float() - other.float()).norm() / other.float().norm()).item()
 
@@ -125,6 +126,8 @@ def time_cells(
     rows = {(cell, way): _blank(cell, way, dtype, copy) for cell in cells for way in (FORWARD, BOTH)}
     for form, least in forms.items():
         for cell in cells:
+            if form == "chunked" and cell.operation != "h3_mix":
+                continue
             if time.monotonic() > deadline:
                 say(f"{form}, {cell}: left out, the time is up")
                 continue
@@ -133,7 +136,8 @@ def time_cells(
                     row = rows[cell, direction]
                     row.update(columns)
                     _ratios(row)
-                    say(f"{form:8} {direction:16} d={cell.width} L={cell.length}: {row[f'{form}_ms']} ms")
+                    where = f"{cell.operation} d={cell.width} L={cell.length}"
+                    say(f"{form:8} {direction:16} {where}: {row[f'{form}_ms']} ms")
             except torch.OutOfMemoryError:
                 say(f"{form}, {cell}: out of memory")
             gc.collect()
@@ -143,7 +147,13 @@ def time_cells(
 
 
 def _blank(cell: Cell, direction: str, dtype: torch.dtype, copy: float) -> dict[str, Any]:
-    shape = {"width": cell.width, "length": cell.length, "rows": cell.rows, "direction": direction}
+    shape = {
+        "operation": cell.operation,
+        "width": cell.width,
+        "length": cell.length,
+        "rows": cell.rows,
+        "direction": direction,
+    }
     floor = BYTES[direction] * cell.elements * dtype.itemsize / 2 / copy / MILLISECOND
     return {
         **shape,
@@ -194,7 +204,12 @@ def bench(*, minutes: float = 7.5, out: Path = RESULTS, say: Callable[[str], Non
     goals = answer(rows)
     write_rows(out / "flash_conv.csv", [{**row, **stamp} for row in rows])
     write_rows(out / "flash_conv_goals.csv", [{**row, **stamp} for row in goals])
-    say(text_table(rows, ["width", "length", "direction", *COLUMNS[:1], "floor_share", "over_rfft", "over_chunked"]))
+    say(
+        text_table(
+            rows,
+            ["operation", "width", "length", "direction", *COLUMNS[:1], "floor_share", "over_rfft", "over_chunked"],
+        )
+    )
     say(text_table(goals, list(goals[0])))
     say(f"written to {out}, {time.monotonic() - began:.0f} s")
     return 0

@@ -13,17 +13,19 @@ from .diag_ssm import Diagonal
 from .diag_ssm.chunked import power_table
 from .diag_ssm.parameters import discretise
 from .flash_conv import h3_mix
+from .long_conv import long_conv
 
 TAPS, MODES = 64, 32
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One shape: width channels, rows of `length` tokens."""
+    """One shape: width channels, rows of `length` tokens; the mixer, or `long_conv` with both gates."""
 
     width: int
     length: int
     rows: int
+    operation: str = "h3_mix"
 
     @property
     def elements(self) -> int:
@@ -36,6 +38,7 @@ class Problem:
 
     leaves: dict[str, Tensor]
     grad: Tensor
+    operation: str = "h3_mix"
 
     @classmethod
     def draw(cls, cell: Cell, device: torch.device, dtype: torch.dtype) -> Problem:
@@ -60,7 +63,18 @@ class Problem:
             "B": torch.tensor([1.0, 0.0], device=device).expand(width, MODES, 2).clone(),
             "C": normal(width, MODES, 2) * 0.7,
         }
-        return cls({name: leaf.requires_grad_() for name, leaf in leaves.items()}, sequence())
+        if cell.operation == "long_conv":
+            leaves = {name: leaves[name] for name in "qkv"} | {"kernel": normal(width, cell.length) / cell.length**0.5}
+        return cls({name: leaf.requires_grad_() for name, leaf in leaves.items()}, sequence(), cell.operation)
+
+    def form(self, name: str) -> tuple[Callable[[], Tensor], list[Tensor]]:
+        """The function of one form of the operation ("triton", "rfft" or "chunked"), and what takes a gradient.
+
+        The torch form of `long_conv` is its real FFT.
+        """
+        if self.operation == "long_conv":
+            return self.long_conv("torch" if name == "rfft" else name)
+        return self.rfft() if name == "rfft" else self.mixer("torch" if name == "chunked" else name)
 
     def diagonal(self) -> Diagonal:
         at = self.leaves
@@ -75,6 +89,11 @@ class Problem:
             return h3_mix(q, k, v, shift, self.diagonal(), d_k=leaves["d_k"], d=leaves["d"], backend=backend)[0]
 
         return run, list(leaves.values())
+
+    def long_conv(self, backend: Any) -> tuple[Callable[[], Tensor], list[Tensor]]:
+        """`long_conv` with both gates and a kernel of the sequence's length."""
+        q, k, v, kernel = self.leaves.values()
+        return lambda: long_conv(v, kernel, pre_gate=k, post_gate=q, backend=backend), [q, k, v, kernel]
 
     def rfft(self) -> tuple[Callable[[], Tensor], list[Tensor]]:
         """The same by two real FFT convolutions in fp32, as H3's own reference path; the kernel is given, not made."""

@@ -40,9 +40,12 @@ class Goal:
         return "none"
 
 
-def pick(rows: Iterable[Row], direction: str, lengths: Iterable[int], column: str) -> list[float]:
+def pick(
+    rows: Iterable[Row], direction: str, lengths: Iterable[int], column: str, operation: str = "h3_mix"
+) -> list[float]:
     """A column's values at width 768; empty if one of them was not measured."""
-    found = {r["length"]: r[column] for r in rows if r["width"] == WIDTH and r["direction"] == direction}
+    which = (operation, WIDTH, direction)
+    found = {r["length"]: r[column] for r in rows if (r["operation"], r["width"], r["direction"]) == which}
     values = [found.get(length) for length in lengths]
     return [float(v) for v in values if v is not None and v != ""] if None not in values and "" not in values else []
 
@@ -80,6 +83,10 @@ def _saved(rows: Sequence[Row]) -> float | None:
     return max(pick(rows, BOTH, UP_TO_32K, "saved_over_inputs"), default=None)
 
 
+def _long_conv(rows: Sequence[Row]) -> float | None:
+    return min(pick(rows, FORWARD, (1024, 2048, 8192), "over_rfft", "long_conv"), default=None)
+
+
 def _longest(rows: Sequence[Row]) -> float | None:
     return max((float(r["length"]) for r in rows if r.get("triton_ms") not in (None, "")), default=None)
 
@@ -97,6 +104,7 @@ GOALS = (
     Goal("forward, times FlashFFTConv as published, L = 16K", 2.5, 3.8, 5.1, False, _over_published(16_384)),
     Goal("forward+backward / forward, most of L = 1K..32K", 4, 3.2, None, True, _backward),
     Goal("saved for the backward / inputs", 1.4, 1.0, None, True, _saved),
+    Goal("long_conv forward, times faster than torch rfft, least of L = 1K..8K", 3, None, None, False, _long_conv),
     Goal("tokens of the longest row", 131_072, 1_048_576, None, False, _longest),
 )
 
@@ -106,7 +114,9 @@ def answer(rows: Sequence[Row]) -> list[dict[str, Any]]:
     result = []
     for goal in GOALS:
         value = goal.value(rows)
-        bounds = {name: "" if (b := getattr(goal, name)) is None else f"{b:g}" for name in ("must", "goal", "moonshot")}
+        bounds = {
+            name: "" if (b := getattr(goal, name)) is None else f"{b:.10g}" for name in ("must", "goal", "moonshot")
+        }
         side = "at most" if goal.at_most else "at least"
         measured = "" if value is None else f"{value:.4g}"
         result.append(

@@ -203,14 +203,15 @@ def test_nothing_is_timed_when_a_test_failed(tmp_path, monkeypatch):
 
 
 def test_cells_are_timed_in_both_directions():
-    cells = [Cell(4, 100, 2), Cell(2, 130, 1)]
+    cells = [Cell(4, 100, 2), Cell(2, 130, 1, "long_conv")]
     device = torch.device("cpu")
     forms = {"rfft": 1, "chunked": 1}
     rows = bench.time_cells(cells, device, dtype=torch.float32, forms=forms, seconds=0.05, say=lambda _: None)
     assert [(r["width"], r["length"], r["direction"]) for r in rows] == [
         (cell.width, cell.length, way) for cell in cells for way in ("forward", "forward+backward")
     ]
-    assert all(row["rfft_ms"] > 0 and row["chunked_ms"] > 0 and row["floor_ms"] >= 0 for row in rows)
+    assert all(row["rfft_ms"] > 0 and row["floor_ms"] >= 0 for row in rows)
+    assert [row["chunked_ms"] != "" for row in rows] == [True, True, False, False]
     assert all(float(row["error"]) < 1e-5 for row in rows[::2])
     late = bench.time_cells(cells[:1], device, deadline=-math.inf, forms={"rfft": 1}, say=lambda _: None)
     assert [row["rfft_ms"] for row in late] == ["", ""]
@@ -245,6 +246,7 @@ def test_goals_are_answered_from_rows():
     for length in (1024 * 2**n for n in range(8)):
         for direction, ours, theirs in (("forward", 0.35, 3.6), ("forward+backward", 1.0, 4.9)):
             row = {
+                "operation": "h3_mix",
                 "width": 768,
                 "length": length,
                 "direction": direction,
@@ -252,7 +254,9 @@ def test_goals_are_answered_from_rows():
                 "over_rfft": theirs / ours,
             }
             rows.append({**row, "saved_over_inputs": 1.2})
-    rows.append({"width": 768, "length": 2**20, "direction": "forward", "triton_ms": 3.0, "over_rfft": ""})
+    for operation, length, ratio in (("h3_mix", 2**20, ""), *(("long_conv", n, 3.5) for n in (1024, 2048, 8192))):
+        shape = {"operation": operation, "width": 768, "length": length}
+        rows.append({**shape, "direction": "forward", "triton_ms": 3.0, "over_rfft": ratio})
     answers = {row["criterion"]: row["reached"] for row in goals.answer(rows)}
     assert answers["forward ms, L = 2K"] == "goal"
     assert answers["forward, slowest / fastest of L = 1K..32K"] == "goal"
@@ -262,7 +266,13 @@ def test_goals_are_answered_from_rows():
     assert answers["forward+backward / forward, most of L = 1K..32K"] == "goal"
     assert answers["saved for the backward / inputs"] == "must"
     assert answers["tokens of the longest row"] == "goal"
+    assert answers["long_conv forward, times faster than torch rfft, least of L = 1K..8K"] == "must"
     assert all(row["measured"] == row["reached"] == "" for row in goals.answer([]))
+    with (ROOT / "benchmarks" / "results" / "flash_conv_goals.csv").open() as file:
+        bounds = [
+            [row[name] for name in ("criterion", "is", "must", "goal", "moonshot")] for row in csv.DictReader(file)
+        ]
+    assert bounds == [list(row.values())[:5] for row in goals.answer([])]
     without_4k = [row for row in rows if row["length"] != 4096]
     assert {row["criterion"]: row["measured"] for row in goals.answer(without_4k)}[
         "forward, slowest / fastest of L = 1K..32K"
