@@ -286,12 +286,13 @@ def scan_forward(
 
     def launch(pieces: int, before: Tensor | None, output: bool) -> Tensor:
         final = torch.empty(channels, batch, pieces, 2 * modes, dtype=torch.float32, device=v.device)
+        flags: dict[str, Any] = constants | {"INITIAL": before is not None, "OUTPUT": output}
         scan_fwd_kernel[(channels, batch, pieces)](
             q, k, v, y, shift_taps, taps, read, write, decay, before, history,
             *((None, None, None) if documents is None else (documents.relative, documents.continues, documents.most)),
             final, starts, batch, length, channels // decay.shape[0], modes,
             0 if shift_taps is None else shift_taps.shape[1], piece,
-            **constants, **{"INITIAL": before is not None, "OUTPUT": output},
+            **flags,
         )  # fmt: skip
         return final
 
