@@ -13,12 +13,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from .aot import SHARED_LIMIT, SOURCES, TARGETS, Reading, compile_all, require_triton
+from .spills import SPILLS, Spill
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -27,18 +28,6 @@ TESTS = ROOT / "tests" / "kernels" / "triton"
 
 class MissingToolError(ValueError):
     """Something outside this package is needed and not installed."""
-
-
-@dataclass(frozen=True)
-class Spill:
-    """Bytes of registers that a configuration is known to keep in local memory, and why that is accepted."""
-
-    bytes: int
-    reason: str
-
-
-SPILLS: dict[tuple[str, str], Spill] = {}
-"""(configuration, target) -> the spill stores known; every other configuration must have none."""
 
 
 def findings(readings: Iterable[Reading], spills: Mapping[tuple[str, str], Spill] = SPILLS) -> list[str]:

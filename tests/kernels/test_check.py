@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from potamos.kernels import bench, check, goals
-from potamos.kernels.aot import SHARED_LIMIT, CompilationError, Reading, compile_all
+from potamos.kernels.aot import SHARED_LIMIT, SOURCES, CompilationError, Reading, compile_all
 from potamos.kernels.bench_cases import Cell, Problem, long_kernel
-from potamos.kernels.check import Spill, findings
+from potamos.kernels.check import findings
 from potamos.kernels.diag_ssm.parameters import discretise
+from potamos.kernels.spills import SPILLS, Spill
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -141,7 +142,20 @@ def test_known_spills_may_not_grow_nor_outlive_their_cause():
     assert findings([replace(GOOD, spill_stores=100)], spills) == []
     assert len(findings([replace(GOOD, spill_stores=101)], spills)) == 1
     assert len(findings([GOOD], spills)) == 1
-    assert all(spill.bytes > 0 and spill.reason for spill in check.SPILLS.values())
+    assert all(spill.bytes > 0 and spill.reason for spill in SPILLS.values())
+
+
+def test_the_mixers_forward_is_register_clean_on_hopper():
+    """Every forward configuration, as compiled here and now; without documents nothing may be spilled or excused."""
+    readings = compile_all([SOURCES[0]], ["sm_90a"], only="h3_mix forward")
+    assert {reading.dtype for reading in readings} == {"bf16", "fp16", "fp32"}
+    assert findings(readings) == []
+    for reading in readings:
+        if "documents" not in reading.name or reading.dtype != "fp32":
+            assert reading.spill_stores == 0, reading.name
+        assert (reading.wgmma > 0) == (reading.dtype != "fp32"), reading.name
+    excused = {name for name, target in SPILLS if target == "sm_90a" and name.startswith("h3_mix forward")}
+    assert all("documents fp32" in name for name in excused)
 
 
 def test_check_ends_with_1_and_says_why(specimens, tmp_path, monkeypatch):
