@@ -177,7 +177,8 @@ def scan_backward_kernel(
             a_r = tl.where(final_chunk == end * NB, final_r, a_r)
             a_i = tl.where(final_chunk == end * NB, final_i, a_i)
         halo = tl.zeros([Q], tl.float32)
-        for step in range(end - begin):
+        # Hoisted out of the loop, the addresses of the operators' tiles would take a hundred registers.
+        for step in tl.range(0, end - begin, disable_licm=True):
             sup = end - 1 - step
             column = sup * NB + c
             tok = column[None, :] * Q + i[:, None]
@@ -337,7 +338,7 @@ def adjoint_kernel(
         final_r, final_i = load_state(FINAL_ + row * 2 * modes, modes, M)
         a_r = tl.where(final_chunk == end * NB, final_r, a_r)
         a_i = tl.where(final_chunk == end * NB, final_i, a_i)
-    for step in range(end - begin):
+    for step in tl.range(0, end - begin, disable_licm=True):
         column = (end - 1 - step) * NB + c
         tok = column[None, :] * Q + i[:, None]
         inside = tok < length

@@ -6,15 +6,17 @@ Every test runs on memory that is NaN until written, so that a forgotten store o
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from potamos.kernels.diag_ssm import Diagonal, diag_ssm, triton_backward
 from potamos.kernels.diag_ssm.documents import Chunks, find_chunks
 from potamos.kernels.diag_ssm.triton_backward import ScanGradients, scan_backward
+from potamos.kernels.flash_conv import H3State, h3_mix
 
 CHUNK, COLUMNS = 64, 16
 SPAN = CHUNK * COLUMNS
@@ -30,28 +32,9 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(autouse=True)
-def rounding_casts(monkeypatch) -> None:
-    """The interpreter cuts fp32 off to bf16, always toward zero; a GPU rounds to nearest."""
-    if torch.cuda.is_available():
-        return
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    convert = interpreter._convert_float
-
-    def rounding(data, source, target, mode):
-        if (source, target) != (tl.float32, tl.bfloat16):
-            return convert(data, source, target, mode)
-        return torch.from_numpy(data.copy()).to(torch.bfloat16).view(torch.uint16).numpy()
-
-    monkeypatch.setattr(interpreter, "_convert_float", rounding)
-
-
 def pairs(x: Tensor) -> Tensor:
-    return torch.view_as_complex(
-        x.float().unflatten(-1, (-1, 2)) if x.dtype != torch.float64 else x.unflatten(-1, (-1, 2))
-    )
+    wide = x if x.dtype == torch.float64 else x.float()  # there are no half-precision complex numbers
+    return torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
 
 
 def mixer(x: dict[str, Tensor], documents: Chunks | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -264,3 +247,54 @@ def test_twice_is_bitwise_equal_and_operators_can_be_left_out():
             assert getattr(data, name) is None
         else:
             assert torch.equal(getattr(data, name), getattr(once, name)), name
+
+
+PARAMETERS = ("log_dt", "log_a", "b", "B", "C")
+BACKENDS: tuple[tuple[Literal["triton", "torch"], torch.dtype], ...] = (
+    ("triton", torch.float32),
+    ("torch", torch.float64),
+)
+
+
+def test_every_parameter_of_the_mixer(make_diagonal, assert_close, monkeypatch):
+    """Through the public operation, a row in two segments, against the torch form in fp64; bugs must fail."""
+    monkeypatch.setattr(triton_backward, "plan", lambda channels, batch, supers: (1, 2))
+    torch.manual_seed(8)
+    length, taps = SPAN + 70, 64
+    diag, d = make_diagonal(1, 4, dtype=torch.float32)
+    x = {n: torch.randn(1, 1, length) for n in "qkv"} | {"shift": torch.randn(1, taps) / 8, "d_k": torch.randn(1)}
+    x |= {"d": d} | {n: getattr(diag, n) for n in PARAMETERS}
+    x |= {"history": torch.randn(1, 1, taps - 1), "modes": torch.randn(1, 1, 1, 4, 2)}
+    found = {}
+    for backend, dtype in BACKENDS:
+        leaves = {n: value.detach().to(dtype).requires_grad_() for n, value in x.items()}
+        q, k, v, shift, d_k, d = (leaves[n] for n in ("q", "k", "v", "shift", "d_k", "d"))
+        state = H3State(leaves["history"], leaves["modes"], torch.zeros(1, dtype=torch.int32))
+        same = Diagonal(**{n: leaves[n] for n in PARAMETERS}, rule=diag.rule)
+        y, after = h3_mix(q, k, v, shift, same, d_k=d_k, d=d, state=state, backend=backend)
+        torch.manual_seed(9)
+        loss = (y * torch.randn(y.shape)).sum() + (after.diag * torch.randn(after.diag.shape)).sum()
+        found[backend] = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+    for name, want in found["torch"].items():
+        value = found["triton"][name]
+        assert_close(value, want, 1e-5, name)
+        for wrong in (torch.zeros_like(value), value * 1.001, value.roll(1, -1) if value.shape[-1] > 1 else -value):
+            with pytest.raises(AssertionError):
+                assert_close(wrong, want, 1e-5, name)
+
+
+def test_every_parameter_of_the_diagonal_ssm(make_diagonal, assert_close):
+    """Two channels to a kernel, documents, fp64 reference."""
+    torch.manual_seed(10)
+    diag, d = make_diagonal(1, 3, dtype=torch.float32)
+    ids = (torch.arange(150) // 70).int().expand(2, -1)
+    x = {"u": torch.randn(2, 2, 150), "d": d} | {n: getattr(diag, n) for n in PARAMETERS}
+    weights, found = torch.randn(2, 2, 150), {}
+    for backend, dtype in BACKENDS:
+        leaves = {n: value.detach().to(dtype).requires_grad_() for n, value in x.items()}
+        same = Diagonal(**{n: leaves[n] for n in PARAMETERS}, rule=diag.rule)
+        y, after = diag_ssm(leaves["u"], same, d=leaves["d"], document_ids=ids, backend=backend)
+        loss = (y * weights).sum() + after.modes.sum()
+        found[backend] = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+    for name, want in found["torch"].items():
+        assert_close(found["triton"][name], want, 1e-5, name)
