@@ -55,9 +55,10 @@ def _normalise(x, y, HALF: tl.constexpr) -> "Any":
     """(x / peak, y / peak, peak), peak the largest magnitude in both; for fp32 nothing is done."""
     peak = 1.0
     if HALF:
-        peak = tl.maximum(tl.maximum(tl.max(tl.abs(x)), tl.max(tl.abs(y))), 1e-30)
-        x = x / peak
-        y = y / peak
+        # Between these bounds the reciprocal is a normal number; what lies above comes out as infinite or NaN.
+        peak = tl.minimum(tl.maximum(tl.maximum(tl.max(tl.abs(x)), tl.max(tl.abs(y))), 1e-37), 1e37)
+        x *= 1.0 / peak
+        y *= 1.0 / peak
     return x, y, peak
 
 
@@ -79,7 +80,7 @@ def _transform(x, tables, twiddles, N1: tl.constexpr, N2: tl.constexpr, HALF: tl
     cos = tl.load(tables + 2 * N1 * N1 + inner)
     sin = tl.load(tables + 2 * N1 * N1 + N2 * N2 + inner)
     re = _product(t_re, cos, HALF) + _product(t_im, sin, HALF)
-    im = _product(t_im, cos, HALF) - _product(t_re, sin, HALF)
+    im = _product(t_im, cos, HALF) + _product(-t_re, sin, HALF)  # A sum accumulates in place, a difference does not.
     return re * peak, im * peak
 
 
@@ -94,7 +95,7 @@ def _inverse(re, im, tables, twiddles, N1: tl.constexpr, N2: tl.constexpr, HALF:
     re, im, peak = _normalise(re, im, HALF)  # pyright: ignore
     cos = tl.load(tables + 2 * N1 * N1 + inner)
     sin = tl.load(tables + 2 * N1 * N1 + N2 * N2 + inner)
-    v_re = _product(re, cos, HALF) - _product(im, sin, HALF)
+    v_re = _product(re, cos, HALF) + _product(-im, sin, HALF)
     v_im = _product(im, cos, HALF) + _product(re, sin, HALF)
     cos = tl.load(twiddles + grid)
     sin = tl.load(twiddles + N1 * N2 + grid)
@@ -265,8 +266,8 @@ CONFIGS = {
     True: (Config(64, 16, 4, True), Config(64, 32, 4, True), Config(128, 32, 8, True)),
     False: (Config(32, 16, 4, False), Config(32, 32, 8, False)),
 }
-"""16-bit and fp32 inputs. None of these spills a register; the next larger ones do (64 x 64: 8 bytes forward and 180
-backward, fp32 64 x 32: 740). 64 rows because Hopper's wgmma has no fewer."""
+"""16-bit and fp32 inputs. None spills a register; larger ones would: fp32 64 x 32 328 bytes in the forward kernel, and
+128 x 64 leaves the forward kernel 248 registers but its kernel gradient spills. 64 rows: Hopper's wgmma has no fewer."""
 
 CORRELATE_TILE = 1024
 """Frequencies per program of the correlation of stored spectra."""

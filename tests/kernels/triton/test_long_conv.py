@@ -160,6 +160,16 @@ def test_a_later_token_matters_by_rounding_alone():
     assert (before - after)[..., 900:].abs().min() > 0
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter's numpy
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, 3e38])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_finite_shows(value, dtype):
+    values = inputs(1, 1, 40, 40, dtype, gated=False)
+    u, kernel = values["u"].detach(), 4 + values["kernel"].detach().abs()
+    u[0, 0, 3] = value
+    assert not long_conv(u, kernel, backend="triton")[..., 3:].isfinite().any()
+
+
 @pytest.mark.parametrize("power", [-60, 60])
 def test_16_bits_float_by_blocks(power):
     values = inputs(3, 1, 200, 200, torch.bfloat16, gated=False)
