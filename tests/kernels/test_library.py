@@ -129,6 +129,34 @@ def test_opcheck(operation, make_diagonal):
     assert set(results.values()) == {"SUCCESS"}, results
 
 
+@pytest.mark.parametrize("major", [False, True])
+def test_backward_operations_give_what_tracing_was_told(major, make_diagonal):
+    """Gradients in their inputs' shapes and strides, in memory of their own, in either memory order."""
+    case = Case(make_diagonal, dtype=torch.float32)
+    u = case.q.detach()
+    u = u.transpose(0, 1).contiguous().transpose(0, 1) if major else u
+    inputs = [u, *(x.detach() for x in case.diagonal), case.d.detach(), case.ids, None, None]
+    needed = [True] * 7 + [False] * 3
+    gradients = [torch.randn(BATCH, HEADS, LENGTH), None, None]
+    operation = torch.ops.potamos.diag_ssm_backward.default
+    arguments = (gradients, inputs, needed, "zoh", "torch")
+    torch.library.opcheck(operation, arguments, test_utils=("test_schema", "test_faketensor"))
+    for gradient, x in zip(operation(*arguments), inputs, strict=False):
+        assert gradient.stride() == torch.empty_like(x).stride()
+        assert gradient.any()
+
+
+def test_what_a_loss_does_not_see_gets_zeros(make_diagonal):
+    """A loss of the state alone: neither C nor the skip takes part."""
+    case = Case(make_diagonal)
+    inputs = [x.detach() for x in (case.q, *case.diagonal, case.d)]
+    gradients = [None, torch.randn(BATCH, HEADS, MODES, 2, dtype=torch.float64), None]
+    found = torch.ops.potamos.diag_ssm_backward(
+        gradients, [*inputs, None, None, None], [True] * 7 + [False] * 3, "zoh", "torch"
+    )
+    assert [bool(gradient.any()) for gradient in found] == [True] * 5 + [False] * 2
+
+
 def test_frozen_inputs_get_no_gradient(make_diagonal, assert_close):
     case = Case(make_diagonal)
     case.k, case.d = case.k.detach(), case.d.detach()
