@@ -359,3 +359,14 @@ def test_gradients_of_everything(batch, length, taps, head_dim, documents, carri
             assert got is None or not got.any(), f"d{name} should be zero"
         else:
             assert_close(got, want, 1e-5, f"d{name}")
+
+
+def test_what_another_document_left_is_not_read(make_mix):
+    values, run = make_mix(2, 2, 10)
+    ids = torch.full((2, 10), 6, dtype=torch.int32)
+    y, after = run(h3_mix, values, document_ids=ids, state=make_state(2, 2, 64, 32, 1))
+    alone, after_alone = run(h3_mix, values)
+    assert torch.equal(y, alone)
+    assert torch.equal(after.diag, after_alone.diag)
+    assert torch.equal(after.shift, after_alone.shift)
+    assert after.document.tolist() == [6, 6]
