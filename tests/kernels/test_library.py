@@ -147,14 +147,15 @@ def test_backward_operations_give_what_tracing_was_told(major, make_diagonal):
 
 
 def test_what_a_loss_does_not_see_gets_zeros(make_diagonal):
-    """A loss of the state alone: neither C nor the skip takes part."""
+    """A loss of the SSM's state alone: neither q nor C nor the skip takes part."""
     case = Case(make_diagonal)
-    inputs = [x.detach() for x in (case.q, *case.diagonal, case.d)]
-    gradients = [None, torch.randn(BATCH, HEADS, MODES, 2, dtype=torch.float64), None]
-    found = torch.ops.potamos.diag_ssm_backward(
-        gradients, [*inputs, None, None, None], [True] * 7 + [False] * 3, "zoh", "torch"
-    )
-    assert [bool(gradient.any()) for gradient in found] == [True] * 5 + [False] * 2
+    inputs = [x.detach() for x in case.leaves(carried=False)]
+    gradients = [None, None, torch.randn_like(case.modes), None]
+    needed = [True] * len(inputs) + [False] * 4
+    found = torch.ops.potamos.h3_mix_backward(gradients, [*inputs, *(None,) * 4], needed, 1, "zoh", "torch")
+    seen = {"q": False, "k": True, "v": True, "shift": True} | dict.fromkeys(("log_dt", "log_a", "b", "B"), True)
+    seen |= {"C": False, "d_k": True, "d": False}
+    assert {name: bool(gradient.any()) for name, gradient in zip(seen, found, strict=True)} == seen
 
 
 def test_frozen_inputs_get_no_gradient(make_diagonal, assert_close):
