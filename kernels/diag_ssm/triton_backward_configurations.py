@@ -11,20 +11,26 @@ NAMES = ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp3
 
 def configurations() -> list[Configuration]:
     """The mixer's and the plain SSM's backward for H3's 32 modes in every dtype, with and without documents, and for
-    16 and 64 modes in bf16; the adjoints of segments. Other flags add loads outside the loop, or leave things out."""
+    16 and 64 modes in bf16; with everything at once (documents, a carried state and its gradient, segments); the
+    adjoints of segments."""
     found = []
     for dtype, name in NAMES:
         for documents in (False, True):
             found += [_backward(dtype, name, 32, mix, documents) for mix in (True, False)]
             found.append(_adjoint(dtype, name, documents))
+        found.append(_backward(dtype, name, 32, True, True, carried=True))
     for modes in (16, 64):
         found += [_backward(torch.bfloat16, "bf16", modes, True, documents) for documents in (False, True)]
     return found
 
 
-def _backward(dtype: torch.dtype, name: str, modes: int, mix: bool, documents: bool) -> Configuration:
-    flags = {"SHIFT": mix, "GATE": mix, "DOCUMENTS": documents, "HISTORY": False, "AFTER": False, "FINAL": False}
-    title = f"{'h3_mix' if mix else 'diag_ssm'} backward{' documents' if documents else ''}"
+def _backward(
+    dtype: torch.dtype, name: str, modes: int, mix: bool, documents: bool, carried: bool = False
+) -> Configuration:
+    flags = {"SHIFT": mix, "GATE": mix, "DOCUMENTS": documents, "HISTORY": carried, "AFTER": carried, "FINAL": carried}
+    title = (
+        f"{'h3_mix' if mix else 'diag_ssm'} backward{' documents' if documents else ''}{' carried' if carried else ''}"
+    )
     return _make(scan_backward_kernel, title, dtype, name, modes, flags | {"OPERATORS": True})
 
 
