@@ -15,9 +15,10 @@ traffic in half precision: q, k, v and the gradient in, three gradients out = 14
 sums, 33 kB written and read once: 1 byte for two programs a channel of 131,072 tokens. A long row with few others
 beside it is cut into segments that run at once, for 4 bytes more (q and the gradient, for the adjoint alone).
 
-All four operator gradients stay in registers: 249 of them in bf16 on sm_90a with 32 modes (documents 251), none
-spilled; with documents, history, segments and a final state's gradient together 16 bytes are. sm_80 has no product
-that reads both operands from shared memory and spills about 500 bytes, fp32 (no tensor cores) about 1600.
+All four operator gradients stay in registers. In bf16 and fp16 on sm_90a with up to 32 modes nothing is spilled, with
+documents or without; documents, a carried state, its gradient and segments all at once spill 48 bytes a thread, 64
+modes 56 (documents 172). sm_80 has no product that reads operands from shared memory, fp32 no tensor cores: they spill
+(`spills` states how much of each). No speed of this kernel has been measured.
 
 Every program adds up its share of the rows in registers and writes one partial sum per operator; they are added in a
 fixed order, so that two runs agree bitwise.
