@@ -396,6 +396,44 @@ def test_groups_are_kept_replaced_and_counted(mixed: Path, tokenizer: Tokenizer,
         finalize(out)
 
 
+def test_a_group_of_nothing_but_duplicates_has_no_dataset(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    records = [{"text": text, "g": g} for text, g in (("a river", "A"), ("stone", "A"), ("a river", "B"))]
+    write_lines(tmp_path / "x.jsonl", records)
+    out, options = tmp_path / "d", {"by": "g", "deduplicate": True, **SIZES}
+    prepare_parts(tmp_path / "x.jsonl", "all", tokenizer, out, **options)
+    (summary,) = finalize_datasets(out)
+    assert (summary.path, summary.documents, summary.duplicates) == (out / "a", 2, 0)
+    assert sorted(os.listdir(out)) == ["a", GROUPS]
+    assert json.loads((out / GROUPS).read_text())["empty"] == [{"input": "x.jsonl", "value": "B", "duplicates": 1}]
+    assert prepare_parts(tmp_path / "x.jsonl", "all", tokenizer, out, progress=never, **options).kept
+
+
+@pytest.mark.parametrize("kind", ["empty folder", "link to an empty folder", "link to nothing"])
+def test_places_that_hold_nothing_yet(tokenizer: Tokenizer, tmp_path: Path, kind: str) -> None:
+    write_lines(tmp_path / "x.jsonl", [{"text": "a river"}])
+    out = place = tmp_path / "d"
+    if kind.startswith("link"):
+        place = tmp_path / "disk" / "there"
+        place.parent.mkdir()
+        out.symlink_to(place)
+    if "empty" in kind:
+        place.mkdir()
+    prepare(tmp_path / "x.jsonl", "all", tokenizer, out, **SIZES)
+    prepare(tmp_path / "x.jsonl", "all", tokenizer, out, force=True, **{**SIZES, "chunk_tokens": 200})
+    assert documents(out, tokenizer) == [["a river"]]
+    assert out.is_symlink() == kind.startswith("link")
+    assert os.listdir(place.parent) == [place.name] if out.is_symlink() else not Path(f"{out}.prepare").exists()
+    assert sorted(os.listdir(tmp_path)) == sorted({"x.jsonl", "d", *(["disk"] if out.is_symlink() else [])})
+
+
+def test_the_present_folder(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_lines(tmp_path / "x.jsonl", [{"text": "a river"}])
+    (tmp_path / "d").mkdir()
+    monkeypatch.chdir(tmp_path / "d")
+    prepare(tmp_path / "x.jsonl", "all", tokenizer, ".", **SIZES)
+    assert documents(tmp_path / "d", tokenizer) == [["a river"]]
+
+
 @pytest.mark.parametrize(
     ("values", "says"),
     [
