@@ -178,6 +178,13 @@ def test_ranks_with_other_data_do_not_begin(trial, run_ranks, tmp_path):
     assert "the order of samples" in order[1]
 
 
+def test_a_tokenizer_that_one_rank_lacks_is_told_to_all(trial, run_ranks, tmp_path):
+    missing = tmp_path / "missing" / "tokenizer.json"
+    errors = ends(trial, run_ranks, tmp_path / "run", lambda rank: [f"tokenizer.path={missing}"] if rank else [])
+    assert errors[1].startswith(f"ValueError: tokenizer.path: {missing} does not exist")
+    assert errors[0] == f"PeerError: rank 1: {errors[1].removeprefix('ValueError: ')}"
+
+
 def test_a_shard_that_one_rank_lacks_is_told_to_all(trial, run_ranks, tmp_path):
     lacking = copy_of(trial.folder / "train", tmp_path / "lacking")
     shard = sorted(lacking.glob("*.tar"))[1]

@@ -97,6 +97,17 @@ def test_other_data_than_the_runs_is_refused(trial, copy, tmp_path):
         trainer.restore(loaded)
 
 
+def test_a_checkpoint_that_contradicts_itself_about_the_data_is_refused(trial, copy):
+    """The trainer's count and the stream's state are two records of one place."""
+    loaded = trial.newest(copy)
+    trainer = trial.trainer(copy, *FEW)
+    trainer.telemetry.close("built only")
+    with pytest.raises(checkpoint.CheckpointError, match="sample 40 comes next, and that the data go on at 32"):
+        trainer.restore(dataclasses.replace(loaded, next_sample=40))
+    trainer.restore(loaded)
+    assert trainer.next_sample == 32
+
+
 def test_a_checkpoint_of_another_model_is_refused_with_every_difference(trial, copy):
     loaded = trial.newest(copy)
     model = {name: tensor.clone() for name, tensor in loaded.model.items()}
