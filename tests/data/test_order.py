@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from fractions import Fraction
@@ -341,3 +342,7 @@ def test_contiguous_slots_walk_their_share() -> None:
 def test_keys_depend_on_every_part_and_its_type() -> None:
     made = {derive_key(*parts) for parts in [("a", 1), ("a", "1"), ("a1",), ("a", 2), (1, "a")]}
     assert len(made) == 5
+    # 1, True and NumPy's 1 are equal, and no key may depend on which of them was asked for first
+    assert len({derive_key("b", 1), derive_key("b", True), derive_key("b", np.int64(1))}) == 3
+    text = b"str:c\0int:1"
+    assert derive_key("c", 1) == int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")

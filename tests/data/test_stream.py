@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import shutil
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from potamos.data.errors import DatasetError, MixtureError, StateMismatchError, TokenizerMismatchError
 from potamos.data.loader import Rows, SourceSpec, StageSpec, TokenStream, Windows
 from potamos.data.manifest import make_manifest
+from potamos.data.state import STATE_VERSION
 
 ONE: dict[str, Any] = {"sequence_length": 8, "seed": 3}
 
@@ -302,6 +304,26 @@ def test_weights_are_kept(three: list[Path]) -> None:
     specs = [SourceSpec(path, weight) for path, weight in zip(three, (0.5, 1.5, 2.0), strict=True)]
     source = TokenStream([stage(*specs)], **ONE).read(0, 65_536).source
     assert np.bincount(source).tolist() == [8192, 24576, 32768]
+
+
+PINNED = {"shuffled": "c4605f613c83ef8b", "window": "ebde82d7ff234aeb", "contiguous": "53c1d1eebe8e0b45"}
+
+
+@pytest.mark.parametrize("order", PINNED)
+def test_the_rows_of_this_state_version_stay_what_they_are(write_ids: Any, tmp_path: Path, order: str) -> None:
+    """A checkpoint's fingerprint cannot see how samples are turned into rows. Whoever changes that, so that other rows
+    come, must raise STATE_VERSION with these, or old runs go on with other data without a word."""
+    paths = [write_ids(tmp_path / str(i), [9, 40, 3, 25] * 20, chunk_tokens=64, seed=i, parts=2) for i in range(2)]
+    a, b = (SourceSpec(path, 1.0 + i) for i, path in enumerate(paths))
+    options: dict[str, Any] = {"window": {"window": 3}, "contiguous": {"slots": 4}}.get(order, {})
+    mixed = [stage(a, b), stage(b, a, start=4000)]
+    stages = [stage(a), stage(b, start=4000)] if order == "contiguous" else mixed
+    stream = TokenStream(stages, **ONE, order=order, **options)
+    samples = np.concatenate([np.arange(300), 3900 + np.arange(300), 10**12 + np.arange(300)])
+    rows, digest = stream.rows(samples), hashlib.sha256()
+    for values in (rows.tokens, rows.document_ids, rows.positions, rows.source):
+        digest.update(np.ascontiguousarray(values).astype("<i4").tobytes())
+    assert (STATE_VERSION, digest.hexdigest()[:16]) == (2, PINNED[order])
 
 
 def test_fingerprint_covers_what_decides_the_data_and_nothing_else(three: list[Path]) -> None:
