@@ -181,7 +181,7 @@ def _http_blocks(url: str, timeout: float) -> Generator[bytes, None, None]:
         raise OSError(f"status {error.code} {error.reason}") from None
     with response:
         expected, got = response.length, 0
-        while block := response.read(BLOCK_BYTES):
+        while block := response.read1(BLOCK_BYTES):  # what is there: who waits for a whole block hears of nothing else
             got += len(block)
             yield block
         if expected is not None and got != expected:  # http.client gives what came before a cut without an error
