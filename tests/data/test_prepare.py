@@ -230,6 +230,14 @@ def test_a_tokenizer_that_loses_text_is_found(
     prepare(corpus, "all", Misbehaving(tokenizer, lambda ids: ids), tmp_path / "d")
 
 
+def test_a_text_of_which_the_tokenizer_makes_nothing_counts_as_blank(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    normalizing = Misbehaving(tokenizer, lambda ids: ids[:0])
+    normalizing.exact_bytes = False  # as where a tokenizer.json removes characters first
+    manifest = prepare(TextList(["the hills", "the river", " ", "stone"]), "all", normalizing, tmp_path / "d")
+    counts = {key: manifest.fields[key] for key in ("documents", "blank", "text_bytes")}
+    assert counts == {"documents": 2, "blank": 2, "text_bytes": len("the hillsstone")}
+
+
 KILLED = """
 import sys
 from potamos.data.prepare import prepare
