@@ -129,6 +129,12 @@ def test_quota_is_exact_within_one_and_never_takes_back(values: list[float], blo
     assert all(b >= a for a, b in zip(before, after, strict=True))
 
 
+def test_quota_gives_what_is_left_to_the_largest_remainders() -> None:
+    sixths = [Fraction(1, 6), Fraction(2, 6), Fraction(3, 6)]
+    assert [quota(total, sixths) for total in (10, 11, 12)] == [[2, 3, 5], [2, 4, 5], [2, 4, 6]]
+    assert quota(1, [Fraction(1, 2), Fraction(1, 2)]) == [1, 0], "the first of equals"
+
+
 def test_smallest_weight_never_goes_backwards() -> None:
     shares = check_weights([1.0, 2.0 / BLOCK * 1.01], ["a", "b"])
     previous = [0, 0]
@@ -144,6 +150,12 @@ def test_bad_weights_are_refused_by_name(bad: float) -> None:
         check_weights([1.0, bad], ["web", "pile"])
     with pytest.raises(MixtureError, match="at least one"):
         check_weights([], [])
+
+
+def test_the_smallest_share_is_two_samples_a_block() -> None:
+    assert check_weights([BLOCK - 2, 2], ["web", "pile"])[1] == Fraction(2, BLOCK)
+    with pytest.raises(MixtureError, match="source pile is 2.3e-05 of the total"):
+        check_weights([BLOCK - 1.5, 1.5], ["web", "pile"])
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=6), keys)

@@ -369,8 +369,9 @@ def test_state_is_small_plain_and_checked(three: list[Path]) -> None:
         other.check_state(state)
     assert state["fingerprint"] in str(caught.value)
     assert other.fingerprint(48) in str(caught.value)
-    with pytest.raises(StateMismatchError, match="version"):
-        stream.check_state({**state, "version": 1})
+    for broken in ({"version": 1}, {"next_sample": -1, "fingerprint": stream.fingerprint(-1)}, {"next_sample": "48"}):
+        with pytest.raises(StateMismatchError, match="is not of version 2 with a next_sample"):
+            stream.check_state({**state, **broken})
 
 
 def test_bad_arguments_are_refused_before_the_first_row(three: list[Path], write_ids: Any, tmp_path: Path) -> None:
