@@ -157,7 +157,7 @@ class TokenStream:
             )
 
     def close(self) -> None:
-        """End what fetches shards in the background."""
+        """End what fetches shards in the background; see `Lookahead.close`. Rows can no longer be fetched."""
         if self._lookahead is not None:
             self._lookahead.close()
 
