@@ -47,7 +47,7 @@ class LocalFiles:
 
 @contextlib.contextmanager
 def written_atomically(path: Path) -> Iterator[BinaryIO]:
-    """A hidden neighbour to write to; then it is flushed to the disk and renamed over ``path``, the name flushed too."""
+    """A hidden neighbor to write to, then flushed to the disk and renamed over ``path``, the name flushed too."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:

@@ -205,6 +205,9 @@ def test_sizes_from_8_gib_on_are_big_endian_numbers(tmp_path: Path) -> None:
     header = info.tobuf(tarfile.GNU_FORMAT)
     with pytest.raises(CorruptShardError, match=f"ends at byte {2**33 + 5 + 512} of {512 + 1024}"):
         list(scan(header + bytes(1024), "x"))
+    pax = info.tobuf(tarfile.PAX_FORMAT)  # a record of its own, as the header's field is too small
+    with pytest.raises(CorruptShardError, match=f"ends at byte {2**33 + 5 + 1536} of {1536 + 1024}"):
+        list(scan(pax + bytes(1024), "x"))
 
 
 def test_stock_writer(tmp_path: Path) -> None:

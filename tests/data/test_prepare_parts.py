@@ -231,14 +231,19 @@ def test_two_processes_never_write_one_part(corpus: Path, tokenizer: Tokenizer, 
     prepare(corpus, "all", tokenizer, work.out, max_bad_ratio=0.2, **SIZES)
 
 
-def test_a_lock_on_a_file_that_is_taken_away_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another process may remove the folder between opening the file and locking it."""
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_lock_on_a_file_that_is_taken_away_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, anew: bool
+) -> None:
+    """Another process may remove the folder between opening the file and locking it, and a third one begin anew."""
     path, flock, calls = tmp_path / "x.lock", fcntl.flock, []
 
     def removed_meanwhile(descriptor: int, operation: int) -> None:
         calls.append(operation)
         if len(calls) == 1:
             path.unlink()
+            if anew:
+                path.touch()
         flock(descriptor, operation)
 
     monkeypatch.setattr(fcntl, "flock", removed_meanwhile)
@@ -448,6 +453,14 @@ def test_values_that_name_no_group(
     corpus = write(tmp_path / "x.jsonl", values)
     with pytest.raises(SourceError, match=says):
         prepare_parts(corpus, "all", tokenizer, tmp_path / "d", by="meta.set", **SIZES)
+
+
+@pytest.mark.parametrize("value", [True, None, "", [], {}])
+def test_values_that_are_none(tokenizer: Tokenizer, tmp_path: Path, value: Any, write: Callable[..., Path]) -> None:
+    corpus = write(tmp_path / "x.jsonl", ["a", value, 0, 2.5])
+    prepare_parts(corpus, "all", tokenizer, tmp_path / "d", by="meta.set", max_bad_ratio=0.25, **SIZES)
+    made = finalize(tmp_path / "d")
+    assert [manifest.fields["source"]["value"] for manifest in made.values()] == ["0", "2.5", "a"]
 
 
 def test_two_inputs_may_not_mean_two_groups_by_one_name(
