@@ -331,9 +331,9 @@ def test_windows_cost_little_anywhere() -> None:
     row = windowed(np.array([far]), sizes, 16, 3)[0]
     found = window_shards(far, sizes, 16, 3)
     assert row // 65_536 in found.shards
-    begin = time.perf_counter()
+    begin = time.process_time()
     windowed(np.arange(far + 10**9, far + 10**9 + 8), sizes, 16, 3)
-    assert time.perf_counter() - begin < 0.05
+    assert time.process_time() - begin < 0.05
 
 
 def test_windows_refuse_what_is_empty() -> None:
