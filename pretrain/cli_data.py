@@ -81,7 +81,7 @@ def prepare(
 
     Of 30 processes, each adds its own --rank and --world 30; when all have ended, run: potamos data finalize
     """
-    from potamos.data.commands import finalize_datasets
+    from potamos.data.commands import finalize_datasets, left_out
     from potamos.data.prepare import prepare_parts
     from potamos.data.tokenizer import load_tokenizer
     from potamos.pretrain.progress import preparing
@@ -108,6 +108,7 @@ def prepare(
     show.share(share)
     if world == 1:
         show.datasets(finalize_datasets(out, force=force, wait=wait))
+        show.left_out(left_out(out))
 
 
 @app.command()
@@ -120,9 +121,10 @@ def finalize(
 
     Example: potamos data finalize data/pile
     """
-    from potamos.data.commands import finalize_datasets
+    from potamos.data.commands import finalize_datasets, left_out
 
     show.datasets(finalize_datasets(out, force=force, wait=wait))
+    show.left_out(left_out(out))
 
 
 @app.command()
