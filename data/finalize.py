@@ -75,7 +75,11 @@ def _finalize(out: Path, work: WorkFolder, settings: dict[str, Any], force: bool
         if not manifests or sum(manifest.tokens for manifest in manifests.values()) < 2:
             _publish_rejects(out, work, len(parts))
             work.remove()
-            raise SourceError(f"the source {settings['source']} gave no document with text; nothing to prepare")
+            source, blank = settings["source"], sum(part["blank"] for part in parts)
+            raise SourceError(
+                f"source {source.get('name', source['kind'])!r} gave no document with text ({blank} blank, "
+                f"{sum(part['rejected'] for part in parts)} bad); nothing to prepare: choose another source"
+            )
         _refuse_replacing(out, top, force)
         _gather(work, manifests, top)
         _publish_rejects(out, work, len(parts))

@@ -161,8 +161,8 @@ class WorkFolder:
                 self._remove_if_idle()
 
     def _join(self, settings: dict[str, Any], replace: bool, wait: float) -> bool:
+        self.path.mkdir(parents=True, exist_ok=True)  # outside: a place that cannot be had will not come later
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
             with Lock(self.path / "settings.lock").holding(wait=wait) as turn:
                 if not turn:
                     raise DatasetError(f"{self.path} is being set up by another process for {wait:.0f} s; end that one")
