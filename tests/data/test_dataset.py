@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import json
@@ -139,6 +140,28 @@ def parted(write_ids: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copy(parted: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(parted, tmp_path / "copy"))
+
+
+def test_what_is_kept_is_all_that_is_remembered(parted: Path) -> None:
+    """In windows of shards memory must not grow to that of all of them, and what comes again is checked again."""
+    dataset = TokenDataset(parted)
+    read(dataset, 4)
+    assert len(dataset._known) == len(dataset._open) == len(dataset.manifest.shards) > 2
+    dataset.keep([1, 2])
+    assert dataset._known.keys() == dataset._open.keys() == {1, 2}
+    assert np.array_equal(read(dataset, 4)[0], read(TokenDataset(parted), 4)[0])
+
+
+def test_more_documents_than_ids_have_numbers_are_refused(copy: Path) -> None:
+    fields = {key: value for key, value in read_manifest(copy).fields.items() if key not in ("format", "version")}
+    last = dict(fields["parts"][-1])
+    last["documents"] += 2**31 - fields["documents"]
+    parts = [*fields["parts"][:-1], last]
+    for documents, refused in ((2**31, True), (2**31 - 1, False)):
+        last["documents"] -= int(not refused)
+        (copy / MANIFEST).write_bytes(make_manifest({**fields, "parts": parts, **totals(parts)}).to_bytes())
+        with pytest.raises(DatasetError, match="has 2147483648 documents") if refused else contextlib.nullcontext():
+            assert TokenDataset(copy).manifest.documents == documents
 
 
 def test_opening_reads_no_index_and_no_shard(parted: Path, monkeypatch: pytest.MonkeyPatch) -> None:

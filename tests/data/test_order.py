@@ -154,7 +154,7 @@ def test_bad_weights_are_refused_by_name(bad: float) -> None:
 
 def test_the_smallest_share_is_two_samples_a_block() -> None:
     assert check_weights([BLOCK - 2, 2], ["web", "pile"])[1] == Fraction(2, BLOCK)
-    with pytest.raises(MixtureError, match="source pile is 2.3e-05 of the total"):
+    with pytest.raises(MixtureError, match=r"source pile is 2\.3e-05 of the total"):
         check_weights([BLOCK - 1.5, 1.5], ["web", "pile"])
 
 
