@@ -261,8 +261,10 @@ def _rewritten(url: str) -> str:
 def _reason(error: BaseException, url: str) -> str:
     """An error's words without the secret parts of the URL."""
     text = f"{error}" or type(error).__name__
-    for secret in _secrets(url):
-        text = text.replace(secret, "...")
+    written = _secrets(url)
+    written += [part for secret in written for part in secret.split(":", 1)[1:] if part]  # libraries take users apart
+    for secret in written:
+        text = text.replace(secret, "...").replace(urllib.parse.unquote(secret), "...")
     return text
 
 
