@@ -309,6 +309,13 @@ def test_tars_beside_that_are_not_of_the_dataset_are_no_problem(tmp_path: Path) 
     assert verify(tmp_path, deep=True).ok
 
 
+def test_an_end_of_document_that_is_added_counts_among_the_ids(tmp_path: Path) -> None:
+    facts = TokenizerFacts(sha256="f" * 64, vocabulary=60, end_of_document=50)
+    write_tar(tmp_path / "0.tar", [("a.npy", npy([3, 4]))])
+    manifest = index_tars(tmp_path, tokenizer=facts)
+    assert manifest.parts[0]["max_token"] == 50
+
+
 def test_text_behind_ids_is_counted_where_the_tokenizer_is_known(
     tmp_path: Path, tokenizer: Tokenizer, texts: list[str]
 ) -> None:
@@ -447,6 +454,15 @@ def test_keys_are_those_of_webdataset(tmp_path: Path) -> None:
 def test_members_that_are_no_plain_files(tmp_path: Path, kind: bytes, said: str) -> None:
     write_tar(tmp_path / "0.tar", [("b.x.npy", b"")], tarfile.GNU_FORMAT, 0, type=kind, linkname="a.x.npy")
     with pytest.raises(CorruptShardError, match=f"b.x.npy is .*{said}"):
+        index_tars(tmp_path, tokenizer=FACTS)
+
+
+def test_sparse_files_of_pax_tars_are_refused(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("GNUSparseFile.0/a.npy")
+        info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "a.npy"}
+        tar.addfile(info)
+    with pytest.raises(CorruptShardError, match="sparse file"):
         index_tars(tmp_path, tokenizer=FACTS)
 
 

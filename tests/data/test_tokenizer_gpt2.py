@@ -288,6 +288,16 @@ def test_what_is_not_plain_byte_pair_encoding_runs_in_its_own_library(trained: T
     assert hugging_face.byte_pair_ranks(changed(spec, *path, to=value)) is None
 
 
+def test_libraries_that_disagree_are_noticed(
+    trained: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they would where their tables of letters are of other releases of Unicode; here one takes digits for marks."""
+    path = trained.save(tmp_path / "t.json")
+    assert backend(load_tokenizer("json", path))._fast is not None
+    monkeypatch.setattr(fast, "GPT2_PATTERN", fast.GPT2_PATTERN.replace(r" ?\p{N}+|", ""))
+    assert backend(load_tokenizer("json", path))._fast is None
+
+
 def test_a_token_looked_for_in_text_runs_in_its_own_library(trained: Tokenizer) -> None:
     spec = backend(trained)._spec
     token = {**spec["added_tokens"][0], "id": 600, "content": "quiet mills", "special": False}
