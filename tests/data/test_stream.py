@@ -238,6 +238,13 @@ def equal(a: Rows, b: Rows) -> bool:
     return all(np.array_equal(getattr(a, f), getattr(b, f)) for f in fields)
 
 
+def test_padding_of_held_out_windows_has_no_place_in_a_text(write_ids: Any, tmp_path: Path) -> None:
+    windows = Windows(write_ids(tmp_path / "d", [20], chunk_tokens=64), sequence_length=8, boundaries="cross")
+    rows = windows.read(0, 3)  # 19 targets: the last window holds three
+    assert rows.document_ids.tolist() == [[0] * 9, [0] * 9, [0] * 4 + [-1] * 5]
+    assert rows.positions.tolist() == [list(range(9)), list(range(9)), [0, 1, 2, 3, 0, 0, 0, 0, 0]]
+
+
 def test_rows_are_a_function_of_the_sample_alone(three: list[Path]) -> None:
     stages = [stage(SourceSpec(three[0], 1.0), SourceSpec(three[1], 2.5)), stage(three[1], three[2], start=70_003)]
     stream = TokenStream(stages, **ONE)
