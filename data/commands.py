@@ -175,7 +175,8 @@ def left_out(out: str | os.PathLike[str]) -> LeftOut:
     inputs = groups["inputs"] if groups else [part for manifest in datasets.values() for part in manifest.parts]
     return LeftOut(
         blank=sum(part["blank"] for part in inputs),
-        duplicates=sum(manifest.fields["duplicates"] for manifest in datasets.values()),
+        duplicates=sum(manifest.fields["duplicates"] for manifest in datasets.values())
+        + sum(part["duplicates"] for part in (groups["empty"] if groups else ())),
         rejected=sum(part["rejected"] for part in inputs),
         rejects=out.with_name(f"{out.name}.{REJECTS}"),
     )

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from potamos.data import parts as parts_module
-from potamos.data.commands import finalize_datasets
+from potamos.data.commands import finalize_datasets, left_out
 from potamos.data.errors import DatasetError, SourceError
 from potamos.data.finalize import GROUPS, finalize
 from potamos.data.manifest import read_manifest, verify
@@ -410,6 +410,7 @@ def test_a_group_of_nothing_but_duplicates_has_no_dataset(tokenizer: Tokenizer, 
     assert (summary.path, summary.documents, summary.duplicates) == (out / "a", 2, 0)
     assert sorted(os.listdir(out)) == ["a", GROUPS]
     assert json.loads((out / GROUPS).read_text())["empty"] == [{"input": "x.jsonl", "value": "B", "duplicates": 1}]
+    assert left_out(out).duplicates == 1
     assert prepare_parts(tmp_path / "x.jsonl", "all", tokenizer, out, progress=never, **options).kept
 
 
