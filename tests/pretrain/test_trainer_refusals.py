@@ -83,18 +83,21 @@ def test_a_token_beyond_the_vocabulary_is_refused(trial, run, tmp_path):
 
 
 def test_other_data_than_the_runs_is_refused(trial, copy, tmp_path):
-    """The same path, other text: the recipe is equal, the data are not."""
+    """The place of the data may change, their content may not."""
     source = tmp_path / "other.jsonl"
     source.write_text(json.dumps({"text": "one bridge and then another " * 400}) + "\n")
     prepare(source, "all", trial.tokenizer, tmp_path / "other", chunk_tokens=1024)
-    recorded = copy / "checkpoints" / "step-00000004" / "recipe.yaml"
-    loaded = checkpoint.load(recorded.parent)
-    trainer = trial.trainer(copy, *FEW)
-    trainer.telemetry.close("built only")
-    other = trial.recipe(*FEW, f"data.stages=[{{from: 0, mixture: [{{path: {tmp_path / 'other'}}}]}}]")
-    trainer.stream = setup.open_stream(other, trial.tokenizer)
+    other = f"data.stages=[{{from: 0, mixture: [{{path: {tmp_path / 'other'}}}]}}]"
     with pytest.raises(StateMismatchError, match="the checkpoint's data differ from the recipe's in: stages"):
-        trainer.restore(loaded)
+        trial.fit(copy, *FEW, "train.steps=6", other)
+
+
+def test_data_that_were_moved_are_the_same_data(trial, copy, run, tmp_path):
+    shutil.copytree(trial.folder / "train", tmp_path / "moved")
+    moved = f"data.stages=[{{from: 0, mixture: [{{path: {tmp_path / 'moved'}}}]}}]"
+    assert trial.fit(copy, *FEW, "train.steps=6", moved) == 0
+    assert trial.fit(run, *FEW, "train.steps=6") == 0
+    assert trial.differences(run, copy) == []
 
 
 def test_a_checkpoint_that_contradicts_itself_about_the_data_is_refused(trial, copy):
