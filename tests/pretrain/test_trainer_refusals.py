@@ -17,7 +17,7 @@ from potamos.data.errors import DatasetError, StateMismatchError, TokenizerMisma
 from potamos.data.manifest import MANIFEST, make_manifest, read_manifest
 from potamos.data.prepare import prepare
 from potamos.data.tokenizer import train_bpe
-from potamos.pretrain import checkpoint, setup
+from potamos.pretrain import checkpoint
 from potamos.pretrain.config import RecipeError
 from potamos.pretrain.trainer import Trainer, micro_batches
 
