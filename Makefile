@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 # Seconds that each test target may take; a target that takes longer is ended and fails.
-UNIT_LIMIT ?= 240
+UNIT_LIMIT ?= 360
 DISTRIBUTED_LIMIT ?= 120
 KERNELS_LIMIT ?= 300
 RESUME_LIMIT ?= 120

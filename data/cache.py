@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from potamos.data.errors import DatasetError
 from potamos.data.manifest import MANIFEST
 from potamos.data.shards import index_path
 
@@ -34,7 +35,7 @@ class Lease:
     def __init__(self, folder: Path):
         self._path = folder / "leases" / uuid.uuid4().hex
         self._file = open(self._path, "w+b")  # noqa: SIM115  (held as long as the process needs shards)
-        _lock(self._file.fileno(), wait=True)
+        _lock(self._file.fileno(), self._path, wait=True)
 
     def write(self, names: Sequence[str]) -> None:
         self._file.seek(0)
@@ -96,7 +97,8 @@ def _leased(leases: Path) -> set[str]:
     """Names of the shards that living processes need; what dead ones left is removed."""
     names: set[str] = set()
     for path in leases.iterdir():
-        with locked(path, wait=False) as dead:
+        # A process may give up its lease, which takes no turn, at any moment.
+        with contextlib.suppress(FileNotFoundError), locked(path, wait=False) as dead:
             if dead:
                 path.unlink(missing_ok=True)
             else:
@@ -107,19 +109,28 @@ def _leased(leases: Path) -> set[str]:
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Hold the lock of a file; without ``wait`` gives False if another process holds it."""
+    """Hold the lock of a file; without ``wait`` gives False if another process holds it.
+
+    Raises:
+        DatasetError: the file system has no locks.
+    """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        yield _lock(descriptor, wait=wait)
+        yield _lock(descriptor, path, wait=wait)
     finally:
         os.close(descriptor)
 
 
-def _lock(descriptor: int, *, wait: bool) -> bool:
+def _lock(descriptor: int, path: Path, *, wait: bool) -> bool:
     import fcntl
 
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
+    except OSError as error:
+        raise DatasetError(
+            f"{path} cannot be locked ({error.strerror}); put data.cache.path on a file system with locks, best on a "
+            f"disk of the node"
+        ) from None
     return True

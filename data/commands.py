@@ -16,7 +16,9 @@ import numpy as np
 
 from potamos.data.dataset import TokenDataset, read_rows
 from potamos.data.errors import DatasetError, SourceError
+from potamos.data.finalize import read_datasets, read_groups
 from potamos.data.manifest import Manifest, VerifyReport, verify
+from potamos.data.parts import REJECTS
 from potamos.data.prepare import WAIT, Progress, Share, finalize, prepare
 from potamos.data.shards import CHUNK_TOKENS
 from potamos.data.sources import MAX_BAD_RATIO, MAX_LINE_BYTES, Counts, documents, open_source
@@ -25,11 +27,13 @@ from potamos.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 __all__ = [
     "DatasetSummary",
     "Excerpt",
+    "LeftOut",
     "Progress",
     "Share",
     "TokenizerSummary",
     "VerifyReport",
     "finalize_datasets",
+    "left_out",
     "place_of_row",
     "prepare_dataset",
     "sample",
@@ -74,6 +78,16 @@ class DatasetSummary:
     @property
     def bytes_per_token(self) -> float:
         return self.text_bytes / self.tokens
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What of a corpus did not become part of its dataset, or of the datasets of its groups."""
+
+    blank: int
+    duplicates: int
+    rejected: int
+    rejects: Path  # where the rejected records are listed, if there are any
 
 
 @dataclass(frozen=True)
@@ -152,6 +166,20 @@ def finalize_datasets(
 ) -> tuple[DatasetSummary, ...]:
     """Make the dataset, or one a group, of the parts of all processes (`finalize`)."""
     return tuple(_summary(path, manifest) for path, manifest in finalize(out, force=force, wait=wait).items())
+
+
+def left_out(out: str | os.PathLike[str]) -> LeftOut:
+    """Count what `finalize_datasets` left out of the dataset ``out``, or of the groups in it."""
+    out = Path(out)
+    groups, datasets = read_groups(out), read_datasets(out)
+    inputs = groups["inputs"] if groups else [part for manifest in datasets.values() for part in manifest.parts]
+    return LeftOut(
+        blank=sum(part["blank"] for part in inputs),
+        duplicates=sum(manifest.fields["duplicates"] for manifest in datasets.values())
+        + sum(part["duplicates"] for part in (groups["empty"] if groups else ())),
+        rejected=sum(part["rejected"] for part in inputs),
+        rejects=out.with_name(f"{out.name}.{REJECTS}"),
+    )
 
 
 def summarize(path: str | os.PathLike[str]) -> DatasetSummary:

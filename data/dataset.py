@@ -301,7 +301,11 @@ class TokenDataset:
         return self._open.get(number) or self._map(number), chunk - self._first_chunk[number]
 
     def keep(self, shards: Sequence[int]) -> None:
-        """Let go of all shards but these, until others are read; see `ShardFiles.keep`."""
+        """Let go of all shards but these, until others are read; see `ShardFiles.keep`.
+
+        What was found sound is forgotten too: a shard that comes again an epoch later comes from the disk again, or was
+        fetched again, and its bytes are checked as they were then. In memory, too, only these shards then count.
+        """
         with _opening:
             for number in self._open.keys() - set(shards):
                 del self._open[number]

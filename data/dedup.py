@@ -12,13 +12,12 @@ document: 46 MB for the 365 million of C4.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from potamos.data.files import flush_names
+from potamos.data.files import written_atomically
 
 HASH_BYTES = 16
 RANGE_DOCUMENTS = 4_000_000  # compared at a time; 24 bytes each, and as much again to sort them
@@ -118,14 +117,6 @@ def _first_bytes(counts: Sequence[int]) -> list[int]:
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
-    """Write a .npy file under a hidden name, flush it to the disk, then rename it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            np.save(file, array, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    flush_names(path.parent)
+    """Write a .npy file of which nothing partial ever has its name."""
+    with written_atomically(path) as file:
+        np.save(file, array, allow_pickle=False)

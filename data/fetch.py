@@ -181,7 +181,7 @@ def _http_blocks(url: str, timeout: float) -> Generator[bytes, None, None]:
         raise OSError(f"status {error.code} {error.reason}") from None
     with response:
         expected, got = response.length, 0
-        while block := response.read(BLOCK_BYTES):
+        while block := response.read1(BLOCK_BYTES):  # what is there: who waits for a whole block hears of nothing else
             got += len(block)
             yield block
         if expected is not None and got != expected:  # http.client gives what came before a cut without an error
@@ -261,8 +261,10 @@ def _rewritten(url: str) -> str:
 def _reason(error: BaseException, url: str) -> str:
     """An error's words without the secret parts of the URL."""
     text = f"{error}" or type(error).__name__
-    for secret in _secrets(url):
-        text = text.replace(secret, "...")
+    written = _secrets(url)
+    written += [part for secret in written for part in secret.split(":", 1)[1:] if part]  # libraries take users apart
+    for secret in written:
+        text = text.replace(secret, "...").replace(urllib.parse.unquote(secret), "...")
     return text
 
 

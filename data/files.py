@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 
 class ShardFiles(Protocol):
@@ -44,19 +45,26 @@ class LocalFiles:
         """Nothing to give up."""
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write to a hidden neighbour, flush it to the disk, rename it over ``path``, flush the folder's names."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+@contextlib.contextmanager
+def written_atomically(path: Path) -> Iterator[BinaryIO]:
+    """A hidden neighbor to write to, then flushed to the disk and renamed over ``path``, the name flushed too."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     flush_names(path.parent)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """`written_atomically` for what is in memory; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_atomically(path) as file:
+        file.write(content)
 
 
 def flush_names(folder: Path) -> None:

@@ -19,7 +19,7 @@ from potamos.data.files import flush_names, write_atomically
 from potamos.data.manifest import MANIFEST, Manifest, make_manifest, read_manifest, totals, verify
 from potamos.data.parts import REJECTS, missing_shard, read_part
 from potamos.data.shards import index_path
-from potamos.data.workfolder import WorkFolder, read_json, rename_durably, to_json
+from potamos.data.workfolder import WorkFolder, place_of, read_json, rename_durably, to_json
 
 GROUPS = "groups.json"
 DATASET_SETTINGS = ("source", "split", "tokenizer", "dtype", "chunk_tokens", "shard_chunks", "deduplicated")
@@ -40,7 +40,8 @@ def finalize(out: str | os.PathLike[str], *, force: bool = False, wait: float = 
         DatasetError: a part is missing or not whole, others are at work, or ``out`` holds something else.
         SourceError: the source gave no text.
     """
-    out, work = Path(out), WorkFolder(Path(out))
+    out = place_of(out)
+    work = WorkFolder(out)
     try:
         with work.alone(wait) as alone:
             if not alone:
@@ -74,7 +75,11 @@ def _finalize(out: Path, work: WorkFolder, settings: dict[str, Any], force: bool
         if not manifests or sum(manifest.tokens for manifest in manifests.values()) < 2:
             _publish_rejects(out, work, len(parts))
             work.remove()
-            raise SourceError(f"the source {settings['source']} gave no document with text; nothing to prepare")
+            source, blank = settings["source"], sum(part["blank"] for part in parts)
+            raise SourceError(
+                f"source {source.get('name', source['kind'])!r} gave no document with text ({blank} blank, "
+                f"{sum(part['rejected'] for part in parts)} bad); nothing to prepare: choose another source"
+            )
         _refuse_replacing(out, top, force)
         _gather(work, manifests, top)
         _publish_rejects(out, work, len(parts))
@@ -104,8 +109,9 @@ def _read_parts(work: WorkFolder, settings: dict[str, Any]) -> list[dict[str, An
 
 
 def _manifests(settings: dict[str, Any], parts: list[dict[str, Any]]) -> dict[str, Manifest]:
-    """The manifest of each group by slug, the empty one where nothing is grouped."""
+    """The manifest of each group that has text, by slug, the empty one where nothing is grouped."""
     values: dict[str, str] = {}
+    filled: set[str] = set()
     for part in parts:
         for slug, group in part["groups"].items():
             if values.setdefault(slug, group["value"]) != group["value"]:
@@ -113,7 +119,9 @@ def _manifests(settings: dict[str, Any], parts: list[dict[str, Any]]) -> dict[st
                     f"the values {values[slug]!r} and {group['value']!r} of {settings['by']!r} have the same folder "
                     f"name {slug!r}; rename one in the source"
                 )
-    return {slug: _manifest(settings, parts, slug, values[slug]) for slug in sorted(values)}
+            if group["tokens"]:
+                filled.add(slug)
+    return {slug: _manifest(settings, parts, slug, values[slug]) for slug in sorted(filled)}
 
 
 def _manifest(settings: dict[str, Any], parts: list[dict[str, Any]], slug: str, value: str) -> Manifest:
@@ -157,6 +165,13 @@ def _top(settings: dict[str, Any], parts: list[dict[str, Any]], manifests: dict[
             }
             for slug, manifest in manifests.items()
         },
+        # Groups of which nothing is left have no dataset; their duplicates are counted here.
+        "empty": [
+            {"input": part["input"], "value": group["value"], "duplicates": group["duplicates"]}
+            for part in parts
+            for slug, group in part["groups"].items()
+            if slug not in manifests
+        ],
     }
     return to_json({**fields, "fingerprint": _fingerprint(fields)})
 
@@ -241,7 +256,7 @@ def _is_published(out: Path, work: WorkFolder) -> bool:
 
 def refuse_other_things(out: Path) -> None:
     """Never touch a folder or file that is no dataset."""
-    if not out.exists() or _top_of(out) is not None:
+    if not out.exists() or holds_dataset(out):
         return
     if not out.is_dir() or any(out.iterdir()):
         raise DatasetError(f"{out} exists and is no dataset; choose another place or remove it yourself")
@@ -250,7 +265,12 @@ def refuse_other_things(out: Path) -> None:
 def _refuse_replacing(out: Path, top: bytes, force: bool) -> None:
     there = _top_of(out)
     if there is not None and there != top and not force:
-        raise DatasetError(f"{out} already holds a dataset of other texts; choose another place or force")
+        raise DatasetError(f"{out} already holds a dataset of other texts; choose another place or --force")
+
+
+def holds_dataset(out: Path) -> bool:
+    """Whether a dataset, or datasets of groups, lie there, sound or not."""
+    return any((out / name).is_file() for name in (MANIFEST, GROUPS))
 
 
 def _top_of(out: Path) -> bytes | None:
@@ -290,5 +310,5 @@ def read_groups(out: Path) -> dict[str, Any] | None:
     if fields is None:
         return None
     if not isinstance(fields, dict) or fields.pop("fingerprint", None) != _fingerprint(fields):
-        raise DatasetError(f"{out / GROUPS} was changed after it was written; prepare again with force")
+        raise DatasetError(f"{out / GROUPS} was changed after it was written; prepare again with --force")
     return fields

@@ -20,6 +20,7 @@ __all__ = ["Loader", "Rows", "SourcePlan", "SourceSpec", "SourceSummary", "Stage
 
 GROUP = 2**17  # tokens handed from thread to thread at once: a hand-over costs as much as cutting 10^4 of them
 CLOSING = 10.0  # seconds that `close` waits for a batch in the making
+WATCHING = 5.0  # seconds between looks whether the thread that is waited for is still there
 
 _Batch = tuple[int, Rows]  # place where the global batch begins, this rank's rows
 
@@ -116,7 +117,7 @@ class Loader:
         """The next group; never waits for a thread that is gone (as after a fork)."""
         while True:
             try:
-                return self._ready.get(timeout=5)
+                return self._ready.get(timeout=WATCHING)
             except queue.Empty:
                 if not thread.is_alive() and self._ready.empty():
                     return [RuntimeError("the loader's thread has ended; make the loader in the process that reads it")]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +12,8 @@ from potamos.data.errors import DatasetError
 from potamos.data.remote import RemoteShards
 from potamos.data.stages import Stages
 from potamos.data.walks import Windowed
+
+CLOSING = 10.0  # seconds that `close` waits for fetches; the threads of one that hangs end with the process
 
 
 class Lookahead:
@@ -66,7 +70,11 @@ class Lookahead:
         self._begin[number], self._end[number] = begin.begin, begin.end
 
     def close(self) -> None:
-        """End what fetches in the background."""
-        for dataset in self._datasets:
-            if isinstance(dataset.files, RemoteShards):
-                dataset.files.close()
+        """End what fetches in the background, and wait for it a while: a run that ends must not hang on a server."""
+        remote = [dataset.files for dataset in self._datasets if isinstance(dataset.files, RemoteShards)]
+        closing = [threading.Thread(target=files.close, name="shard-closer", daemon=True) for files in remote]
+        for thread in closing:
+            thread.start()
+        until = time.monotonic() + CLOSING
+        for thread in closing:
+            thread.join(max(0.0, until - time.monotonic()))

@@ -21,6 +21,7 @@ from potamos.data.errors import DatasetError, SourceError
 from potamos.data.finalize import (
     DATASET_SETTINGS,
     finalize,
+    holds_dataset,
     is_sound,
     read_datasets,
     read_groups,
@@ -33,7 +34,7 @@ from potamos.data.parts import hash_entry, hash_input, hash_table, is_hashed, is
 from potamos.data.shards import CHUNK_TOKENS, token_dtype
 from potamos.data.sources import MAX_BAD_RATIO, MAX_LINE_BYTES, Input, Source, open_source
 from potamos.data.tokenizer import Tokenizer
-from potamos.data.workfolder import Lock, WorkFolder, differences, poll, read_json
+from potamos.data.workfolder import Lock, WorkFolder, differences, place_of, poll, read_json
 
 __all__ = ["Progress", "Share", "finalize", "prepare", "prepare_parts"]
 
@@ -127,7 +128,7 @@ def prepare_parts(
     """
     if not 0 <= rank < world:
         raise DatasetError(f"rank {rank} of world {world}: ranks are numbered 0 to world - 1")
-    out = Path(out)
+    out = place_of(out)
     opened = source if not isinstance(source, (str, os.PathLike)) else open_source(
         source, split, max_line_bytes=max_line_bytes
     )  # fmt: skip
@@ -139,7 +140,7 @@ def prepare_parts(
     settings = _settings(job, split, deduplicate)
     refuse_other_things(out)
     remove_published(out)
-    if not force and out.exists() and _is_kept(job, out, settings, mine):
+    if not force and holds_dataset(out) and _is_kept(job, out, settings, mine):
         return Share(out, rank, world, len(mine), len(inputs), kept=True)
     work = WorkFolder(out)
     try:
@@ -193,7 +194,7 @@ def _is_kept(job: Job, out: Path, settings: dict[str, Any], mine: Sequence[int])
     Raises:
         DatasetError: it is another one.
     """
-    remedy = "choose another place or force"
+    remedy = "choose another place or --force"
     try:
         groups = read_groups(out)
         fields = groups or read_datasets(out)[out].fields

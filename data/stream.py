@@ -157,7 +157,7 @@ class TokenStream:
             )
 
     def close(self) -> None:
-        """End what fetches shards in the background."""
+        """End what fetches shards in the background; see `Lookahead.close`. Rows can no longer be fetched."""
         if self._lookahead is not None:
             self._lookahead.close()
 
@@ -170,7 +170,7 @@ class TokenStream:
         return self.skip.samples(first, count)
 
     def read(self, first: int, count: int) -> Rows:
-        """Rows of the next ``count`` samples from place ``first`` on that are not skipped."""
+        """Rows of the next ``count`` samples, at least one, from place ``first`` on that are not skipped."""
         samples = self.samples(first, count)
         parts = []
         for begin, end in self.skip.runs(first, self.after(first, count)):

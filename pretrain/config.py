@@ -285,7 +285,8 @@ def resume_check(old: Recipe, new: Recipe, next_sample: int) -> list[Change]:
     """Whether a run of ``old`` that has come to sample ``next_sample`` may continue as ``new``.
 
     Free to change are how the run is spread, submitted, saved, scored and logged, its labels, ``train.steps``,
-    ``sequences`` and ``micro_sequences``, where shards are cached, and what begins at or after ``next_sample``: data
+    ``sequences`` and ``micro_sequences``, where tokenizer and datasets lie and shards are cached (whether they are the
+    same is for their hashes to say, see `TokenStream.check_state`), and what begins at or after ``next_sample``: data
     stages and the ranges of ``data.skip``.
 
     Returns:
@@ -299,8 +300,9 @@ def resume_check(old: Recipe, new: Recipe, next_sample: int) -> list[Change]:
     for path, before, after in _differences(old, new):
         free = path[0] in FREE_SECTIONS or (len(path) > 1 and path[1] in FREE.get(str(path[0]), ()))
         later_stage = path[:2] == ("data", "stages") and len(path) > 2 and int(path[2]) >= begun
+        moved = path[0] in ("tokenizer", "data") and path[-1] == "path" and ABSENT not in (before, after)
         later_range = path == SKIP and SkipList(before).before(next_sample) == SkipList(after).before(next_sample)
-        (allowed if free or later_stage or later_range else refused).append((dotted(path), before, after))
+        (allowed if free or moved or later_stage or later_range else refused).append((dotted(path), before, after))
     if refused:
         raise RecipeError(
             f"{key}: value {_show(after)}: the run was started with {_show(before)}, and at sample {next_sample} this "

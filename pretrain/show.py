@@ -13,7 +13,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from potamos.data.bench import BenchReport
-    from potamos.data.commands import DatasetSummary, Excerpt, Share, TokenizerSummary, VerifyReport
+    from potamos.data.commands import DatasetSummary, Excerpt, LeftOut, Share, TokenizerSummary, VerifyReport
     from potamos.data.manifest import Manifest
     from potamos.data.passages import PassageSummary
     from potamos.pretrain.catalog import Entry
@@ -84,6 +84,17 @@ def dataset(summary: DatasetSummary) -> None:
 def datasets(made: Sequence[DatasetSummary]) -> None:
     for summary in made:
         dataset(summary)
+
+
+def left_out(found: LeftOut) -> None:
+    """What did not become part of a dataset; nothing where all did."""
+    what = {
+        "blank documents": found.blank,
+        "duplicates": found.duplicates,
+        f"bad records, listed in {found.rejects}": found.rejected,
+    }
+    if counts := [f"{count:,} {name}" for name, count in what.items() if count]:
+        line(f"left out: {', '.join(counts)}")
 
 
 def share(done: Share) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,6 +52,8 @@ def train(recipe: Recipe, run: Path) -> int:
         except BaseException as error:
             trainer.telemetry.close(f"failed: {type(error).__name__}")
             raise
+        finally:
+            trainer.stream.close()
     finally:
         launch.stop()
 
@@ -78,7 +81,7 @@ class Trainer:
         if recipe.train.threads is not None:
             torch.set_num_threads(recipe.train.threads)
         self.micro_batches = micro_batches(recipe, data_ranks(recipe.parallel.layout(), rank.world))
-        self.tokenizer = setup.open_tokenizer(recipe)
+        self.tokenizer = launch.together(lambda: setup.open_tokenizer(recipe))
         self.token_bytes = self.tokenizer.token_bytes()
         self.stream = launch.together(lambda: setup.open_stream(recipe, self.tokenizer))
         self.validation = launch.together(lambda: setup.open_validation(recipe, self.tokenizer))
@@ -356,7 +359,11 @@ class Trainer:
             )
         if not isinstance(loaded.trainer.get("data"), dict):
             raise CheckpointError(f"{loaded.path / 'trainer.json'} does not say which data come next")
-        self.stream.check_state(loaded.trainer["data"])
+        if self.stream.check_state(loaded.trainer["data"]) != loaded.next_sample:
+            raise CheckpointError(
+                f"{loaded.path / 'trainer.json'} says that sample {loaded.next_sample} comes next, and that the data "
+                f"go on at {loaded.trainer['data']['next_sample']}; restore it from a copy, or move {loaded.path} away"
+            )
         resume.check_parameters(self.parameters, loaded.model, loaded.path)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
@@ -369,7 +376,7 @@ class Trainer:
 
     @torch.no_grad()
     def _example_state(self) -> State:
-        rows = self.stream.read(0, self.recipe.train.micro_sequences)
+        rows = self.stream.rows(np.arange(self.recipe.train.micro_sequences))  # which leave what is read ahead alone
         batch = self.objective.prepare(rows, seed=0, step=0, carried=True).to(self.device)
         return self.model.stack.segment_state(self.objective(self.model, batch).state)
 

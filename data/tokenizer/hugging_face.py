@@ -46,8 +46,10 @@ class JsonBackend:
         canonical = json.dumps(self._spec, sort_keys=True, separators=(",", ":")).encode()
         self.sha256 = hashlib.sha256(canonical).hexdigest()
         self._vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
-        self._added = {t["content"]: t["id"] for t in self._spec.get("added_tokens") or []}
-        self.special = {t["content"]: t["id"] for t in self._spec.get("added_tokens") or [] if t.get("special")}
+        added = [t for t in self._spec.get("added_tokens") or [] if t["content"] in self._vocabulary]
+        # Their ids are those that the library gives, which are not the file's where that skips some.
+        self._added = {t["content"]: self._vocabulary[t["content"]] for t in added}
+        self.special = {t["content"]: self._added[t["content"]] for t in added if t.get("special")}
         pieces_are_bytes, prefix = is_byte_level(self._spec)
         self.pieces = self._bytes_of(pieces_are_bytes)
         self.byte_level = pieces_are_bytes and not prefix
@@ -70,7 +72,9 @@ class JsonBackend:
         for token, index in self._vocabulary.items():
             if index in special_ids:
                 continue
-            if pieces_are_bytes and index not in added and to_byte.keys() >= set(token):
+            if index in added:  # found in the text as it is written
+                pieces[index] = token.encode()
+            elif pieces_are_bytes and to_byte.keys() >= set(token):
                 pieces[index] = bytes(to_byte[character] for character in token)
             elif re.fullmatch(r"<0x[0-9A-F]{2}>", token):
                 pieces[index] = bytes([int(token[3:5], 16)])

@@ -192,13 +192,18 @@ def test_no_order_of_processes_changes_what_is_kept(
             assert decoded(tmp_path / "one" / name, tokenizer) == [text for group, text in first if group == name]
 
 
-def test_an_input_that_changes_between_the_two_readings(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["one more", "as many"])
+def test_an_input_that_changes_between_the_two_readings(
+    corpus: Path, tokenizer: Tokenizer, tmp_path: Path, kind: str
+) -> None:
     out, path = tmp_path / "d", corpus / "3.jsonl"
     whole = path.read_text()
+    other = whole + '\n{"text": "one more"}' if kind == "one more" else whole.replace('"text": "', '"text": "x', 1)
+    assert other != whole
 
     def change(progress: Any) -> None:
         if progress.stage == "tokenizing" and path.read_text() == whole:
-            path.write_text(whole + '\n{"text": "one more"}')
+            path.write_text(other)
 
     with pytest.raises(DatasetError, match=r"input 3\.jsonl changed after its documents were compared"):
         prepare(corpus, "all", tokenizer, out, progress=change, **OPTIONS)

@@ -205,6 +205,9 @@ def test_sizes_from_8_gib_on_are_big_endian_numbers(tmp_path: Path) -> None:
     header = info.tobuf(tarfile.GNU_FORMAT)
     with pytest.raises(CorruptShardError, match=f"ends at byte {2**33 + 5 + 512} of {512 + 1024}"):
         list(scan(header + bytes(1024), "x"))
+    pax = info.tobuf(tarfile.PAX_FORMAT)  # a record of its own, as the header's field is too small
+    with pytest.raises(CorruptShardError, match=f"ends at byte {2**33 + 5 + 1536} of {1536 + 1024}"):
+        list(scan(pax + bytes(1024), "x"))
 
 
 def test_stock_writer(tmp_path: Path) -> None:
@@ -304,6 +307,13 @@ def test_tars_beside_that_are_not_of_the_dataset_are_no_problem(tmp_path: Path) 
         write_tar(tmp_path / f"{number}.tar", token_files(documents(number, 4)))
     index_tars(str(tmp_path / "{0..1}.tar"), tokenizer=FACTS)
     assert verify(tmp_path, deep=True).ok
+
+
+def test_an_end_of_document_that_is_added_counts_among_the_ids(tmp_path: Path) -> None:
+    facts = TokenizerFacts(sha256="f" * 64, vocabulary=60, end_of_document=50)
+    write_tar(tmp_path / "0.tar", [("a.npy", npy([3, 4]))])
+    manifest = index_tars(tmp_path, tokenizer=facts)
+    assert manifest.parts[0]["max_token"] == 50
 
 
 def test_text_behind_ids_is_counted_where_the_tokenizer_is_known(
@@ -444,6 +454,15 @@ def test_keys_are_those_of_webdataset(tmp_path: Path) -> None:
 def test_members_that_are_no_plain_files(tmp_path: Path, kind: bytes, said: str) -> None:
     write_tar(tmp_path / "0.tar", [("b.x.npy", b"")], tarfile.GNU_FORMAT, 0, type=kind, linkname="a.x.npy")
     with pytest.raises(CorruptShardError, match=f"b.x.npy is .*{said}"):
+        index_tars(tmp_path, tokenizer=FACTS)
+
+
+def test_sparse_files_of_pax_tars_are_refused(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("GNUSparseFile.0/a.npy")
+        info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "a.npy"}
+        tar.addfile(info)
+    with pytest.raises(CorruptShardError, match="sparse file"):
         index_tars(tmp_path, tokenizer=FACTS)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import json
+import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -16,6 +19,7 @@ from hypothesis import strategies as st
 
 from potamos.data.errors import CorruptShardError, DatasetError, MixtureError
 from potamos.data.loader import Loader, Rows, SourceSpec, StageSpec, TokenStream
+from potamos.data.stream import PLAN
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +255,59 @@ def test_an_error_in_the_thread_reaches_the_consumer(write_ids: Any, tmp_path: P
             list(itertools.islice(loader, 100))
         with pytest.raises(CorruptShardError, match="shard-00000-00003"):  # not a hang, not the end of the data
             next(loader)
+
+
+def test_batches_before_an_error_are_handed_out(stream: TokenStream, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches are made in groups of 1, 2, 4, ...; the error stands in the middle of the third."""
+    read = stream.read
+
+    def failing(first: int, count: int) -> Rows:
+        if first >= 20:
+            raise OSError(5, "Input/output error")
+        return read(first, count)
+
+    monkeypatch.setattr(stream, "read", failing)
+    with Loader(stream, sequences=4) as loader:
+        for number in range(5):
+            assert next(loader).samples.tolist() == list(range(4 * number, 4 * number + 4))
+        with pytest.raises(OSError, match="Input/output"):
+            next(loader)
+        assert loader.next_sample == 20
+
+
+def test_a_loader_taken_over_a_fork_says_so(stream: TokenStream, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forked process has none of its parent's threads, so it would wait for ever."""
+    monkeypatch.setattr("potamos.data.loader.WATCHING", 0.05)
+    with Loader(stream, sequences=4) as loader:
+        next(loader)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)  # not for ever, if it does
+            try:
+                collections.deque(loader, maxlen=0)
+            except RuntimeError as error:
+                os._exit(0 if "make the loader in the process that reads it" in str(error) else 2)
+            os._exit(3)
+        assert os.waitpid(child, 0)[1] == 0
+        next(loader)
+
+
+def test_no_more_is_read_ahead_than_asked_for(stream: TokenStream, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hand-overs grow to a fixed size, not on and on: the third one here is of 4 batches, and so is the last."""
+    read, made = stream.read, []
+    monkeypatch.setattr("potamos.data.loader.GROUP", 4 * 4 * 33)
+    monkeypatch.setattr(stream, "read", lambda first, count: made.append(first) or read(first, count))
+    with Loader(stream, sequences=4, ahead=2) as loader:
+        for _ in range(60):
+            next(loader)
+        time.sleep(0.2)
+        assert 60 < len(made) <= 60 + 3 * 4  # what is left of one, and two that are ready or in the making
+
+
+def test_places_of_samples_long_read_are_forgotten(stream: TokenStream) -> None:
+    for block in range(40):
+        stream.read(block * PLAN, 1)
+    assert len(stream._plans) <= 4
 
 
 def test_close_ends_the_thread_also_after_an_interrupt(stream: TokenStream) -> None:

@@ -47,6 +47,10 @@ def test_sentences_end_where_a_reader_would_end_them() -> None:
         "So said No. 5 and others; e.g. the 3.5 ton barge of St. Paul... and its crew.",
         "12 came.",
     ]
+    assert joined(list(sentences('He called "Stop!" (and left). Then "Go!" "now" he said.'))) == [
+        'He called "Stop!" (and left).',
+        'Then "Go!" "now" he said.',
+    ]
     assert list(sentences(" \n\t \n")) == []
     assert joined(list(sentences("one\ntwo.\r\nthree"))) == ["one", "two.", "three"]
 

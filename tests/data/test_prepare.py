@@ -184,7 +184,7 @@ def test_failures_leave_nothing_but_the_rejects(tokenizer: Tokenizer, tmp_path: 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.jsonl", "d.prepare"]
     assert "'text' is int" in rejects.read_text()
     corpus.write_text('{"text": " "}\n')
-    with pytest.raises(SourceError, match="no document"):
+    with pytest.raises(SourceError, match=r"'bad\.jsonl' gave no document with text \(1 blank, 0 bad\)"):
         prepare(corpus, "all", tokenizer, tmp_path / "d")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.jsonl"]
     corpus.write_text('{"text": "good"}\n{"text": 5}\n')
@@ -194,6 +194,18 @@ def test_failures_leave_nothing_but_the_rejects(tokenizer: Tokenizer, tmp_path: 
     corpus.write_text('{"text": "better"}\n')
     prepare(corpus, "all", tokenizer, tmp_path / "d", force=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.jsonl", "d"], "the rejects go with their dataset"
+
+
+def test_a_place_that_cannot_be_made_is_said_at_once(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a working folder that was removed every path is missing, and no retry will find it."""
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n')
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(DatasetError, match=r"d\.prepare: No such file or directory"):
+        prepare(tmp_path / "a.jsonl", "all", tokenizer, "d", wait=0.0)
 
 
 class Misbehaving(Tokenizer):
@@ -228,6 +240,14 @@ def test_a_tokenizer_that_loses_text_is_found(
         prepare(corpus, "all", Misbehaving(tokenizer, change), tmp_path / "d")
     assert os.listdir(tmp_path) == [corpus.name]
     prepare(corpus, "all", Misbehaving(tokenizer, lambda ids: ids), tmp_path / "d")
+
+
+def test_a_text_of_which_the_tokenizer_makes_nothing_counts_as_blank(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    normalizing = Misbehaving(tokenizer, lambda ids: ids[:0])
+    normalizing.exact_bytes = False  # as where a tokenizer.json removes characters first
+    manifest = prepare(TextList(["the hills", "the river", " ", "stone"]), "all", normalizing, tmp_path / "d")
+    counts = {key: manifest.fields[key] for key in ("documents", "blank", "text_bytes")}
+    assert counts == {"documents": 2, "blank": 2, "text_bytes": len("the hillsstone")}
 
 
 KILLED = """

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from potamos.data import parts as parts_module
-from potamos.data.commands import finalize_datasets
+from potamos.data.commands import finalize_datasets, left_out
 from potamos.data.errors import DatasetError, SourceError
 from potamos.data.finalize import GROUPS, finalize
 from potamos.data.manifest import read_manifest, verify
@@ -231,14 +231,19 @@ def test_two_processes_never_write_one_part(corpus: Path, tokenizer: Tokenizer, 
     prepare(corpus, "all", tokenizer, work.out, max_bad_ratio=0.2, **SIZES)
 
 
-def test_a_lock_on_a_file_that_is_taken_away_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another process may remove the folder between opening the file and locking it."""
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_lock_on_a_file_that_is_taken_away_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, anew: bool
+) -> None:
+    """Another process may remove the folder between opening the file and locking it, and a third one begin anew."""
     path, flock, calls = tmp_path / "x.lock", fcntl.flock, []
 
     def removed_meanwhile(descriptor: int, operation: int) -> None:
         calls.append(operation)
         if len(calls) == 1:
             path.unlink()
+            if anew:
+                path.touch()
         flock(descriptor, operation)
 
     monkeypatch.setattr(fcntl, "flock", removed_meanwhile)
@@ -396,6 +401,45 @@ def test_groups_are_kept_replaced_and_counted(mixed: Path, tokenizer: Tokenizer,
         finalize(out)
 
 
+def test_a_group_of_nothing_but_duplicates_has_no_dataset(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    records = [{"text": text, "g": g} for text, g in (("a river", "A"), ("stone", "A"), ("a river", "B"))]
+    write_lines(tmp_path / "x.jsonl", records)
+    out, options = tmp_path / "d", {"by": "g", "deduplicate": True, **SIZES}
+    prepare_parts(tmp_path / "x.jsonl", "all", tokenizer, out, **options)
+    (summary,) = finalize_datasets(out)
+    assert (summary.path, summary.documents, summary.duplicates) == (out / "a", 2, 0)
+    assert sorted(os.listdir(out)) == ["a", GROUPS]
+    assert json.loads((out / GROUPS).read_text())["empty"] == [{"input": "x.jsonl", "value": "B", "duplicates": 1}]
+    assert left_out(out).duplicates == 1
+    assert prepare_parts(tmp_path / "x.jsonl", "all", tokenizer, out, progress=never, **options).kept
+
+
+@pytest.mark.parametrize("kind", ["empty folder", "link to an empty folder", "link to nothing"])
+def test_places_that_hold_nothing_yet(tokenizer: Tokenizer, tmp_path: Path, kind: str) -> None:
+    write_lines(tmp_path / "x.jsonl", [{"text": "a river"}])
+    out = place = tmp_path / "d"
+    if kind.startswith("link"):
+        place = tmp_path / "disk" / "there"
+        place.parent.mkdir()
+        out.symlink_to(place)
+    if "empty" in kind:
+        place.mkdir()
+    prepare(tmp_path / "x.jsonl", "all", tokenizer, out, **SIZES)
+    prepare(tmp_path / "x.jsonl", "all", tokenizer, out, force=True, **{**SIZES, "chunk_tokens": 200})
+    assert documents(out, tokenizer) == [["a river"]]
+    assert out.is_symlink() == kind.startswith("link")
+    assert os.listdir(place.parent) == [place.name] if out.is_symlink() else not Path(f"{out}.prepare").exists()
+    assert sorted(os.listdir(tmp_path)) == sorted({"x.jsonl", "d", *(["disk"] if out.is_symlink() else [])})
+
+
+def test_the_present_folder(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_lines(tmp_path / "x.jsonl", [{"text": "a river"}])
+    (tmp_path / "d").mkdir()
+    monkeypatch.chdir(tmp_path / "d")
+    prepare(tmp_path / "x.jsonl", "all", tokenizer, ".", **SIZES)
+    assert documents(tmp_path / "d", tokenizer) == [["a river"]]
+
+
 @pytest.mark.parametrize(
     ("values", "says"),
     [
@@ -410,6 +454,14 @@ def test_values_that_name_no_group(
     corpus = write(tmp_path / "x.jsonl", values)
     with pytest.raises(SourceError, match=says):
         prepare_parts(corpus, "all", tokenizer, tmp_path / "d", by="meta.set", **SIZES)
+
+
+@pytest.mark.parametrize("value", [True, None, "", [], {}])
+def test_values_that_are_none(tokenizer: Tokenizer, tmp_path: Path, value: Any, write: Callable[..., Path]) -> None:
+    corpus = write(tmp_path / "x.jsonl", ["a", value, 0, 2.5])
+    prepare_parts(corpus, "all", tokenizer, tmp_path / "d", by="meta.set", max_bad_ratio=0.25, **SIZES)
+    made = finalize(tmp_path / "d")
+    assert [manifest.fields["source"]["value"] for manifest in made.values()] == ["0", "2.5", "a"]
 
 
 def test_two_inputs_may_not_mean_two_groups_by_one_name(

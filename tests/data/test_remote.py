@@ -66,6 +66,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         time.sleep(server.delay)
         if isinstance(trouble, int):
             return self.send_error(trouble)
+        if isinstance(trouble, str) and trouble.startswith("http"):
+            self.send_response(302)
+            self.send_header("Location", f"{trouble}{self.path}")
+            return self.end_headers()
         try:
             content = (server.root / path).read_bytes()
         except OSError:
@@ -75,6 +79,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if trouble == "short":
             content = content[:-7]
         self.send_response(200)
+        if trouble == "endless":
+            self.end_headers()
+            while not server.release.wait(0.001):
+                self.wfile.write(bytes(1 << 20))
+            return None
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if trouble == "cut":
@@ -205,6 +214,24 @@ def test_a_stalled_connection_is_given_up_and_tried_again(server: Server, datase
     server.trouble[name] = ["stall"]
     assert same(open_remote(server.url, retry=quick(timeout=0.3)), dataset, 0)
     assert server.asked[name] == 2
+
+
+def test_a_file_without_an_end_is_given_up(server: Server, dataset: Path, open_remote: Open) -> None:
+    name = read_manifest(dataset).shards[0]["name"]
+    server.trouble[name] = ["endless"]
+    timer = threading.Timer(15, server.release.set)
+    timer.start()
+    assert same(open_remote(server.url), dataset, 0)
+    assert not server.release.is_set()
+    timer.cancel()
+
+
+def test_another_host_hears_no_password(server: Server, dataset: Path, open_remote: Open) -> None:
+    name = read_manifest(dataset).shards[0]["name"]
+    server.trouble[name] = [server.url.replace("127.0.0.1", "localhost")]
+    assert same(open_remote(server.url.replace("http://", "http://me:pass-word@")), dataset, 0)
+    assert server.asked[name] == 2
+    assert [authorization is None for _, authorization in server.headers].count(True) == 1
 
 
 def test_dataset_json_is_tried_again_too(server: Server, dataset: Path, open_remote: Open) -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from potamos.data.dataset import TokenDataset, read_rows
 from potamos.data.errors import DatasetError
+from potamos.data.fetch import try_again
 from potamos.data.foreign import TokenizerFacts, index_tars
 from potamos.data.manifest import read_manifest
 from potamos.data.remote import CacheSpec, RemoteError, RemoteShards, Retry, open_dataset_files
@@ -203,3 +204,17 @@ def test_a_url_needs_a_cache(dataset: Path) -> None:
     with pytest.raises(DatasetError, match=r"data\.cache"):
         open_dataset_files("s3://bucket/pile")
     assert open_dataset_files(dataset) == (dataset, None)
+
+
+@pytest.mark.parametrize("kind", [OSError, FileNotFoundError])
+@pytest.mark.parametrize("words", ["GET {url}: no", "user me, password pa%20ss-word", "login pa ss-word?sig=se-cret"])
+def test_no_secret_is_shown_in_the_words_of_a_library(kind: type[OSError], words: str) -> None:
+    url = "s3://me:pa%20ss-word@bucket/d/x.tar?sig=se-cret"
+
+    def fail() -> None:
+        raise kind(words.format(url=url))
+
+    with pytest.raises(RemoteError, match=r"s3://\.\.\.@bucket/d/x\.tar\?\.\.\. cannot be had") as caught:
+        try_again(fail, url, quick(attempts=2))
+    assert words.split(" ")[0] in str(caught.value)
+    assert not any(secret in str(caught.value) for secret in ("ss-word", "se-cret"))

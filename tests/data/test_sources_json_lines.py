@@ -87,6 +87,10 @@ def test_marks_line_ends_and_odd_json_are_read(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "a", "x": NaN}\r\n\r\n{"text": "b", "text": "c"}\n{"text": "d"}')
     assert [d.text for d in read(open_source(path))] == ["a", "c", "d"]
+    path.write_bytes(b'{"text": "a"}\n\xef\xbb\xbf{"text": "b"}\n')
+    record = Record(max_bad_ratio=0.5)  # a mark within a file is what joined files leave: no JSON
+    assert [d.text for d in read(open_source(path), record)] == ["a"]
+    assert record.counts.rejected == 1
     path.write_bytes(b"")
     assert read(open_source(path)) == []
 

@@ -122,6 +122,15 @@ def test_lines_equal_a_split_of_the_whole(parts: list[bytes], size: int, limit: 
         assert not isinstance(line, LongLine) or line.start == expected[:200]
 
 
+@pytest.mark.parametrize("size", [1, 7, 2000])
+def test_a_line_of_just_the_limit_is_whole(size: int) -> None:
+    """Wherever blocks end, and as the last line that nothing ends; the limit is above what is kept of a long one."""
+    content = b"x\n" + b"a" * 300 + b"\n" + b"b" * 301 + b"\ny\n" + b"c" * 300
+    found = list(lines(blocks(content, size), 300))
+    assert found == [b"x", b"a" * 300, LongLine(b"b" * 200), b"y", b"c" * 300]
+    assert list(map(type, found)) == [bytes, bytes, LongLine, bytes, bytes]
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.text(max_size=60), max_size=40),

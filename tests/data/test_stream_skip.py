@@ -174,6 +174,8 @@ def test_the_place_after_a_batch_lies_before_the_next_range(two: list[Path]) -> 
 )
 @example(skip=[(1, 6)], lengths=[1, 1, 42], slots=3, parts=1, interlude=False)  # a whole lap: the text goes on
 @example(skip=[(3, 15)], lengths=[1, 1, 42], slots=3, parts=1, interlude=False)
+@example(skip=[(6, 6)], lengths=[1, 1, 42], slots=3, parts=1, interlude=False)  # a lap from its beginning to its end
+@example(skip=[(6, 12)], lengths=[1, 1, 42], slots=3, parts=1, interlude=False)
 @example(skip=[(6, 3)], lengths=[1, 1, 42], slots=3, parts=1, interlude=False)  # from where a lap begins
 @example(skip=[(8, 8)], lengths=[60, 60, 60], slots=2, parts=1, interlude=True)  # all of what lies between
 @settings(max_examples=25, deadline=None)

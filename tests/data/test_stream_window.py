@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import shutil
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from potamos.data.errors import DatasetError, MixtureError
 from potamos.data.files import LocalFiles
 from potamos.data.loader import Loader, Rows, SourceSpec, StageSpec, TokenStream, Windows
 from potamos.data.order import derive_key, window_shards
-from potamos.data.remote import CacheSpec, RemoteError, Retry
+from potamos.data.remote import CacheSpec, RemoteError, RemoteShards, Retry
 
 WINDOW = 3
 ONE: dict[str, Any] = {"sequence_length": 8, "seed": 3, "order": "window", "window": WINDOW}
@@ -199,6 +201,29 @@ def test_shards_behind_a_url_are_read_through_a_bounded_cache(
         with Loader(again, sequences=12, rank=rank, world=3, next_sample=place) as loader:
             assert equal(next(loader), local.read(place + 4 * rank, 4))
     again.close()
+
+
+def test_closing_does_not_wait_for_a_server_that_hangs(
+    many: list[Path], remote: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = mixed(remote, cache=cache_of(tmp_path / "cache", mixed(many)))
+    hangs, closed = threading.Event(), []
+    close = RemoteShards.close
+
+    def slow(files: RemoteShards) -> None:
+        hangs.wait(30)
+        close(files)
+        closed.append(files)
+
+    monkeypatch.setattr(RemoteShards, "close", slow)
+    monkeypatch.setattr("potamos.data.lookahead.CLOSING", 0.1)
+    begin = time.monotonic()
+    stream.close()
+    assert time.monotonic() - begin < 5
+    hangs.set()
+    for thread in [thread for thread in threading.enumerate() if thread.name == "shard-closer"]:
+        thread.join(5)
+    assert len(closed) == len(remote), "each dataset was told"
 
 
 def test_a_shard_that_cannot_be_fetched_ends_the_iteration_with_an_error(many: list[Path], tmp_path: Path) -> None:

@@ -50,8 +50,8 @@ def read_all(source: TextTars, **options: Any) -> tuple[list[Document], Record]:
     return found, record
 
 
-def open_tars(path: Path) -> TextTars:
-    source = open_source(str(path))
+def open_tars(path: Path, **options: Any) -> TextTars:
+    source = open_source(str(path), **options)
     assert isinstance(source, TextTars)
     return source
 
@@ -123,6 +123,13 @@ def test_bad_text_is_rejected_with_its_place(tmp_path: Path) -> None:
     assert record.lines == 7
     with pytest.raises(SourceError, match="6 of 7 samples are bad"):
         read_all(open_tars(tmp_path / "0.tar"))
+
+
+def test_a_text_of_just_the_limit_is_read(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", [("a.txt", b"x" * 50), ("b.txt", b"y" * 51)])
+    found, record = read_all(open_tars(tmp_path, max_line_bytes=50), max_bad_ratio=0.5)
+    assert [document.text for document in found] == ["x" * 50]
+    assert record.counts.rejected == 1
 
 
 def test_a_damaged_text_tar_is_an_error(tmp_path: Path) -> None:

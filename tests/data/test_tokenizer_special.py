@@ -194,3 +194,24 @@ def test_a_dataset_of_another_tokenizer_is_refused(tokenizer: Tokenizer, texts: 
     TokenDataset(tmp_path / "data", tokenizer_sha256=tokenizer.sha256)
     with pytest.raises(TokenizerMismatchError, match=f"{tokenizer.sha256[:12]}.*{again.sha256[:12]}"):
         TokenDataset(tmp_path / "data", tokenizer_sha256=again.sha256)
+
+
+def test_tokens_added_to_a_file_stand_for_what_is_written(path: Path, tmp_path: Path) -> None:
+    """Also those that look like the signs with which other vocabularies spell spaces, bytes and the insides of words;
+    the ids of a file that skips some are those that the library gives."""
+    spec = json.loads(path.read_text())
+    names = ("##x", "<0x0A>", "## y", "\u2581z")
+    for number, name in enumerate(names):
+        spec["added_tokens"].append({
+            "id": 400 + 2 * number, "content": name, "special": False, "single_word": False, "lstrip": False,
+            "rstrip": False, "normalized": False,
+        })  # fmt: skip
+    (tmp_path / "t.json").write_text(json.dumps(spec))
+    tokenizer = load_tokenizer("json", tmp_path / "t.json")
+    text = "old ##x <0x0A> ## y \u2581z stone"
+    ids = tokenizer.encode(text)
+    assert set(range(400, 404)) <= set(ids.tolist())
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
+    decoder = tokenizer.stream_decoder()
+    assert "".join(map(decoder.push, ids.tolist())) + decoder.flush() == text

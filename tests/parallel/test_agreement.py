@@ -174,8 +174,18 @@ def test_ranks_with_other_data_do_not_begin(trial, run_ranks, tmp_path):
         assert "here," in errors[1]
         assert errors[0] == f"PeerError: rank 1: {errors[1].removeprefix('DatasetError: ')}"
         assert not (tmp_path / name / "checkpoints").exists()
-    order = ends(trial, run_ranks, tmp_path / "order", lambda rank: ["train.seed=6"] if rank else [])
-    assert "the order of samples" in order[1]
+    place = trial.folder / "train"
+    later = f"data.stages=[{{from: 0, mixture: [{{path: {place}}}]}}, {{from: 8000, mixture: [{{path: {place}}}]}}]"
+    for name, change in {"seed": "train.seed=6", "stages": later}.items():
+        order = ends(trial, run_ranks, tmp_path / name, lambda rank, change=change: [change] if rank else [])
+        assert "the order of samples" in order[1]
+
+
+def test_a_tokenizer_that_one_rank_lacks_is_told_to_all(trial, run_ranks, tmp_path):
+    missing = tmp_path / "missing" / "tokenizer.json"
+    errors = ends(trial, run_ranks, tmp_path / "run", lambda rank: [f"tokenizer.path={missing}"] if rank else [])
+    assert errors[1].startswith(f"ValueError: tokenizer.path: {missing} does not exist")
+    assert errors[0] == f"PeerError: rank 1: {errors[1].removeprefix('ValueError: ')}"
 
 
 def test_a_shard_that_one_rank_lacks_is_told_to_all(trial, run_ranks, tmp_path):

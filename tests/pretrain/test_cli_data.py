@@ -205,6 +205,20 @@ def test_groups_become_datasets_that_a_published_mixture_finds(
     assert (torn.status, torn.out.count(": sound ("), torn.err.count("is missing")) == (1, 1, 1)
 
 
+def test_what_was_left_out_is_told(corpus: Path, potamos: Potamos, tmp_path: Path) -> None:
+    rows = [{"text": text, "meta": {"set": "AB"[i % 2]}} for i, text in enumerate(texts(1, 9))]
+    write_lines(tmp_path / "some.jsonl", [*rows, *rows[:3], {"text": " ", "meta": {"set": "A"}}, {"text": 5}])
+    told = f"left out: 1 blank documents, 3 duplicates, 1 bad records, listed in {tmp_path}"
+    for name, more in {"whole": (), "grouped": ("--by=meta.set",)}.items():
+        out = ("data", "prepare", tmp_path / "some.jsonl", tmp_path / name, "--tokenizer", corpus / "tokenizer.json")
+        done = potamos(*out, "--deduplicate", "--max-bad-ratio=0.5", *more)
+        assert done.out.splitlines()[-1] == f"{told}/{name}.rejects.jsonl", done.err
+        assert potamos("data", "finalize", tmp_path / name).out == done.out
+    write_lines(tmp_path / "all.jsonl", rows)
+    whole = ("data", "prepare", tmp_path / "all.jsonl", tmp_path / "all", "--tokenizer", corpus / "tokenizer.json")
+    assert "left out" not in potamos(*whole).out
+
+
 def test_bad_records_are_bounded(corpus: Path, potamos: Potamos, tmp_path: Path) -> None:
     write_lines(tmp_path / "bad.jsonl", [{"text": text} for text in [*texts(1, 9), "long " * 400]])
     command = ("data", "prepare", tmp_path / "bad.jsonl", tmp_path / "out", "--tokenizer", corpus / "tokenizer.json")
@@ -212,6 +226,7 @@ def test_bad_records_are_bounded(corpus: Path, potamos: Potamos, tmp_path: Path)
     done = potamos(*command, "--max-line-bytes=1000", "--max-bad-ratio=0.2", "--force")
     assert done.status == 0, done.err
     assert "of 9 documents" in done.out
+    assert f"left out: 1 bad records, listed in {tmp_path / 'out.rejects.jsonl'}\n" in done.out
     (rejected,) = (tmp_path / "out.rejects.jsonl").read_text().splitlines()
     assert json.loads(rejected)["place"] == "bad.jsonl:10"
     assert_mistake(potamos(*command, "--max-bad-ratio=2", "--force"), "max-bad-ratio 2")

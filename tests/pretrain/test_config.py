@@ -386,6 +386,9 @@ def test_the_fingerprint_is_of_the_resolved_recipe() -> None:
         "data.cache={path: x, bytes: 1000}",
         "data.skip=[[640, 648]]",
         "data.skip=[[700, 800], [900, 901]]",
+        "data.stages.0.mixture.0.path=x",
+        "data.validation.0.path=x",
+        "tokenizer.path=x",
     ],
 )
 def test_what_may_change_on_resume(change: str) -> None:
@@ -400,12 +403,12 @@ def test_what_may_change_on_resume(change: str) -> None:
         "model.width=48",
         "model.at.1.mixer.heads=2",
         "model.residual_dropout=0.1",
-        "tokenizer.path=x",
+        "tokenizer.kind=gpt2",
         "data.sequence_length=16",
         "data.boundaries=cross",
         "data.order=contiguous",
         "data.validation=[]",
-        "data.stages.0.mixture.0.path=x",
+        "data.stages.0.mixture.0.weight=9",
         "optimizer.lr=1e-3",
         "schedule.decay=99",
         "train.seed=1",
@@ -444,7 +447,7 @@ def test_a_stage_is_fixed_once_its_first_sample_is_drawn() -> None:
     assert resume_check(old, new, next_sample=640)
     with pytest.raises(RecipeError, match=r"data\.stages\.1\.mixture\.1\.weight: value 9\.0"):
         resume_check(old, new, next_sample=641)
-    first = parse("data.stages.0.mixture.0.path=x")
+    first = parse("data.stages.0.mixture.0.weight=9")
     assert resume_check(old, first, next_sample=0)  # nothing drawn yet
     with pytest.raises(RecipeError):
         resume_check(old, first, next_sample=1)

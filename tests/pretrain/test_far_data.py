@@ -5,7 +5,9 @@ The URLs are file:// ones, so that no network is needed; what lies behind others
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import pytest
 from potamos.data.fetch import Retry
 from potamos.data.remote import CacheSpec
 from potamos.parallel.launch import Rank
-from potamos.pretrain import setup
+from potamos.pretrain import setup, trainer
 
 WINDOW = ("data.order=window", "data.window=2", "train.steps=8")
 
@@ -40,6 +42,31 @@ def test_a_run_from_a_url_is_the_run_from_a_folder(trial: Any, tmp_path: Path) -
     for place in ("one", "two"):
         kept = sum(path.stat().st_size for path in (tmp_path / place).rglob("*.tar"))
         assert 0 < kept <= 60000
+
+
+@pytest.mark.parametrize("kind", [None, "crash"])
+def test_no_fetch_outlasts_the_run(
+    trial: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str | None
+) -> None:
+    """Or a process that trains again would fetch for both, and leave what it was fetching in the cache."""
+    far = (*WINDOW, stages(f"file://{trial.folder / 'train'}"), cache(tmp_path / "cache"), "train.steps=2")
+    before, seen = fetchers(), []
+    base: Any = trainer.Trainer if kind is None else trial.variant(crash=1)
+
+    class Watched(base):
+        def train_step(self, rows: Any) -> Any:
+            seen.append(fetchers())
+            return super().train_step(rows)
+
+    monkeypatch.setattr(trainer, "Trainer", Watched)
+    with contextlib.nullcontext() if kind is None else pytest.raises(trial.Crash):
+        assert trainer.train(trial.recipe(*far), tmp_path / "run") == 0
+    assert min(seen) > before, "there is something to end"
+    assert fetchers() == before
+
+
+def fetchers() -> int:
+    return sum(thread.name == "shard-fetcher" for thread in threading.enumerate())
 
 
 def test_a_shard_that_one_rank_cannot_fetch_ends_all(

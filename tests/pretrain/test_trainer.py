@@ -9,13 +9,14 @@ import traceback
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from potamos.pretrain import setup
 from potamos.pretrain.config import RecipeError
 from potamos.pretrain.records import read_metrics
-from potamos.pretrain.trainer import Trainer
+from potamos.pretrain.trainer import StepResult, Trainer
 
 PACKAGE = Path(__file__).resolve().parents[2]
 NAN = float("nan")
@@ -154,6 +155,11 @@ def test_a_skipped_step_is_named_when_the_run_stops_before_the_next_log_line(tri
     assert "step 2 skipped: samples 8 to 15" in capsys.readouterr().out
 
 
+def test_a_skipped_step_is_named_by_the_samples_that_it_read(trial, run, capsys):
+    assert trial.fit(run, "data.skip=[[8, 16]]", kind=trial.variant(poison={1: NAN}, stop=2)) == 0
+    assert "step 2 skipped: samples 16 to 23" in capsys.readouterr().out
+
+
 def test_state_that_overflowed_is_not_carried_on(trial, run):
     """Activations that overflow once cost one step, not every step after it."""
 
@@ -217,6 +223,20 @@ def test_metrics_agree_with_each_other(trial, finished):
     assert record["gradient_norm/total"] == pytest.approx(math.hypot(*kinds, stack))
     assert record["memory_bytes"] > 2**20
     assert 0 <= record["data_wait"] < 1
+
+
+def test_likelihood_is_that_of_the_objectives_own_term(trial, run):
+    """Beside others the loss is more than what text costs, and perplexity of a sum means nothing."""
+    trainer = trial.trainer(run, "telemetry={every: 1}")
+    loss, own, aside = (torch.tensor(value) for value in (5.0, 2.0, 3.0))
+    zero, norms = torch.zeros(()), torch.ones(len(trainer.norm.kinds))
+    trainer.step = 1
+    trainer.observe(StepResult(loss, {"causal": own, "aside": aside}, zero, norms, zero, 0.25), 0.0)
+    trainer.telemetry.close("built only")
+    (record,) = (record for record in read_metrics(run) if record["kind"] == "train")
+    assert (record["loss"], record["loss/causal"], record["loss/aside"]) == (5.0, 2.0, 3.0)
+    assert record["perplexity"] == pytest.approx(math.exp(2.0))
+    assert record["bits_per_byte"] == pytest.approx(2.0 / math.log(2) * 0.25)
 
 
 def test_mfu_counts_what_a_hybrid_computes(trial, run):

@@ -17,7 +17,7 @@ from potamos.data.errors import DatasetError, StateMismatchError, TokenizerMisma
 from potamos.data.manifest import MANIFEST, make_manifest, read_manifest
 from potamos.data.prepare import prepare
 from potamos.data.tokenizer import train_bpe
-from potamos.pretrain import checkpoint, setup
+from potamos.pretrain import checkpoint
 from potamos.pretrain.config import RecipeError
 from potamos.pretrain.trainer import Trainer, micro_batches
 
@@ -83,18 +83,32 @@ def test_a_token_beyond_the_vocabulary_is_refused(trial, run, tmp_path):
 
 
 def test_other_data_than_the_runs_is_refused(trial, copy, tmp_path):
-    """The same path, other text: the recipe is equal, the data are not."""
+    """The place of the data may change, their content may not."""
     source = tmp_path / "other.jsonl"
     source.write_text(json.dumps({"text": "one bridge and then another " * 400}) + "\n")
     prepare(source, "all", trial.tokenizer, tmp_path / "other", chunk_tokens=1024)
-    recorded = copy / "checkpoints" / "step-00000004" / "recipe.yaml"
-    loaded = checkpoint.load(recorded.parent)
+    other = f"data.stages=[{{from: 0, mixture: [{{path: {tmp_path / 'other'}}}]}}]"
+    with pytest.raises(StateMismatchError, match="the checkpoint's data differ from the recipe's in: stages"):
+        trial.fit(copy, *FEW, "train.steps=6", other)
+
+
+def test_data_that_were_moved_are_the_same_data(trial, copy, run, tmp_path):
+    shutil.copytree(trial.folder / "train", tmp_path / "moved")
+    moved = f"data.stages=[{{from: 0, mixture: [{{path: {tmp_path / 'moved'}}}]}}]"
+    assert trial.fit(copy, *FEW, "train.steps=6", moved) == 0
+    assert trial.fit(run, *FEW, "train.steps=6") == 0
+    assert trial.differences(run, copy) == []
+
+
+def test_a_checkpoint_that_contradicts_itself_about_the_data_is_refused(trial, copy):
+    """The trainer's count and the stream's state are two records of one place."""
+    loaded = trial.newest(copy)
     trainer = trial.trainer(copy, *FEW)
     trainer.telemetry.close("built only")
-    other = trial.recipe(*FEW, f"data.stages=[{{from: 0, mixture: [{{path: {tmp_path / 'other'}}}]}}]")
-    trainer.stream = setup.open_stream(other, trial.tokenizer)
-    with pytest.raises(StateMismatchError, match="the checkpoint's data differ from the recipe's in: stages"):
-        trainer.restore(loaded)
+    with pytest.raises(checkpoint.CheckpointError, match="sample 40 comes next, and that the data go on at 32"):
+        trainer.restore(dataclasses.replace(loaded, next_sample=40))
+    trainer.restore(loaded)
+    assert trainer.next_sample == 32
 
 
 def test_a_checkpoint_of_another_model_is_refused_with_every_difference(trial, copy):
