@@ -230,7 +230,7 @@ def test_any_memory_order(order, make_diagonal):
 def test_bad_arguments_are_named(make_diagonal):
     diag, d = make_diagonal(3, 4)
     u = torch.randn(2, 3, 8, dtype=torch.float64)
-    with pytest.raises(ValueError, match="takes fp32, fp16 or bf16, not torch.float64"):
+    with pytest.raises(ValueError, match=r"takes fp32, fp16 or bf16, not torch\.float64"):
         diag_ssm(u, diag, d=d, backend="triton")
     with pytest.raises(ValueError, match="'cuda'"):
         diag_ssm(u, diag, d=d, backend="cuda")  # type: ignore[arg-type]

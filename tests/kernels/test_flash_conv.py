@@ -264,5 +264,5 @@ def test_bad_arguments_are_named(make_case):
             call(h3_mix, leaves | change)
     with pytest.raises(ValueError, match=r"state\.diag has shape"):
         call(h3_mix, leaves, state=random_state(2, 4, 1, 64, 5, [0, 0]))
-    with pytest.raises(ValueError, match="takes fp32, fp16 or bf16, not torch.float64"):
+    with pytest.raises(ValueError, match=r"takes fp32, fp16 or bf16, not torch\.float64"):
         call(h3_mix, leaves, backend="triton")

@@ -64,7 +64,7 @@ def widen(values: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def make_state(batch: int, heads: int, taps: int, modes: int, head_dim: int, dtype=torch.float32) -> H3State:
     """Of document 0 in the first row and 5 in the others."""
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(2)
     shift = torch.randn(batch, heads * head_dim, taps - 1, generator=generator)
     diag = torch.randn(batch, heads, head_dim**2, modes, 2, generator=generator)
     return H3State(shift.to(dtype), diag.to(dtype), torch.tensor([0, 5, 5][:batch], dtype=torch.int32))
@@ -347,7 +347,7 @@ def test_gradients_of_everything(batch, length, taps, head_dim, documents, carri
             state = make_state(batch, 2, taps, 6, head_dim, dtype)
             leaves |= {"history": state.shift.requires_grad_(), "modes": state.diag.requires_grad_()}
         y, after = run(operation, leaves, document_ids=ids, state=state)
-        generator = torch.Generator().manual_seed(3)
+        generator = torch.Generator(torch.get_default_device()).manual_seed(3)
         outputs = (y, after.shift, after.diag)
         loss = sum((x * torch.randn(x.shape, generator=generator).to(x)).sum() for x in outputs)
         assert isinstance(loss, Tensor)
