@@ -298,9 +298,9 @@ def resume_check(old: Recipe, new: Recipe, next_sample: int) -> list[Change]:
     begun = max(sum(stage.start < next_sample for stage in recipe.data.stages) for recipe in (old, new))
     allowed, refused = [], []
     for path, before, after in _differences(old, new):
+        moved = path[0] in ("tokenizer", "data") and path[-1] == "path" and ABSENT not in (before, after)
         free = path[0] in FREE_SECTIONS or (len(path) > 1 and path[1] in FREE.get(str(path[0]), ()))
         later_stage = path[:2] == ("data", "stages") and len(path) > 2 and int(path[2]) >= begun
-        moved = path[0] in ("tokenizer", "data") and path[-1] == "path" and ABSENT not in (before, after)
         later_range = path == SKIP and SkipList(before).before(next_sample) == SkipList(after).before(next_sample)
         (allowed if free or moved or later_stage or later_range else refused).append((dotted(path), before, after))
     if refused:
