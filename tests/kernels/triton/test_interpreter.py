@@ -1,6 +1,7 @@
 """Canaries: what the interpreter gets wrong today, and that what these tests rely on is right."""
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -26,11 +27,15 @@ def add_kernel(a, b, c, SIDE: tl.constexpr, WIDEN: tl.constexpr):
     tl.store(c + i, (x + y).to(tl.float32))
 
 
+def launch(kernel: Any, *tensors: torch.Tensor, **constants: Any) -> None:
+    kernel[(1,)](*tensors, **constants)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_products_are_right_in_every_dtype(dtype, assert_close):
     a, b = (torch.randn(16, 16).to(dtype) for _ in range(2))
     c = torch.full((16, 16), float("nan"))
-    product_kernel[(1,)](a, b, c, SIDE=16)
+    launch(product_kernel, a, b, c, SIDE=16)
     assert_close(c, a.double() @ b.double(), 1e-6)
 
 
@@ -38,9 +43,9 @@ def test_bf16_sums_are_wrong_unless_widened(assert_close):
     """When this fails, Triton's interpreter has learned bf16: the replaced `create_dot` can go."""
     a, b = (torch.randn(16).bfloat16() for _ in range(2))
     c = torch.empty(16)
-    add_kernel[(1,)](a, b, c, SIDE=16, WIDEN=True)
+    launch(add_kernel, a, b, c, SIDE=16, WIDEN=True)
     assert_close(c, a.double() + b.double(), 1e-6)
-    add_kernel[(1,)](a, b, c, SIDE=16, WIDEN=False)
+    launch(add_kernel, a, b, c, SIDE=16, WIDEN=False)
     with pytest.raises(AssertionError):
         assert_close(c, a.double() + b.double(), 1e-2)
 
@@ -54,8 +59,8 @@ def round_kernel(x, y, SIDE: tl.constexpr):
 def test_casts_to_bf16_round_to_nearest():
     x = torch.cat([torch.randn(506), torch.tensor([0.0, -0.0, 1.00390625, 1.01171875, float("inf"), 1e-41])])
     y = torch.empty(512, dtype=torch.bfloat16)
-    round_kernel[(1,)](x, y, SIDE=512)
+    launch(round_kernel, x, y, SIDE=512)
     assert torch.equal(y, x.bfloat16())
     nan = torch.full((512,), float("nan"))
-    round_kernel[(1,)](nan, y, SIDE=512)
+    launch(round_kernel, nan, y, SIDE=512)
     assert y.isnan().all()
