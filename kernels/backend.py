@@ -63,6 +63,11 @@ def _machine_obstacle(inputs: Tensor | None) -> str | None:
     return None
 
 
+def own_precision(inputs: Tensor) -> torch.autocast:
+    """Turns autocast off: operations choose their precision, and autocast would round operators and states to bf16."""
+    return torch.autocast(inputs.device.type, enabled=False)
+
+
 def interpreted() -> bool:
     """Whether Triton kernels run in its interpreter: decided by the environment when they are first imported."""
     return os.environ.get("TRITON_INTERPRET") == "1"

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..backend import Backend, resolve_backend
+from ..backend import Backend, own_precision, resolve_backend
 from .chunked import chunked_ssm
 from .fused import fused_mix, fused_obstacle
 from .library import traced_diag_ssm
@@ -40,15 +40,23 @@ def diag_ssm(
     state: what an earlier call or step returned. Returns y (u's shape and dtype) and the state after the last token.
 
     State and sums are fp32 (fp64 for fp64 inputs); the Triton kernel multiplies in u's dtype, the torch form in fp32
-    or fp64. Memory is linear in length. backend: "auto" is Triton on CUDA devices for at most 64 modes, else torch;
-    on the Triton path nothing waits for the device, on the torch path document ids are read on the host.
-    Under torch.compile the call is one node of the graph, whose backward runs the forward again.
+    or fp64. Memory is linear in length. backend: "auto" is Triton on CUDA devices for at most 64 modes (32 in
+    fp32), else torch; on the Triton path nothing waits for the device, on the torch path document ids are read on the
+    host. Autocast changes nothing inside. Under torch.compile the call is one node of the graph, whose backward runs
+    the forward again.
     Raises ValueError for shapes that do not fit, BackendUnavailableError where backend="triton" cannot run.
     """
     check_sequence("diag_ssm", u, diag, d, document_ids, state)
     if torch.compiler.is_compiling():
         return traced_diag_ssm(u, diag, d, document_ids, state, backend)
-    chosen = resolve_backend(backend, "diag_ssm", u, obstacle=fused_obstacle(diag.modes))
+    with own_precision(u):
+        return _run(u, diag, d, document_ids, state, backend)
+
+
+def _run(
+    u: Tensor, diag: Diagonal, d: Tensor | None, document_ids: Tensor | None, state: DiagState | None, backend: Backend
+) -> tuple[Tensor, DiagState]:
+    chosen = resolve_backend(backend, "diag_ssm", u, obstacle=fused_obstacle(u.dtype, diag.modes))
     batch, channels, _ = u.shape
     if chosen == "triton":
         carried = None if state is None else state.document

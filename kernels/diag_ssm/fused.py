@@ -16,13 +16,16 @@ from .segments import CHUNK
 
 MOST_TAPS = CHUNK
 MOST_MODES = 64
-"""Above, the operators of fp32 inputs leave no room in shared memory."""
+"""Of 16-bit inputs."""
+MOST_MODES_FP32 = 32
+"""With more, the backward of fp32 inputs keeps 20 kB a thread in local memory: torch is the better form."""
 
 
-def fused_obstacle(modes: int, shift_taps: int = 1) -> str | None:
+def fused_obstacle(dtype: torch.dtype, modes: int, shift_taps: int = 1) -> str | None:
     """Why the fused kernel cannot take these sizes, in words that follow "backend='triton' "; None where it can."""
-    if modes > MOST_MODES:
-        return f"takes at most {MOST_MODES} modes, not {modes}"
+    most = MOST_MODES_FP32 if dtype == torch.float32 else MOST_MODES
+    if modes > most:
+        return f"takes at most {most} modes of {dtype}, not {modes}"
     if shift_taps > MOST_TAPS:
         return f"takes at most {MOST_TAPS} shift taps, not {shift_taps}"
     return None
@@ -152,6 +155,9 @@ def fused_mix(
     flat = None if initial is None else initial.flatten(-2)
     documents = None
     if document_ids is not None:
+        if flat is not None and carried_document is not None:
+            # The kernel multiplies by zero what another document left, which is not enough where it is not finite.
+            flat = torch.where((document_ids[:, 0] == carried_document)[None, :, None], flat, 0)
         columns = choose_config(v.dtype, diag.modes).columns
         documents = find_chunks(document_ids, carried_document, CHUNK, columns)
     result = _FusedScan.apply(q, k, v, shift_taps, taps, read, write, decay, flat, history, documents)

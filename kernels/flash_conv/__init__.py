@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..backend import Backend, resolve_backend
+from ..backend import Backend, own_precision, resolve_backend
 from ..diag_ssm import Diagonal, check_sequence, last_document, step_modes
 from ..diag_ssm.chunked import chunked_ssm
 from ..diag_ssm.fused import fused_mix, fused_obstacle
@@ -78,8 +78,9 @@ def h3_mix(
 
     Returns the output (q's shape and dtype) and the state after the last token. State and sums are fp32 (fp64 for
     fp64 inputs); the Triton kernel multiplies in q's dtype, the torch form in fp32 or fp64. backend: "auto" is Triton
-    on CUDA devices for at most 64 modes and 64 taps, else torch. With head_dim 1 nothing on the Triton path waits for
-    the device; with more, only the SSM is Triton's and document ids are read on the host.
+    on CUDA devices for at most 64 modes (32 in fp32) and 64 taps, else torch. With head_dim 1 nothing on the Triton
+    path waits for the device; with more, only the SSM is Triton's and document ids are read on the host. Autocast
+    changes nothing inside.
     Under torch.compile the call is one node of the graph, whose backward runs the forward again.
     Raises ValueError for shapes that do not fit, BackendUnavailableError where backend="triton" cannot run.
     """
@@ -91,8 +92,15 @@ def h3_mix(
             q, k, v, shift, *leaves, d_k, d, document_ids, *carried, head_dim, diag.rule, backend
         )  # fmt: skip
         return y, H3State(*after)
+    with own_precision(q):
+        return _mix(q, k, v, shift, diag, d_k, d, head_dim, document_ids, state, backend)
+
+
+def _mix(
+    q, k, v, shift, diag: Diagonal, d_k, d, head_dim: int, document_ids, state: H3State | None, backend: Backend
+) -> tuple[Tensor, H3State]:
     taps_in_kernel = shift.shape[1] if head_dim == 1 else 1
-    chosen = resolve_backend(backend, "h3_mix", q, obstacle=fused_obstacle(diag.modes, taps_in_kernel))
+    chosen = resolve_backend(backend, "h3_mix", q, obstacle=fused_obstacle(q.dtype, diag.modes, taps_in_kernel))
     if chosen == "triton" and head_dim == 1:
         return _fused(q, k, v, shift, diag, d_k, d, document_ids, state)
     batch, dtype = q.shape[0], compute_dtype(q)
@@ -121,7 +129,7 @@ def h3_mix(
 
 def _fused(q, k, v, shift, diag, d_k, d, document_ids, state: H3State | None) -> tuple[Tensor, H3State]:
     """Head dimension 1: everything in one kernel."""
-    query, key, value = (x.transpose(0, 1) for x in (q, k, v))
+    query, key, value = (x.to(q.dtype).transpose(0, 1) for x in (q, k, v))
     taps = torch.cat([shift[:, :1].float() + d_k.float()[:, None], shift[:, 1:].float()], 1)
     history = initial = carried = None
     if state is not None:
