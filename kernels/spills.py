@@ -29,9 +29,7 @@ AMPERE = "mma takes its operands from registers, where wgmma reads shared memory
 _KNOWN: dict[str, dict[tuple[str, str], int]] = {
     DOCUMENTS_FP32: {
         ("h3_mix forward documents fp32 16x8", "sm_90a"): 284,
-        ("h3_mix forward documents fp32 16x8 M64", "sm_90a"): 284,
-        ("h3_mix forward documents fp32 16x8", "sm_80"): 288,
-        ("h3_mix forward documents fp32 16x8 M64", "sm_80"): 312,
+        ("h3_mix forward documents fp32 16x8", "sm_80"): 292,
     },
     BACKWARD: {
         ("h3_mix backward bf16 16x8 M64", "sm_90a"): 56,

@@ -45,6 +45,16 @@ def compose(left_re, left_im, left_add_re, left_add_im, right_re, right_im, righ
 
 
 @triton.jit
+def compose_apart(left_re, left_im, left_add_re, left_add_im, right_re, right_im, right_add_re, right_add_im):
+    """`compose` where a = 0 ends a document: nothing passes, not even what is not finite."""
+    re, im, add_re, add_im = compose(  # pyright: ignore[reportGeneralTypeIssues]
+        left_re, left_im, left_add_re, left_add_im, right_re, right_im, right_add_re, right_add_im
+    )
+    stops = (right_re == 0) & (right_im == 0)
+    return re, im, tl.where(stops, right_add_re, add_re), tl.where(stops, right_add_im, add_im)
+
+
+@triton.jit
 def load_lower(taps, count, CHUNK: tl.constexpr, DOT: tl.constexpr):
     """(Q, Q) with entry [i, j] = taps[i - j] where 0 <= i - j < count, else zero: what a chunk takes from itself."""
     lag = tl.arange(0, CHUNK)[:, None] - tl.arange(0, CHUNK)[None, :]
@@ -183,9 +193,15 @@ def scan_fwd_kernel(
         # The carried state enters the first column's update; scanning then gives the state after every chunk.
         add_re = a_re * state_re[:, None] - a_im * state_im[:, None]
         add_im = a_re * state_im[:, None] + a_im * state_re[:, None]
-        x_re = tl.where(first, x_re + add_re, x_re)
-        x_im = tl.where(first, x_im + add_im, x_im)
-        a_re, a_im, x_re, x_im = tl.associative_scan((a_re, a_im, x_re, x_im), 1, compose)
+        if DOCUMENTS:
+            # Not the product with zero alone: of a state that is not finite it is NaN.
+            x_re = tl.where(first & passes, x_re + add_re, x_re)
+            x_im = tl.where(first & passes, x_im + add_im, x_im)
+            a_re, a_im, x_re, x_im = tl.associative_scan((a_re, a_im, x_re, x_im), 1, compose_apart)
+        else:
+            x_re = tl.where(first, x_re + add_re, x_re)
+            x_im = tl.where(first, x_im + add_im, x_im)
+            a_re, a_im, x_re, x_im = tl.associative_scan((a_re, a_im, x_re, x_im), 1, compose)
         if OUTPUT:
             p_re = tl.where(first, state_re[:, None], tl.gather(x_re, previous, 1)).to(DOT)
             p_im = tl.where(first, state_im[:, None], tl.gather(x_im, previous, 1)).to(DOT)
@@ -284,16 +300,18 @@ def scan_forward(
         "DOCUMENTS": documents is not None, "num_warps": block.warps, "num_stages": block.stages,
     }  # fmt: skip
 
+    relative, continues, most = (None, None, None) if documents is None else documents[:3]
+
     def launch(pieces: int, before: Tensor | None, output: bool) -> Tensor:
         final = torch.empty(channels, batch, pieces, 2 * modes, dtype=torch.float32, device=v.device)
         flags: dict[str, Any] = constants | {"INITIAL": before is not None, "OUTPUT": output}
-        scan_fwd_kernel[(channels, batch, pieces)](
-            q, k, v, y, shift_taps, taps, read, write, decay, before, history,
-            *((None, None, None) if documents is None else (documents.relative, documents.continues, documents.most)),
-            final, starts, batch, length, channels // decay.shape[0], modes,
-            0 if shift_taps is None else shift_taps.shape[1], piece,
-            **flags,
-        )  # fmt: skip
+        with torch.cuda.device_of(v):  # Triton launches on the current device, whatever its arguments are on
+            scan_fwd_kernel[(channels, batch, pieces)](
+                q, k, v, y, shift_taps, taps, read, write, decay, before, history, relative, continues, most,
+                final, starts, batch, length, channels // decay.shape[0], modes,
+                0 if shift_taps is None else shift_taps.shape[1], piece,
+                **flags,
+            )  # fmt: skip
         return final
 
     if segments > 1:
@@ -335,7 +353,10 @@ def segment_states(
         rate = rate * F.pad(whole, (1, 0))[None, :, :, None]
     step = 1
     while step < x.shape[2]:
-        x = torch.cat([x[:, :, :step], x[:, :, step:] + rate[:, :, step:] * x[:, :, :-step]], 2)
+        passed = rate[:, :, step:] * x[:, :, :-step]
+        if unbroken is not None:  # zero times what is not finite is NaN, which must not reach another document
+            passed = torch.where(rate[:, :, step:] == 0, 0, passed)
+        x = torch.cat([x[:, :, :step], x[:, :, step:] + passed], 2)
         rate = torch.cat([rate[:, :, :step], rate[:, :, step:] * rate[:, :, :-step]], 2)
         step *= 2
     return torch.view_as_real(x).flatten(3)
@@ -352,7 +373,7 @@ def _power(x: Tensor, exponent: int) -> Tensor:
 
 
 def configurations() -> list[Configuration]:
-    """What `scan_forward` launches: each form for H3's 32 modes, and the fused mixer for up to the most modes.
+    """What `scan_forward` launches: each form for H3's 32 modes, and the mixer in bf16 for fewer and for the most.
 
     fp16 compiles like bf16; a carried state adds loads before the loop, or masked ones that are the same in every form.
     """
@@ -364,7 +385,6 @@ def configurations() -> list[Configuration]:
         found.append(_configuration(dtype, name, 32, True, False, carried=True))
     for modes in (16, 64):
         found += [_configuration(torch.bfloat16, "bf16", modes, True, documents) for documents in (False, True)]
-    found.append(_configuration(torch.float32, "fp32", 64, True, True))
     return found
 
 

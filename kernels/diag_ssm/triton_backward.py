@@ -456,7 +456,8 @@ def scan_backward(
         local = new(channels, batch, segments, 2 * modes)
         inputs = [q, grad_y, read, decay, grad_final, relative, continues, local, *sizes]
         inputs += [supers, per_segment, segments, length // chunk]
-        adjoint_kernel[(channels, batch, segments)](*inputs, **constants)
+        with torch.cuda.device_of(v):
+            adjoint_kernel[(channels, batch, segments)](*inputs, **constants)
         after = adjoints_after(local, decay, per_segment * columns, documents)
 
     inputs = [q, k, v, grad_y, shift, taps, read, write, decay, starts, history, after, grad_final]
@@ -470,7 +471,8 @@ def scan_backward(
     sizes += [0 if shift is None else shift.shape[1], supers, per_segment, segments, per_part, length // chunk]
     constants |= {"SHIFT": k is not None, "HISTORY": history is not None and history.shape[2] > 0}
     constants |= {"AFTER": after is not None, "OPERATORS": operators}
-    scan_backward_kernel[(channels, parts)](*inputs, *outputs, *sizes, **constants)
+    with torch.cuda.device_of(v):
+        scan_backward_kernel[(channels, parts)](*inputs, *outputs, *sizes, **constants)
     assert dv is not None
     dhistory = None
     if halo is not None and dk is not None and k is not None:
