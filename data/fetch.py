@@ -16,6 +16,7 @@ import importlib
 import os
 import random
 import select
+import subprocess
 import time
 import urllib.error
 import urllib.parse
@@ -232,7 +233,7 @@ def _gopen_blocks(url: str, timeout: float) -> Generator[bytes, None, None]:
         if stream.proc.poll() is None:
             try:
                 stream.proc.wait(timeout)
-            except Exception:
+            except subprocess.TimeoutExpired:
                 stream.proc.kill()
                 stream.proc.wait()
     if stream.proc.returncode:

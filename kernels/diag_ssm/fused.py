@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .chunked import _ChunkOperators, _complex, _toeplitz
-from .documents import Chunks, find_chunks, last_document_mask
+from .documents import find_chunks, last_document_mask
 from .parameters import Diagonal, discretise
 from .segments import CHUNK
 
@@ -57,75 +57,6 @@ class _FusedScan(torch.autograd.Function):
             operators=any(needs[3:8]),
         )  # fmt: skip
         return *(x if needed else None for x, needed in zip(found, needs[:10], strict=True)), None
-
-
-def scan_in_torch(
-    q: Tensor | None,
-    k: Tensor | None,
-    v: Tensor,
-    shift_taps: Tensor | None,
-    taps: Tensor,
-    read: Tensor,
-    write: Tensor,
-    decay: Tensor,
-    initial: Tensor | None,
-    history: Tensor | None,
-    documents: Chunks | None = None,
-) -> tuple[Tensor, Tensor]:
-    """What the kernel computes, from the same operators, in differentiable torch and the operators' dtype: y like v,
-    and the state after the last whole chunk (C, B, N)."""
-    channels, batch, length = v.shape
-    group, chunks, dtype = channels // decay.shape[0], -(-length // CHUNK), taps.dtype
-    spare = chunks * CHUNK - length
-
-    def cut(x: Tensor) -> Tensor:
-        return F.pad(x.to(dtype), (0, spare)).unflatten(2, (chunks, CHUNK))
-
-    def each(x: Tensor) -> Tensor:
-        return x.repeat_interleave(group, 0)
-
-    number = torch.zeros(batch, chunks, CHUNK, dtype=torch.int8, device=v.device)
-    continues = torch.ones(batch, chunks, dtype=torch.bool, device=v.device)
-    if documents is not None:
-        number = F.pad(documents.relative, (0, spare)).unflatten(1, (chunks, CHUNK))
-        continues = documents.continues.bool()
-    end = number[:, :, -1:]
-    if spare:
-        end = torch.cat([end[:, :-1], number[:, -1:, CHUNK - spare - 1, None]], 1)
-    documents_here = [number == r for r in range(int(number.max()) + 1)]
-    from_before = continues[:, :, None] & (number == 0)
-
-    z = cut(v)
-    if k is not None:
-        assert shift_taps is not None
-        padded = F.pad(shift_taps.to(dtype), (0, CHUNK - shift_taps.shape[1]))
-        whole = _toeplitz(F.pad(padded, (0, CHUNK)))[:, CHUNK:]
-        upper, lower = whole[:, :, :CHUNK], whole[:, :, CHUNK:]
-        key = cut(k)
-        first = torch.zeros_like(key[:, :, :1])
-        if history is not None:
-            first = F.pad(history.to(dtype), (CHUNK - history.shape[2], 0))[:, :, None]
-        before = torch.cat([first, torch.where((number == end)[:, :-1], key[:, :, :-1], 0)], 2)
-        shifted = torch.where(from_before, torch.einsum("cij,cbnj->cbni", upper, before), 0)
-        for here in documents_here:
-            own = torch.einsum("cij,cbnj->cbni", lower, torch.where(here, key, 0))
-            shifted = shifted + torch.where(here, own, 0)
-        z = shifted * z
-    updates = torch.einsum("cjm,cbnj->cbnm", each(write), torch.where(number == end, z, 0))
-    rate, state = _complex(each(decay))[:, None], _complex(updates[:, :, 0] * 0 if initial is None else initial)
-    passes = continues & (end[:, :, 0] == 0)
-    states = [state]
-    for c in range(chunks):
-        state = torch.where(passes[:, c, None], rate * state, 0) + _complex(updates[:, :, c])
-        states.append(state)
-    read_by = torch.view_as_real(torch.stack(states[:-1], 2)).flatten(-2)
-    y = torch.where(from_before, torch.einsum("cim,cbnm->cbni", each(read), read_by), 0)
-    for here in documents_here:
-        y = y + torch.where(here, torch.einsum("cij,cbnj->cbni", _toeplitz(each(taps)), torch.where(here, z, 0)), 0)
-    y = y.flatten(2)[:, :, :length]
-    if q is not None:
-        y = q.to(dtype) * y
-    return y.to(v.dtype), torch.view_as_real(states[length // CHUNK]).flatten(-2)
 
 
 def fused_mix(

@@ -12,8 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from potamos.kernels.backend import BackendUnavailableError
 from potamos.kernels.diag_ssm import Diagonal, DiagState, diag_ssm, diag_ssm_reference, fused, triton
 from potamos.kernels.diag_ssm.documents import find_chunks
-from potamos.kernels.diag_ssm.fused import scan_in_torch
-from potamos.kernels.diag_ssm.reference import kernel
+from potamos.kernels.diag_ssm.reference import kernel, scan_in_torch
 from potamos.kernels.flash_conv import H3State, h3_mix
 from potamos.kernels.flash_conv.reference import h3_mix_reference
 
