@@ -34,9 +34,9 @@ def diag_ssm(
 
     u: (batch, channel, length), any float dtype; channel = H x group, channel c uses kernel c // group. Fastest when
     the memory order is (channel, batch, length); the output has that order.
-    d: (H) or None. document_ids: (batch, length) int32; the state resets wherever the id differs from the token
-    before (the first token: from `state.document`). None means one document, the carried state's if there is one; it
-    also avoids reading ids on the host.
+    d: (H) or None. document_ids: (batch, length) of any integer dtype; the state resets wherever the id differs from
+    the token before (the first token: from `state.document`). None means one document, the carried state's if there is
+    one, which the torch form need not look for on the host.
     state: what an earlier call or step returned. Returns y (u's shape and dtype) and the state after the last token.
 
     State and sums are fp32 (fp64 for fp64 inputs); the Triton kernel multiplies in u's dtype, the torch form in fp32
@@ -44,6 +44,10 @@ def diag_ssm(
     fp32), else torch; on the Triton path nothing waits for the device, on the torch path document ids are read on the
     host. Autocast changes nothing inside. Under torch.compile the call is one node of the graph, whose backward runs
     the forward again.
+
+    Numbers in u that are not finite reach no other document and nothing before the 64 tokens' chunk that they are in
+    (counted from the row's or the document's start), but earlier tokens of that chunk, where zero times NaN is NaN.
+    Gradients then promise nothing: those of the parameters, and of any token of the row, may be NaN.
     Raises ValueError for shapes that do not fit, BackendUnavailableError where backend="triton" cannot run.
     """
     check_sequence("diag_ssm", u, diag, d, document_ids, state)
@@ -56,7 +60,7 @@ def diag_ssm(
 def _run(
     u: Tensor, diag: Diagonal, d: Tensor | None, document_ids: Tensor | None, state: DiagState | None, backend: Backend
 ) -> tuple[Tensor, DiagState]:
-    chosen = resolve_backend(backend, "diag_ssm", u, obstacle=fused_obstacle(u.dtype, diag.modes))
+    chosen = resolve_backend(backend, "diag_ssm", u, obstacle=fused_obstacle(u.dtype, diag.modes, length=u.shape[2]))
     batch, channels, _ = u.shape
     if chosen == "triton":
         carried = None if state is None else state.document
@@ -92,11 +96,11 @@ def diag_ssm_step(
     ids = None if document_ids is None else document_ids[:, None]
     check_sequence("diag_ssm_step", u[:, :, None], diag, d, ids, state)
     group, dtype = u.shape[1] // diag.channels, compute_dtype(u)
-    modes = state.modes.to(dtype)
-    if document_ids is not None:
-        modes = torch.where((document_ids == state.document)[:, None, None, None], modes, 0)
-    z = u.to(dtype)
-    y, modes = step_modes(z, modes, diag, d, group)
+    with own_precision(u):
+        modes = state.modes.to(dtype)
+        if document_ids is not None:
+            modes = torch.where((document_ids == state.document)[:, None, None, None], modes, 0)
+        y, modes = step_modes(u.to(dtype), modes, diag, d, group)
     return y.to(u.dtype), DiagState(modes, last_document(ids, state, u.shape[0], u.device))
 
 
@@ -126,9 +130,9 @@ def ungroup(x: Tensor, group: int) -> Tensor:
 
 
 def last_document(document_ids: Tensor | None, state, batch: int, device: torch.device) -> Tensor:
-    """(batch,) int32: the document that a carried state belongs to after this call."""
+    """(batch,): the document that a carried state belongs to after this call, in the ids' dtype."""
     if document_ids is not None:
-        return document_ids[:, -1].to(torch.int32)
+        return document_ids[:, -1]
     return torch.zeros(batch, dtype=torch.int32, device=device) if state is None else state.document
 
 

@@ -21,13 +21,19 @@ MOST_MODES_FP32 = 32
 """With more, the backward of fp32 inputs keeps 20 kB a thread in local memory: torch is the better form."""
 
 
-def fused_obstacle(dtype: torch.dtype, modes: int, shift_taps: int = 1) -> str | None:
+MOST_TOKENS = 2**31 - 2**16
+"""Of a row: places inside one are 32 bits wide in the kernel, and its last tile reaches past the row's end."""
+
+
+def fused_obstacle(dtype: torch.dtype, modes: int, shift_taps: int = 1, length: int = 1) -> str | None:
     """Why the fused kernel cannot take these sizes, in words that follow "backend='triton' "; None where it can."""
     most = MOST_MODES_FP32 if dtype == torch.float32 else MOST_MODES
     if modes > most:
         return f"takes at most {most} modes of {dtype}, not {modes}"
     if shift_taps > MOST_TAPS:
         return f"takes at most {MOST_TAPS} shift taps, not {shift_taps}"
+    if length > MOST_TOKENS:
+        return f"takes rows of at most {MOST_TOKENS} tokens, not {length}"
     return None
 
 
@@ -72,7 +78,7 @@ def fused_mix(
     initial: Tensor | None,
     history: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """H3's mixer with head dimension 1 (or, without q, k, shift_taps, the diagonal SSM of v) through the kernel.
+    """H3's mixer for one sequence a channel (or, without q, k, shift_taps, the diagonal SSM of v) through the kernel.
 
     q, k, v (C, B, L) of one dtype; shift_taps (C, n) fp32 with the skip in tap 0; initial (C, B, M, 2) fp32, history
     (C, B, n - 1), already zero where it belongs to another document; carried_document (B,) of that state, or None.
@@ -130,8 +136,8 @@ def _tail(
     if document_ids is not None:
         ids = document_ids[:, max(0, begin - CHUNK) :]
         if begin == 0:
-            before = ids[:, :1] if carried_document is None else carried_document[:, None].to(ids.dtype)
-            ids = torch.cat([before.expand(-1, CHUNK), ids], 1)
+            before = ids[:, :1] if carried_document is None else carried_document[:, None]
+            ids = torch.cat([before.expand(-1, CHUNK), ids], 1)  # in the wider of their dtypes
         mask = last_document_mask(ids)
         unbroken = mask[:, CHUNK - 1]
     z = v[:, :, begin:].float()

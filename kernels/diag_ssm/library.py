@@ -24,6 +24,12 @@ def owned_channel_major(x: Tensor) -> Tensor:
     return x.transpose(0, 1).contiguous().transpose(0, 1)
 
 
+def document_dtype(ids: Tensor | None, carried: Tensor | None) -> torch.dtype:
+    """What `last_document` returns for a call's document ids and the document of its carried state."""
+    known = carried if ids is None else ids
+    return torch.int32 if known is None else known.dtype
+
+
 def _run(u, log_dt, log_a, b, B, C, d, ids, modes, document, rule, backend) -> tuple[Tensor, Tensor, Tensor]:
     from . import diag_ssm
 
@@ -36,7 +42,7 @@ def _run(u, log_dt, log_a, b, B, C, d, ids, modes, document, rule, backend) -> t
 def _fake(u, log_dt, log_a, b, B, C, d, ids, modes, document, rule, backend) -> tuple[Tensor, Tensor, Tensor]:
     batch, channels, _ = u.shape
     after = u.new_empty(batch, channels, log_a.shape[1], 2, dtype=compute_dtype(u))
-    return channel_major(u), after, u.new_empty(batch, dtype=torch.int32)
+    return channel_major(u), after, u.new_empty(batch, dtype=document_dtype(ids, document))
 
 
 operation = register(

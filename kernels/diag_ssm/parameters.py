@@ -49,10 +49,10 @@ class Diagonal:
 
 @dataclass(frozen=True)
 class DiagState:
-    """What the next call needs: `modes` (batch, channel, M, 2) and `document` (batch,) int32.
+    """What the next call needs: `modes` (batch, channel, M, 2) and `document` (batch,).
 
-    `modes` is fp32 (fp64 for fp64 inputs); `document` is the id of the last token seen, so that a later call or step
-    resets where the document changes.
+    `modes` is fp32 (fp64 for fp64 inputs); `document` is the id of the last token seen, in the ids' own integer dtype,
+    so that a later call or step resets where the document changes.
     """
 
     modes: Tensor

@@ -59,7 +59,7 @@ def diag_ssm_reference(
         modes = a_bar * modes + b_bar * u_t[..., None]
         outputs.append(2 * (c * modes).sum(-1).real + skip * u_t)
     y = torch.stack(outputs, dim=-1).to(u.dtype)
-    return y, DiagState(torch.view_as_real(modes), document.to(torch.int32))
+    return y, DiagState(torch.view_as_real(modes), document)
 
 
 def scan_in_torch(

@@ -17,7 +17,7 @@ Source: the state-passing algorithm of H3 (Fu et al. 2022, section 4), between d
 import torch
 from torch import Tensor
 
-from ..backend import Backend
+from ..backend import Backend, own_precision
 from . import diag_ssm
 from .parameters import Diagonal, compute_dtype, discretise
 from .segments import CHUNK
@@ -99,7 +99,8 @@ def diag_ssm_local(
     Raises ValueError for document_ids without `before`, and what `diag_ssm` raises.
     """
     y, state = diag_ssm(u, diag, d=d, document_ids=document_ids, backend=backend)
-    passed = transition(diag, u.shape[2], document_ids, before, u.shape[0], compute_dtype(u))
+    with own_precision(u):
+        passed = transition(diag, u.shape[2], document_ids, before, u.shape[0], compute_dtype(u))
     return y, state.modes, passed.repeat_interleave(u.shape[1] // diag.channels, 1)
 
 
@@ -116,10 +117,11 @@ def diag_ssm_correct(
     Half precision is rounded a second time here.
     """
     length, dtype = y.shape[2], compute_dtype(y)
-    modes = incoming.to(dtype).transpose(0, 1).unflatten(0, (diag.channels, -1)).flatten(1, 2)
-    response = zero_input_response(diag, modes, length).unflatten(1, (-1, y.shape[0])).flatten(0, 1)
-    response = reached(response, document_ids, before)
-    return (y.transpose(0, 1).to(dtype) + response).to(y.dtype).transpose(0, 1)
+    with own_precision(y):
+        modes = incoming.to(dtype).transpose(0, 1).unflatten(0, (diag.channels, -1)).flatten(1, 2)
+        response = zero_input_response(diag, modes, length).unflatten(1, (-1, y.shape[0])).flatten(0, 1)
+        response = reached(response, document_ids, before)
+        return (y.transpose(0, 1).to(dtype) + response).to(y.dtype).transpose(0, 1)
 
 
 def transition(
@@ -150,7 +152,7 @@ def _continues(document_ids: Tensor, before: Tensor | None) -> Tensor:
     """(batch, L) bool: no document has begun between the slice's start and this token, both included."""
     if before is None:
         raise ValueError("a slice with document_ids needs the document of the token before it: before=(batch,)")
-    previous = torch.cat([before[:, None].to(document_ids.dtype), document_ids[:, :-1]], 1)
+    previous = torch.cat([before[:, None], document_ids[:, :-1]], 1)  # in the wider of their dtypes
     return (document_ids == previous).cummin(1).values
 
 

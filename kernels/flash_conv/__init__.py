@@ -27,7 +27,7 @@ class H3State:
 
     shift (batch, channel, N - 1): the last raw k, oldest first, zero where they belong to another document;
     diag (batch, H, head_dim^2, M, 2): SSM modes of the products k'[d1] v[d2], index d1 * head_dim + d2;
-    document (batch,) int32: id of the last token's document.
+    document (batch,): id of the last token's document, in the ids' own integer dtype.
     """
 
     shift: Tensor
@@ -73,15 +73,21 @@ def h3_mix(
 
     q, k, v: (batch, channel, length), channel = H x head_dim, one float dtype; fastest when the memory order is
     (channel, batch, length), which the output has. shift: (channel, N) taps, tap 0 the current token. d_k: (channel).
-    d: (H). document_ids: (batch, length) int32, nothing crosses a change of id; None means one document (the carried
-    state's, if there is one) and avoids reading ids on the host. state: what an earlier call or step returned.
+    d: (H). document_ids: (batch, length) of any integer dtype, nothing crosses a change of id; None means one document
+    (the carried state's, if there is one), which the torch form need not look for on the host. state: what an earlier
+    call or step returned.
 
     Returns the output (q's shape and dtype) and the state after the last token. State and sums are fp32 (fp64 for
     fp64 inputs); the Triton kernel multiplies in q's dtype, the torch form in fp32 or fp64. backend: "auto" is Triton
-    on CUDA devices for at most 64 modes (32 in fp32) and 64 taps, else torch. With head_dim 1 nothing on the Triton
-    path waits for the device; with more, only the SSM is Triton's and document ids are read on the host. Autocast
-    changes nothing inside.
+    on CUDA devices for at most 64 modes (32 in fp32) and 64 taps, else torch. Nothing on the Triton path waits for the
+    device; the torch path reads document ids on the host. With head_dim above 1 the kernel mixes head_dim^2 sequences
+    a head, for which q, k and v are repeated in memory. Autocast changes nothing inside.
     Under torch.compile the call is one node of the graph, whose backward runs the forward again.
+
+    Numbers that are not finite: from k or v they reach no other document and nothing before the 64 tokens' chunk that
+    they are in (counted from the row's or the document's start), but earlier tokens of that chunk, where zero times NaN
+    is NaN; from q the output of their own token alone. Gradients then promise nothing: those of the parameters, and of
+    any token of the row, may be NaN.
     Raises ValueError for shapes that do not fit, BackendUnavailableError where backend="triton" cannot run.
     """
     _check("h3_mix", q, k, v, shift, diag, d_k, d, head_dim, document_ids, state)
@@ -99,10 +105,9 @@ def h3_mix(
 def _mix(
     q, k, v, shift, diag: Diagonal, d_k, d, head_dim: int, document_ids, state: H3State | None, backend: Backend
 ) -> tuple[Tensor, H3State]:
-    taps_in_kernel = shift.shape[1] if head_dim == 1 else 1
-    chosen = resolve_backend(backend, "h3_mix", q, obstacle=fused_obstacle(q.dtype, diag.modes, taps_in_kernel))
-    if chosen == "triton" and head_dim == 1:
-        return _fused(q, k, v, shift, diag, d_k, d, document_ids, state)
+    obstacle = fused_obstacle(q.dtype, diag.modes, shift.shape[1], q.shape[2])
+    if resolve_backend(backend, "h3_mix", q, obstacle=obstacle) == "triton":
+        return _fused(q, k, v, shift, diag, d_k, d, head_dim, document_ids, state)
     batch, dtype = q.shape[0], compute_dtype(q)
     segments = cut(q.shape[2], document_ids, None if state is None else state.document)
     query, key, value = (x.transpose(0, 1).to(dtype) for x in (q, k, v))
@@ -110,61 +115,51 @@ def _mix(
     history = None if state is None else _valid_history(state, document_ids).to(dtype).transpose(0, 1)
 
     shifted = shift_conv(key, taps, segments, history)
-    if chosen == "triton":
-        out, modes = _heads_through_kernel(query, shifted, value, diag, d, head_dim, document_ids, state, q.dtype)
-    else:
-        kv = _outer(shifted, value, segments, head_dim)
-        initial = None if state is None else state.diag.to(dtype).transpose(0, 1).flatten(1, 2)
-        y, final = chunked_ssm(kv, diag, d, segments, initial)
-        out = _gate(query, y, segments, head_dim)
-        modes = final.unflatten(1, (batch, head_dim**2)).transpose(0, 1)
+    kv = _outer(shifted, value, segments, head_dim)
+    initial = None if state is None else state.diag.to(dtype).transpose(0, 1).flatten(1, 2)
+    y, final = chunked_ssm(kv, diag, d, segments, initial)
+    out = _gate(query, y, segments, head_dim)
 
     next_state = H3State(
         next_history(key, shift.shape[1] - 1, document_ids, history).transpose(0, 1),
-        modes,
+        final.unflatten(1, (batch, head_dim**2)).transpose(0, 1),
         last_document(document_ids, state, batch, q.device),
     )
     return out.to(q.dtype).transpose(0, 1), next_state
 
 
-def _fused(q, k, v, shift, diag, d_k, d, document_ids, state: H3State | None) -> tuple[Tensor, H3State]:
-    """Head dimension 1: everything in one kernel."""
+def _fused(q, k, v, shift, diag: Diagonal, d_k, d, head_dim: int, document_ids, state: H3State | None):
+    """Everything in one kernel, for larger heads with one sequence for each d1 and d2: what is missing then is the sum
+    over d1. Nothing here may look at the numbers of a tensor: the host would wait for the device."""
     query, key, value = (x.to(q.dtype).transpose(0, 1) for x in (q, k, v))
     taps = torch.cat([shift[:, :1].float() + d_k.float()[:, None], shift[:, 1:].float()], 1)
     history = initial = carried = None
     if state is not None:
         history = _valid_history(state, document_ids).float().transpose(0, 1)
-        initial, carried = state.diag.float()[:, :, 0].transpose(0, 1), state.document
+        initial, carried = state.diag.float().flatten(1, 2).transpose(0, 1), state.document
     out, modes = fused_mix(
-        query, key, value, taps, diag, d,
-        document_ids=document_ids, carried_document=carried, initial=initial, history=history,
+        _of_pairs(query, head_dim, 0), _of_pairs(key, head_dim, 0), _of_pairs(value, head_dim, 1),
+        _of_pairs(taps, head_dim, 0), diag, d,
+        document_ids=document_ids, carried_document=carried, initial=initial,
+        history=None if history is None else _of_pairs(history, head_dim, 0),
     )  # fmt: skip
+    if head_dim > 1:
+        out = out.unflatten(0, (-1, head_dim, head_dim)).sum(1).flatten(0, 1)
     next_state = H3State(
         next_history(key.float(), shift.shape[1] - 1, document_ids, history).transpose(0, 1),
-        modes.transpose(0, 1)[:, :, None],
+        modes.transpose(0, 1).unflatten(1, (diag.channels, head_dim**2)),
         last_document(document_ids, state, q.shape[0], q.device),
     )
     return out.transpose(0, 1), next_state
 
 
-def _heads_through_kernel(
-    query: Tensor, key: Tensor, value: Tensor, diag, d, head_dim: int, document_ids, state, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Larger heads: the outer products and the gate in torch, the SSM in the kernel, its input rounded to `dtype`.
-
-    query, filtered key, value (channel, batch, L) -> the output like them and modes (batch, H, head_dim^2, M, 2).
-    """
-    query, key, value = (x.unflatten(0, (-1, head_dim)) for x in (query, key, value))
-    kv = (key[:, :, None] * value[:, None]).flatten(0, 2).to(dtype)
-    initial = carried = None
-    if state is not None:
-        initial, carried = state.diag.float().flatten(1, 2).transpose(0, 1), state.document
-    y, modes = fused_mix(
-        None, None, kv, None, diag, d,
-        document_ids=document_ids, carried_document=carried, initial=initial, history=None,
-    )  # fmt: skip
-    out = (query[:, :, None] * y.unflatten(0, (-1, head_dim, head_dim))).sum(1).flatten(0, 1)
-    return out, modes.transpose(0, 1).unflatten(1, (diag.channels, head_dim**2))
+def _of_pairs(x: Tensor, head_dim: int, which: int) -> Tensor:
+    """x (H x head_dim, ...) for every pair of the head's indices: (H x head_dim^2, ...), the entry of pair (d1, d2)
+    being x's of d1 (which = 0) or d2 (which = 1)."""
+    if head_dim == 1:
+        return x
+    x = x.unflatten(0, (-1, head_dim)).unsqueeze(2 - which)
+    return x.expand(-1, head_dim, head_dim, *x.shape[3:]).flatten(0, 2)
 
 
 def h3_mix_step(
@@ -185,8 +180,16 @@ def h3_mix_step(
         raise ValueError(f"h3_mix_step: q must be (batch, channel), got {tuple(q.shape)}")
     ids = None if document_ids is None else document_ids[:, None]
     _check("h3_mix_step", q[..., None], k[..., None], v[..., None], shift, diag, d_k, d, head_dim, ids, state)
+    with own_precision(q):
+        return _step(q, k, v, shift, diag, d_k, d, head_dim, document_ids, state)
+
+
+def _step(
+    q, k, v, shift, diag: Diagonal, d_k, d, head_dim: int, document_ids, state: H3State
+) -> tuple[Tensor, H3State]:
     batch, dtype = q.shape[0], compute_dtype(q)
     query, key, value = q.to(dtype), k.to(dtype), v.to(dtype)
+    ids = None if document_ids is None else document_ids[:, None]
     history, modes = _valid_history(state, ids).to(dtype), state.diag.to(dtype)
     if document_ids is not None:
         modes = torch.where((document_ids == state.document)[:, None, None, None, None], modes, 0)

@@ -1,9 +1,8 @@
 """`h3_mix` registered with torch.library: the form that `torch.compile` sees."""
 
-import torch
 from torch import Tensor
 
-from ..diag_ssm.library import DIAGONAL, channel_major, owned, owned_channel_major
+from ..diag_ssm.library import DIAGONAL, channel_major, document_dtype, owned, owned_channel_major
 from ..diag_ssm.parameters import Diagonal, compute_dtype
 from ..library import register
 
@@ -30,7 +29,7 @@ def _fake(
         channel_major(q),
         q.new_empty(batch, channels, shift.shape[1] - 1, dtype=dtype),
         q.new_empty(batch, log_a.shape[0], head_dim**2, log_a.shape[1], 2, dtype=dtype),
-        q.new_empty(batch, dtype=torch.int32),
+        q.new_empty(batch, dtype=document_dtype(ids, document)),
     )
 
 

@@ -12,7 +12,7 @@ The shift convolution needs the N - 1 raw k before the slice, so a holder does, 
 import torch
 from torch import Tensor
 
-from ..backend import Backend
+from ..backend import Backend, own_precision
 from ..diag_ssm import Diagonal
 from ..diag_ssm.parameters import compute_dtype
 from ..diag_ssm.sequence import by_row, by_slice, combine, fold, halos, reached, transition, unfold, zero_input_response
@@ -62,7 +62,7 @@ def h3_mix_local(
             raise ValueError(f"h3_mix_local: document_ids need before_ids of at least {max(1, reach)} tokens")
         same = (before_ids == before_ids[:, -1:]).flip(1).cummin(1).values.flip(1)
         history = torch.where(same[:, None, same.shape[1] - reach :], history, 0)
-    document = q.new_zeros(batch, dtype=torch.int32) if before is None else before.to(torch.int32)
+    document = q.new_zeros(batch, dtype=torch.int32) if before is None else before
     zero = q.new_zeros(batch, diag.channels, head_dim**2, diag.modes, 2, dtype=dtype)
     y, after = h3_mix(
         q,
@@ -77,7 +77,9 @@ def h3_mix_local(
         state=H3State(history, zero, document),
         backend=backend,
     )
-    return y, after.diag, transition(diag, q.shape[2], document_ids, before, batch, dtype)[:, :, None]
+    with own_precision(q):
+        passed = transition(diag, q.shape[2], document_ids, before, batch, dtype)
+    return y, after.diag, passed[:, :, None]
 
 
 def h3_mix_correct(
@@ -94,17 +96,21 @@ def h3_mix_correct(
 
     Half precision is rounded a second time here.
     """
+    with own_precision(q):
+        added = _response(q, diag, incoming, head_dim)
+        added = reached(added, document_ids, None if before_ids is None else before_ids[:, -1])
+        return (y.transpose(0, 1).to(added.dtype) + added).to(y.dtype).transpose(0, 1)
+
+
+def _response(q: Tensor, diag: Diagonal, incoming: Tensor, head_dim: int) -> Tensor:
+    """The output (channel, batch, L) that `incoming` alone would give."""
     batch, _, length = q.shape
     dtype = compute_dtype(q)
     modes = incoming.to(dtype).transpose(0, 1).flatten(1, 2)  # (H, batch x head_dim^2, M, 2)
     response = zero_input_response(diag, modes, length).unflatten(1, (batch, -1))  # (H, batch, head_dim^2, L)
     query = q.transpose(0, 1).to(dtype)
     if head_dim == 1:
-        added = query * response[:, :, 0]
-    else:
-        query = query.unflatten(0, (-1, head_dim)).transpose(1, 2)  # (H, batch, d1, L)
-        response = response.unflatten(2, (head_dim, head_dim))  # (H, batch, d1, d2, L)
-        added = (query[:, :, :, None] * response).sum(2).transpose(1, 2).flatten(0, 1)
-    before = None if before_ids is None else before_ids[:, -1]
-    added = reached(added, document_ids, before)
-    return (y.transpose(0, 1).to(dtype) + added).to(y.dtype).transpose(0, 1)
+        return query * response[:, :, 0]
+    query = query.unflatten(0, (-1, head_dim)).transpose(1, 2)  # (H, batch, d1, L)
+    response = response.unflatten(2, (head_dim, head_dim))  # (H, batch, d1, d2, L)
+    return (query[:, :, :, None] * response).sum(2).transpose(1, 2).flatten(0, 1)

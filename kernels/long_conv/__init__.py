@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..backend import Backend, resolve_backend
+from ..backend import Backend, own_precision, resolve_backend
 from .operator import fused_long_conv
 from .reference import long_conv_reference
 
@@ -33,11 +33,20 @@ def long_conv(
     number, and by its memory traffic a plain FFT is ahead from about there (computed, not measured).
 
     An FFT mixes all tokens: a later token changes an earlier output, and another document's token would change this
-    one's, by rounding (about 1e-7 in fp32). Where exactly zero is needed use `diag_ssm`. No documents, therefore.
+    one's, by rounding (about 1e-7 in fp32), and a number that is not finite reaches its whole row, in the Triton form
+    also the row that shares its transform. Where exactly zero is needed use `diag_ssm`. No documents, therefore.
+    Autocast changes nothing inside.
     Raises ValueError for shapes that do not fit, BackendUnavailableError for backend="triton" where it cannot run: on
     the CPU (except under TRITON_INTERPRET=1), for fp64, without Triton.
     """
     _check(u, kernel, d, pre_gate, post_gate)
+    with own_precision(u):
+        return _convolve(u, kernel, d, pre_gate, post_gate, backend)
+
+
+def _convolve(
+    u: Tensor, kernel: Tensor, d: Tensor | None, pre_gate: Tensor | None, post_gate: Tensor | None, backend: Backend
+) -> Tensor:
     if _fused(u, kernel, backend):
         taps = kernel[:, : u.shape[2]].float()
         if d is not None:  # The skip is an addition to the tap of the current token.
@@ -60,7 +69,9 @@ def long_conv(
 def _fused(u: Tensor, kernel: Tensor, backend: str) -> bool:
     if backend == "auto" and min(u.shape[2], kernel.shape[1]) > AUTO_TAPS:
         backend = "torch"
-    return resolve_backend(backend, "long_conv", u) == "triton"
+    most = 2**31 - 2**16  # Places inside a row are 32 bits wide in the kernels.
+    obstacle = f"takes rows of at most {most} tokens, not {u.shape[2]}" if u.shape[2] > most else None
+    return resolve_backend(backend, "long_conv", u, obstacle=obstacle) == "triton"
 
 
 def fast_size(points: int) -> int:

@@ -57,6 +57,23 @@ def test_what_is_not_finite_stays_in_its_document(mixer, backend, value, start, 
     assert torch.equal(state.diag, after.diag)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize(("which", "first"), [("k", 192), ("v", 192), ("q", 200)])
+def test_what_is_not_finite_stays_out_of_earlier_chunks(mixer, backend, value, which, first):
+    """Token 200 reaches back to the beginning of its chunk of 64 tokens at most; from q not even there."""
+    q, k, v, run = mixer(300)
+    want, _ = run(q, k, v, backend=backend)
+    inputs = {"q": q.clone(), "k": k.clone(), "v": v.clone()}
+    inputs[which][:, :, 200] = value
+    y, after = run(**inputs, backend=backend)
+    assert torch.equal(y[:, :, :first], want[:, :, :first])
+    assert not y[:, :, 200].isfinite().any()
+    if which == "q":
+        assert torch.equal(y[:, :, 201:], want[:, :, 201:])
+        assert after.diag.isfinite().all()
+
+
 def test_what_is_not_finite_stays_in_its_document_in_segments(mixer, monkeypatch):
     monkeypatch.setattr(triton, "choose_segments", lambda programs, supers, multiprocessors: supers)
     q, k, v, run = mixer(2200)

@@ -262,15 +262,16 @@ def test_relative_numbers_of_documents():
     assert find_chunks(ids, torch.tensor([3]), 2, 2).continues.tolist() == [[1, 0, 1, 0, 1]]
 
 
+@pytest.mark.parametrize("head_dim", [1, 2])
 @pytest.mark.parametrize("carried", [False, True])
-def test_nothing_waits_for_the_device(carried, make_mix, monkeypatch):
+def test_nothing_waits_for_the_device(carried, head_dim, make_mix, monkeypatch):
     """Fake tensors have no values: whatever the host wanted to read would raise."""
 
     def fake_scan(q, k, v, shift_taps, taps, read, write, decay, *rest, **options):
         state = v.new_empty(*v.shape[:2], decay.shape[1], dtype=torch.float32)
         return torch.empty_like(v), state, state[:, :, None]
 
-    values, run = make_mix(2, 3, 100)
+    values, run = make_mix(2, 3, 100, head_dim=head_dim)
     monkeypatch.undo()
     monkeypatch.setattr(triton, "scan_forward", fake_scan)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -278,11 +279,11 @@ def test_nothing_waits_for_the_device(carried, make_mix, monkeypatch):
         ids = mode.from_tensor(torch.zeros(2, 100, dtype=torch.int32))
         state = None
         if carried:
-            shift, diag, document = (mode.from_tensor(x) for x in vars(make_state(2, 3, 64, 32, 1)).values())
+            shift, diag, document = (mode.from_tensor(x) for x in vars(make_state(2, 3, 64, 32, head_dim)).values())
             state = H3State(shift, diag, document)
         y, after = run(h3_mix, fakes, document_ids=ids, state=state)
-    assert y.shape == (2, 3, 100)
-    assert after.diag.shape == (2, 3, 1, 32, 2)
+    assert y.shape == (2, 3 * head_dim, 100)
+    assert after.diag.shape == (2, 3, head_dim**2, 32, 2)
 
 
 def test_segments_states_wait_for_nothing():
