@@ -95,13 +95,20 @@ def store_state(state, re, im, modes, MODES: tl.constexpr):
 @triton.jit
 def scan_fwd_kernel(
     Q_, K_, V_, Y_, SHIFT_, TAPS_, READ_, WRITE_, DECAY_, INITIAL_, HISTORY_, RELATIVE_, CONTINUES_, MOST_,
-    FINAL_, STARTS_, batch, length, group, modes, shift_taps, segment_supers,
+    FINAL_, STARTS_, batch, length, group, modes, shift_taps, segments, segment_supers,
     CHUNK: tl.constexpr, COLUMNS: tl.constexpr, MODES: tl.constexpr, DOT: tl.constexpr, SHIFT: tl.constexpr,
     GATE: tl.constexpr, INITIAL: tl.constexpr, HISTORY: tl.constexpr, DOCUMENTS: tl.constexpr,
     OUTPUT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (channels, batch, segments). Without OUTPUT only the state after each segment is computed."""
-    channel, b, segment = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    """One program per (channel, row, segment), channel slowest: neighbors share a channel's operators in the L2 cache.
+
+    One grid axis for all three, because only the first may exceed 65,535. Without OUTPUT only the state after each
+    segment is computed.
+    """
+    program = tl.program_id(0)
+    segment = program % segments
+    row = (program // segments).to(tl.int64)
+    channel, b = row // batch, row % batch
     head = channel // group
     i, c = tl.arange(0, CHUNK), tl.arange(0, COLUMNS)
     first = c[None, :] == 0
@@ -117,10 +124,9 @@ def scan_fwd_kernel(
         read_re, read_im = load_pairs(READ_ + head * CHUNK * 2 * modes, modes, CHUNK, MODES, DOT)
     decay_re, decay_im = load_state(DECAY_ + head * 2 * modes, modes, MODES)
 
-    row = channel * batch + b
     base = row * length
     supers = tl.cdiv(length, CHUNK * COLUMNS)
-    at_segment = (row * tl.num_programs(2) + segment) * 2 * modes
+    at_segment = program.to(tl.int64) * 2 * modes
     state_re, state_im = tl.zeros([MODES], tl.float32), tl.zeros([MODES], tl.float32)
     if INITIAL:
         state_re, state_im = load_state(INITIAL_ + at_segment, modes, MODES)
@@ -306,10 +312,10 @@ def scan_forward(
         final = torch.empty(channels, batch, pieces, 2 * modes, dtype=torch.float32, device=v.device)
         flags: dict[str, Any] = constants | {"INITIAL": before is not None, "OUTPUT": output}
         with torch.cuda.device_of(v):  # Triton launches on the current device, whatever its arguments are on
-            scan_fwd_kernel[(channels, batch, pieces)](
+            scan_fwd_kernel[(channels * batch * pieces,)](
                 q, k, v, y, shift_taps, taps, read, write, decay, before, history, relative, continues, most,
                 final, starts, batch, length, channels // decay.shape[0], modes,
-                0 if shift_taps is None else shift_taps.shape[1], piece,
+                0 if shift_taps is None else shift_taps.shape[1], pieces, piece,
                 **flags,
             )  # fmt: skip
         return final

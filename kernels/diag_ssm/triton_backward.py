@@ -16,9 +16,9 @@ sums, 33 kB written and read once: 1 byte for two programs a channel of 131,072 
 beside it is cut into segments that run at once, for 4 bytes more (q and the gradient, for the adjoint alone).
 
 All four operator gradients stay in registers. In bf16 and fp16 on sm_90a with up to 32 modes nothing is spilled, with
-documents or without; documents, a carried state, its gradient and segments all at once spill 48 bytes a thread, 64
-modes 56 (documents 172). sm_80 has no product that reads operands from shared memory, fp32 no tensor cores: they spill
-(`spills` states how much of each). No speed of this kernel has been measured.
+documents or without (Triton 3.6: documents 28 bytes a thread); documents, a carried state, its gradient and segments
+all at once spill 76 bytes, 64 modes 44 (documents 196). sm_80 has no product that reads operands from shared memory,
+fp32 no tensor cores: they spill (`spills` states how much of each). No speed of this kernel has been measured.
 
 Every program adds up its share of the rows in registers and writes one partial sum per operator; they are added in a
 fixed order, so that two runs agree bitwise.
@@ -131,14 +131,15 @@ def scan_backward_kernel(
     Q_, K_, V_, GRAD_, SHIFT_, TAPS_, READ_, WRITE_, DECAY_, STARTS_, HISTORY_, AFTER_, FINAL_,
     RELATIVE_, CONTINUES_, MOST_,
     DQ_, DK_, DV_, HALO_, BEFORE_, DSHIFT_, DTAPS_, DREAD_, DWRITE_, DDECAY_,
-    batch, length, group, modes, taps, supers, per_segment, segments, per_part, final_chunk,
+    batch, length, group, modes, taps, supers, per_segment, segments, parts, per_part, final_chunk,
     Q: tl.constexpr, NB: tl.constexpr, M: tl.constexpr, DOT: tl.constexpr,
     SHIFT: tl.constexpr, GATE: tl.constexpr, DOCUMENTS: tl.constexpr, HISTORY: tl.constexpr, AFTER: tl.constexpr,
     FINAL: tl.constexpr, OPERATORS: tl.constexpr,
 ):  # fmt: skip
-    """One program per (channel, part); a part is `per_part` consecutive segments of the channel's rows."""
-    h = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)
+    """One program per (channel, part), channel slowest; a part is `per_part` segments of the channel's rows."""
+    program = tl.program_id(0)
+    h = (program // parts).to(tl.int64)
+    part = program % parts
     kernel = h // group
     i, c = tl.arange(0, Q), tl.arange(0, NB)
     state = _mode_column(tl.arange(0, 2 * M))
@@ -162,7 +163,7 @@ def scan_backward_kernel(
     following = tl.broadcast_to(tl.minimum(c + 1, NB - 1)[None, :], [Q, NB])
 
     for task in range(part * per_part, tl.minimum((part + 1) * per_part, batch * segments)):
-        b = task // segments
+        b = (task // segments).to(tl.int64)
         segment = task % segments
         row = h * batch + b
         base = row * length
@@ -298,7 +299,7 @@ def scan_backward_kernel(
             tl.store(HALO_ + (row * segments + segment) * Q + i, halo)
 
     if OPERATORS:
-        out = h * tl.num_programs(1) + part
+        out = program.to(tl.int64)
         tl.store(DTAPS_ + out * Q + i, tl.sum(tl.where(i[:, None] + i[None, :] < Q, _diagonals(dt, Q), 0.0), 1))
         if SHIFT:
             tl.store(DSHIFT_ + out * Q + i, tl.sum(_diagonals(ds, Q), 1))
@@ -314,11 +315,11 @@ def adjoint_kernel(
     Q: tl.constexpr, NB: tl.constexpr, M: tl.constexpr, DOT: tl.constexpr,
     GATE: tl.constexpr, DOCUMENTS: tl.constexpr, FINAL: tl.constexpr,
 ):  # fmt: skip
-    """The adjoint of the state before each segment, as if nothing came after it: one program per (channel, row,
-    segment)."""
-    h = tl.program_id(0).to(tl.int64)
-    b = tl.program_id(1)
-    segment = tl.program_id(2)
+    """The adjoint of the state before each segment, as if nothing came after; programs as `scan_fwd_kernel`'s."""
+    program = tl.program_id(0)
+    segment = program % segments
+    row = (program // segments).to(tl.int64)
+    h, b = row // batch, row % batch
     i, c = tl.arange(0, Q), tl.arange(0, NB)
     state = _mode_column(tl.arange(0, 2 * M))
     real = state < 2 * modes
@@ -326,7 +327,6 @@ def adjoint_kernel(
     pair = i[:, None] * 2 * modes + state[None, :]
     read = tl.load(READ_ + h // group * Q * 2 * modes + pair, mask=real[None, :], other=0.0).to(DOT)
     rate_r, rate_i = load_state(DECAY_ + h // group * 2 * modes, modes, M)
-    row = h * batch + b
     base = row * length
     begin = segment * per_segment
     end = tl.minimum(begin + per_segment, supers)
@@ -358,8 +358,7 @@ def adjoint_kernel(
             final = tl.load(FINAL_ + row * 2 * modes + state, mask=real, other=0.0)
             e += tl.where((column == final_chunk)[None, :], final[:, None], 0.0)
         _, _, a_r, a_i = _adjoint(e, a_r, a_i, ar, ai, M, NB)
-    out = (row * segments + segment) * 2 * modes
-    store_state(LOCAL_ + out, a_r, a_i, modes, M)
+    store_state(LOCAL_ + program.to(tl.int64) * 2 * modes, a_r, a_i, modes, M)
 
 
 class ScanGradients(NamedTuple):
@@ -457,7 +456,7 @@ def scan_backward(
         inputs = [q, grad_y, read, decay, grad_final, relative, continues, local, *sizes]
         inputs += [supers, per_segment, segments, length // chunk]
         with torch.cuda.device_of(v):
-            adjoint_kernel[(channels, batch, segments)](*inputs, **constants)
+            adjoint_kernel[(channels * batch * segments,)](*inputs, **constants)
         after = adjoints_after(local, decay, per_segment * columns, documents)
 
     inputs = [q, k, v, grad_y, shift, taps, read, write, decay, starts, history, after, grad_final]
@@ -468,11 +467,11 @@ def scan_backward(
     shapes = [(chunk,), (chunk,), (chunk, 2 * modes), (chunk, 2 * modes), (2 * modes,)]
     sums = [new(channels, parts, *shape) if operators else None for shape in shapes]
     outputs = [dq, dk, dv, halo, before, *sums]
-    sizes += [0 if shift is None else shift.shape[1], supers, per_segment, segments, per_part, length // chunk]
+    sizes += [0 if shift is None else shift.shape[1], supers, per_segment, segments, parts, per_part, length // chunk]
     constants |= {"SHIFT": k is not None, "HISTORY": history is not None and history.shape[2] > 0}
     constants |= {"AFTER": after is not None, "OPERATORS": operators}
     with torch.cuda.device_of(v):
-        scan_backward_kernel[(channels, parts)](*inputs, *outputs, *sizes, **constants)
+        scan_backward_kernel[(channels * parts,)](*inputs, *outputs, *sizes, **constants)
     assert dv is not None
     dhistory = None
     if halo is not None and dk is not None and k is not None:

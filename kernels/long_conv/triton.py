@@ -160,10 +160,11 @@ def long_conv_kernel(
         re = tl.zeros([N1, N2], tl.float32)
         im = tl.zeros([N1, N2], tl.float32)
         for p in range(0, tl.minimum(blocks - block if ADJOINT else block + 1, parts)):
-            k_re = tl.load(weights + p * (2 * points) + grid)
-            k_im = tl.load(weights + p * (2 * points) + points + grid)
-            x_re = tl.load(spectra + p * step + grid)
-            x_im = tl.load(spectra + p * step + points + grid)
+            far = p.to(tl.int64)
+            k_re = tl.load(weights + far * (2 * points) + grid)
+            k_im = tl.load(weights + far * (2 * points) + points + grid)
+            x_re = tl.load(spectra + far * step + grid)
+            x_im = tl.load(spectra + far * step + points + grid)
             if ADJOINT:
                 k_im = -k_im
             re += k_re * x_re - k_im * x_im
@@ -231,14 +232,17 @@ def long_conv_correlate_kernel(
     re = tl.zeros([TILE], tl.float32)
     im = tl.zeros([TILE], tl.float32)
     for pair in range(first, tl.minimum(first + group, pairs)):
-        base = (channel * pairs + pair) * blocks * (2 * POINTS) + frequency
-        for block in range(part, blocks):
-            g_re = tl.load(grad_spectra + base + block * (2 * POINTS))
-            g_im = tl.load(grad_spectra + base + block * (2 * POINTS) + POINTS)
-            x_re = tl.load(x_spectra + base + (block - part) * (2 * POINTS))
-            x_im = tl.load(x_spectra + base + (block - part) * (2 * POINTS) + POINTS)
+        at_x = (channel * pairs + pair) * blocks * (2 * POINTS)
+        at_g = at_x + part.to(tl.int64) * (2 * POINTS)
+        for _ in range(part, blocks):
+            g_re = tl.load(grad_spectra + at_g + frequency)
+            g_im = tl.load(grad_spectra + at_g + POINTS + frequency)
+            x_re = tl.load(x_spectra + at_x + frequency)
+            x_im = tl.load(x_spectra + at_x + POINTS + frequency)
             re += g_re * x_re + g_im * x_im
             im += g_im * x_re - g_re * x_im
+            at_x += 2 * POINTS
+            at_g += 2 * POINTS
     out += program // slices * (2 * POINTS) + frequency
     tl.store(out, re)
     tl.store(out + POINTS, im)

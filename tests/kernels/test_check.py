@@ -18,7 +18,7 @@ from potamos.kernels.aot import SHARED_LIMIT, SOURCES, CompilationError, Reading
 from potamos.kernels.bench_cases import Cell, Problem, long_kernel
 from potamos.kernels.check import findings
 from potamos.kernels.diag_ssm.parameters import discretise
-from potamos.kernels.spills import SPILLS, Spill
+from potamos.kernels.spills import SPILLS, Spill, known_spills
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -143,6 +143,9 @@ def test_known_spills_may_not_grow_nor_outlive_their_cause():
     assert len(findings([replace(GOOD, spill_stores=101)], spills)) == 1
     assert len(findings([GOOD], spills)) == 1
     assert all(spill.bytes > 0 and spill.reason for spill in SPILLS.values())
+    where = ("h3_mix backward documents bf16 16x8", "sm_90a")
+    assert known_spills("3.6.0")[where].bytes == 28
+    assert where not in known_spills("3.7.1"), "what one compiler spills excuses no other"
 
 
 def test_the_mixers_forward_is_register_clean_on_hopper():
@@ -154,7 +157,8 @@ def test_the_mixers_forward_is_register_clean_on_hopper():
         if "documents" not in reading.name or reading.dtype != "fp32":
             assert reading.spill_stores == 0, reading.name
         assert (reading.wgmma > 0) == (reading.dtype != "fp32"), reading.name
-    excused = {name for name, target in SPILLS if target == "sm_90a" and name.startswith("h3_mix forward")}
+    both = known_spills("3.6.0") | known_spills("3.7.1")
+    excused = {name for name, target in both if target == "sm_90a" and name.startswith("h3_mix forward")}
     assert all("documents fp32" in name for name in excused)
 
 
