@@ -159,16 +159,17 @@ def long_conv_kernel(
         step = 2 * points if ADJOINT else -2 * points
         re = tl.zeros([N1, N2], tl.float32)
         im = tl.zeros([N1, N2], tl.float32)
-        for p in range(0, tl.minimum(blocks - block if ADJOINT else block + 1, parts)):
-            far = p.to(tl.int64)
-            k_re = tl.load(weights + far * (2 * points) + grid)
-            k_im = tl.load(weights + far * (2 * points) + points + grid)
-            x_re = tl.load(spectra + far * step + grid)
-            x_im = tl.load(spectra + far * step + points + grid)
+        for _ in range(0, tl.minimum(blocks - block if ADJOINT else block + 1, parts)):
+            k_re = tl.load(weights + grid)
+            k_im = tl.load(weights + points + grid)
+            x_re = tl.load(spectra + grid)
+            x_im = tl.load(spectra + points + grid)
             if ADJOINT:
                 k_im = -k_im
             re += k_re * x_re - k_im * x_im
             im += k_re * x_im + k_im * x_re
+            weights += 2 * points
+            spectra += step
     else:
         x_re, x_im = _transform(_load(x, gate, offsets, inside, GATED), tables, twiddles, N1, N2, HALF)
         k_re = tl.load(weights + grid)

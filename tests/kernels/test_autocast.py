@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -28,8 +29,8 @@ def calls(make_diagonal) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
     ids, documents = (torch.arange(LENGTH) // 27).int().expand(2, -1), torch.zeros(2, dtype=torch.int32)
     state = H3State(torch.randn(2, CHANNELS, TAPS - 1), torch.randn(2, HEADS, HEAD_DIM**2, MODES, 2), documents)
     diag_state = DiagState(torch.randn(2, CHANNELS, MODES, 2), documents)
-    mix = {"d_k": d_k, "d": d, "head_dim": HEAD_DIM}
-    before = {"document_ids": ids, "before_ids": torch.zeros(2, TAPS - 1, dtype=torch.int32)}
+    mix: dict[str, Any] = {"d_k": d_k, "d": d, "head_dim": HEAD_DIM}
+    before: dict[str, Any] = {"document_ids": ids, "before_ids": torch.zeros(2, TAPS - 1, dtype=torch.int32)}
     taps = torch.randn(CHANNELS, LENGTH)
 
     def states(pair) -> tuple[Tensor, ...]:
@@ -47,7 +48,7 @@ def calls(make_diagonal) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
 
     return {
         "h3_mix": lambda: states(h3_mix(q, k, v, shift, diag, **mix, document_ids=ids, state=state)),
-        "h3_mix_step": lambda: states(h3_mix_step(*(x[..., 0] for x in (q, k, v)), shift, diag, **mix, state=state)),
+        "h3_mix_step": lambda: states(h3_mix_step(q[..., 0], k[..., 0], v[..., 0], shift, diag, **mix, state=state)),
         "diag_ssm": lambda: states(diag_ssm(k, diag, d=d, document_ids=ids, state=diag_state)),
         "diag_ssm_step": lambda: states(diag_ssm_step(k[..., 0], diag, d=d, state=diag_state)),
         "h3 slices": h3_slice,

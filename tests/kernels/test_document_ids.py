@@ -101,8 +101,12 @@ def test_slices_compare_whole_ids(case, assert_close):
     incoming = torch.randn(2, HEADS, MODES, 2, dtype=torch.float64)
     y = diag_ssm_correct(y, case.diag, incoming, document_ids=ids, before=before[:, -1])
     assert_close(y, case.ssm(None, None, everything)[0], 1e-10)
-    rest = {"d_k": case.d_k, "d": case.d, "before_k": torch.randn(2, HEADS, TAPS - 1, dtype=torch.float64)}
-    documents = {"document_ids": ids, "before_ids": before}
+    rest: dict[str, Any] = {
+        "d_k": case.d_k,
+        "d": case.d,
+        "before_k": torch.randn(2, HEADS, TAPS - 1, dtype=torch.float64),
+    }
+    documents: dict[str, Any] = {"document_ids": ids, "before_ids": before}
     y, _, passed = h3_mix_local(case.q, case.k, case.v, case.shift, case.diag, **rest, **documents)
     assert not passed.any()
     y = h3_mix_correct(y, case.q, case.diag, incoming[:, :, None], **documents)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import math
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -30,10 +31,10 @@ virtual = pytest.mark.skipif(
 class Recorder:
     """A kernel that notes the grids it is launched on."""
 
-    def __init__(self, kernel) -> None:
+    def __init__(self, kernel: Any) -> None:
         self.kernel, self.grids = kernel, []
 
-    def __getitem__(self, grid):
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
         self.grids.append(grid)
         return self.kernel[grid]
 
@@ -82,13 +83,13 @@ def test_a_row_beyond_2_to_the_31(documents, only_program, monkeypatch):
     """Row 2,097,152 of 1,024 tokens gives bitwise what it gives as the only row: forward, backward and the adjoint."""
     torch.manual_seed(0)
     q, k, v, grad = (torch.randn(LENGTH, dtype=torch.float16) for _ in range(4))
-    names = {"taps": (1, 64), "read": (1, 64, 2 * MODES), "write": (1, 64, 2 * MODES), "decay": (1, 2 * MODES)}
-    operators = [torch.randn(shape) / 8 for shape in names.values()]
+    taps, read, write, decay = (1, 64), (1, 64, 2 * MODES), (1, 64, 2 * MODES), (1, 2 * MODES)
+    operators: Any = [torch.randn(shape) / 8 for shape in (taps, read, write, decay)]
     shift = torch.randn(1, 5)
     ids = (torch.arange(LENGTH) // 300).int()
     results = []
     for rows, row in ((1, 0), (FAR + 1, FAR)):
-        inputs = [row_of(x, rows, row) for x in (q, k, v)]
+        inputs: Any = [row_of(x, rows, row) for x in (q, k, v)]
         chunks = documents_of(ids, rows, row) if documents else None
         launches = {
             name: Recorder(getattr(triton_backward, name)) for name in ("scan_backward_kernel", "adjoint_kernel")
@@ -100,17 +101,17 @@ def test_a_row_beyond_2_to_the_31(documents, only_program, monkeypatch):
                 patch.setattr(triton_backward, name, launch)
             if row:
                 only_program(row)
-            y, final, starts = triton.scan_forward(*inputs, shift, *operators, None, None, chunks)
-            found = triton_backward.scan_backward(
-                row_of(grad, rows, row), None, *inputs, shift, *operators, None, chunks, starts,
-                operators=False, schedule=(1, 1),
-            )  # fmt: skip
+            forward_arguments: Any = [*inputs, shift, *operators, None, None, chunks]
+            y, final, starts = triton.scan_forward(*forward_arguments)
+            arguments: Any = [row_of(grad, rows, row), None, *inputs, shift, *operators, None, chunks, starts]
+            found = triton_backward.scan_backward(*arguments, operators=False, schedule=(1, 1))
             local = torch.empty(1, rows, 1, 2 * MODES)
             relative, continues = (None, None) if chunks is None else chunks[:2]
-            triton_backward.adjoint_kernel[(rows,)](
+            constants = {"Q": 64, "NB": 16, "M": 16, "DOT": triton_backward.DOT[torch.float16]}
+            constants |= {"GATE": True, "DOCUMENTS": documents, "FINAL": False}
+            launches["adjoint_kernel"][(rows,)](
                 inputs[0], row_of(grad, rows, row), operators[1], operators[3], None, relative, continues, local,
-                rows, LENGTH, 1, MODES, 1, 1, 1, LENGTH // 64,
-                Q=64, NB=16, M=16, DOT=triton_backward.DOT[torch.float16], GATE=True, DOCUMENTS=documents, FINAL=False,
+                rows, LENGTH, 1, MODES, 1, 1, 1, LENGTH // 64, **constants,
             )  # fmt: skip
         grids = forward.grids + launches["scan_backward_kernel"].grids
         assert grids == [(rows,), (rows,)], "one program a row, all on the first axis"
@@ -133,7 +134,7 @@ def test_blocks_beyond_2_to_the_31(only_program):
     x[0, 0, 0], grad[0, 0, -1] = torch.randn(2, points), torch.randn(2, points)
     tiles = points // long_conv_triton.CORRELATE_TILE
     only_program(tiles * (blocks - 1) + 2)
-    long_conv_triton.long_conv_correlate_kernel[(tiles * blocks,)](
+    Recorder(long_conv_triton.long_conv_correlate_kernel)[(tiles * blocks,)](
         x, grad, out, 1, 1, blocks, blocks, 1, POINTS=points, TILE=long_conv_triton.CORRELATE_TILE
     )
     here = slice(2 * long_conv_triton.CORRELATE_TILE, 3 * long_conv_triton.CORRELATE_TILE)
