@@ -4,9 +4,10 @@
 
 Forms: forward + backward, fp32, width 192; the chunked form makes its operators from the parameters and carries the
 state, the rfft form is given the long kernel. Each round runs both, so that a busy machine slows both; the ratio of a
-round is chunked over rfft. With --before, a training step of h3_hybrid_tiny (16 rows of 256 tokens, the recipe's
-optimizer) with the kernels of that git revision against those of the checkout, now over before. Medians count; the
-tables go to benchmarks/results/flash_conv_cpu.csv.
+round is chunked over rfft. Documents: the chunked form with document ids over the same without, for ids that never
+change and for packed documents of 1,000 tokens in the mean. With --before, a training step of h3_hybrid_tiny (16 rows
+of 256 tokens, the recipe's optimizer) with the kernels of that git revision against those of the checkout, now over
+before. Medians count; the tables go to benchmarks/results/flash_conv_cpu.csv.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,17 @@ def forms(cell: Cell, rounds: int) -> dict[str, Any]:
     return compare(f"h3_mix {cell.rows} x {cell.length}", runs[0], runs[1], rounds)
 
 
+def documents(cell: Cell, rounds: int) -> list[dict[str, Any]]:
+    """The chunked form with document ids over the same without: one document a row, and packed ones."""
+    titles = {"": "without ids", "one": "ids, one document a row", "packed": "ids, packed documents"}
+    runs = {}
+    for kind, title in titles.items():
+        problem = Problem.draw(replace(cell, documents=kind), torch.device("cpu"), torch.float32)
+        runs[kind] = (title, both_ways(*problem.mixer("torch"), problem.grad))
+    what = f"h3_mix {cell.rows} x {cell.length} documents"
+    return [compare(what, runs[kind], runs[""], rounds) for kind in ("one", "packed")]
+
+
 def kernels_of(revision: str, folder: Path) -> Any:
     """`h3_mix` as it was at a git revision, imported beside today's under another name."""
     packed = subprocess.run(["git", "archive", revision, "kernels"], cwd=ROOT, capture_output=True, check=True).stdout
@@ -129,6 +142,7 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     rows = [forms(cell, chosen.rounds) for cell in CELLS]
+    rows += documents(Cell(192, 4096, 4), chosen.rounds)
     if chosen.before is not None:
         rows.append(before_and_after(chosen.before, chosen.rounds))
     write_table(chosen.out, [{**row, **stamp()} for row in rows])

@@ -36,7 +36,7 @@ class NoGpuError(ValueError):
 
 
 CELLS = tuple(Cell(d, 1024 * 2**n, TOKENS // (1024 * 2**n)) for d in (768, 2048) for n in range(8))
-CELLS += (Cell(768, 2**20, 1),)
+CELLS += (Cell(768, 2**20, 1), Cell(768, 8192, 16, documents="one"), Cell(768, 8192, 16, documents="packed"))
 CELLS += tuple(Cell(768, length, TOKENS // length, "long_conv") for length in (1024, 2048, 8192))
 
 
@@ -126,7 +126,7 @@ def time_cells(
     rows = {(cell, way): _blank(cell, way, dtype, copy) for cell in cells for way in (FORWARD, BOTH)}
     for form, least in forms.items():
         for cell in cells:
-            if form == "chunked" and cell.operation != "h3_mix":
+            if form not in cell.forms:
                 continue
             if time.monotonic() > deadline:
                 say(f"{form}, {cell}: left out, the time is up")
@@ -136,7 +136,7 @@ def time_cells(
                     row = rows[cell, direction]
                     row.update(columns)
                     _ratios(row)
-                    where = f"{cell.operation} d={cell.width} L={cell.length}"
+                    where = f"{cell.title} d={cell.width} L={cell.length}"
                     say(f"{form:8} {direction:16} {where}: {row[f'{form}_ms']} ms")
             except torch.OutOfMemoryError:
                 say(f"{form}, {cell}: out of memory")
@@ -148,7 +148,7 @@ def time_cells(
 
 def _blank(cell: Cell, direction: str, dtype: torch.dtype, copy: float) -> dict[str, Any]:
     shape = {
-        "operation": cell.operation,
+        "operation": cell.title,
         "width": cell.width,
         "length": cell.length,
         "rows": cell.rows,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,16 +16,33 @@ from .flash_conv import h3_mix
 from .long_conv import long_conv
 
 TAPS, MODES = 64, 32
+DOCUMENT = 1000
+"""Mean length of packed documents, about that of web text."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One shape: width channels, rows of `length` tokens; the mixer, or `long_conv` with both gates."""
+    """One shape: width channels, rows of `length` tokens; the mixer, or `long_conv` with both gates.
+
+    documents: without ids, with ids but one document a row, or rows of documents of 1,000 tokens in the mean.
+    """
 
     width: int
     length: int
     rows: int
     operation: str = "h3_mix"
+    documents: Literal["", "one", "packed"] = ""
+
+    @property
+    def title(self) -> str:
+        return f"{self.operation}, {self.documents}" if self.documents else self.operation
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """What it can be computed by: an FFT knows no documents, and is itself the torch form of `long_conv`."""
+        if self.documents:
+            return "triton", "chunked"
+        return ("triton", "rfft", "chunked") if self.operation == "h3_mix" else ("triton", "rfft")
 
     @property
     def elements(self) -> int:
@@ -39,6 +56,7 @@ class Problem:
     leaves: dict[str, Tensor]
     grad: Tensor
     operation: str = "h3_mix"
+    document_ids: Tensor | None = None
 
     @classmethod
     def draw(cls, cell: Cell, device: torch.device, dtype: torch.dtype) -> Problem:
@@ -65,7 +83,11 @@ class Problem:
         }
         if cell.operation == "long_conv":
             leaves = {name: leaves[name] for name in "qkv"} | {"kernel": normal(width, cell.length) / cell.length**0.5}
-        return cls({name: leaf.requires_grad_() for name, leaf in leaves.items()}, sequence(), cell.operation)
+        grad, ids = sequence(), None
+        if cell.documents:
+            begins = torch.rand(cell.rows, cell.length, generator=generator, device=device) < 1 / DOCUMENT
+            ids = (begins & (cell.documents == "packed")).cumsum(1).to(torch.int32)
+        return cls({name: leaf.requires_grad_() for name, leaf in leaves.items()}, grad, cell.operation, ids)
 
     def form(self, name: str) -> tuple[Callable[[], Tensor], list[Tensor]]:
         """The function of one form of the operation ("triton", "rfft" or "chunked"), and what takes a gradient.
@@ -86,7 +108,8 @@ class Problem:
 
         def run() -> Tensor:
             q, k, v, shift = (leaves[name] for name in ("q", "k", "v", "shift"))
-            return h3_mix(q, k, v, shift, self.diagonal(), d_k=leaves["d_k"], d=leaves["d"], backend=backend)[0]
+            rest = {"d_k": leaves["d_k"], "d": leaves["d"], "document_ids": self.document_ids}
+            return h3_mix(q, k, v, shift, self.diagonal(), **rest, backend=backend)[0]
 
         return run, list(leaves.values())
 

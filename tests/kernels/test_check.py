@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -224,15 +225,40 @@ def test_cells_are_timed_in_both_directions():
     cells = [Cell(4, 100, 2), Cell(2, 130, 1, "long_conv")]
     device = torch.device("cpu")
     forms = {"rfft": 1, "chunked": 1}
-    rows = bench.time_cells(cells, device, dtype=torch.float32, forms=forms, seconds=0.05, say=lambda _: None)
+    options: dict[str, Any] = {"dtype": torch.float32, "forms": forms, "seconds": 0.05, "say": lambda _: None}
+    rows = bench.time_cells(cells, device, **options)
     assert [(r["width"], r["length"], r["direction"]) for r in rows] == [
         (cell.width, cell.length, way) for cell in cells for way in ("forward", "forward+backward")
     ]
     assert all(row["rfft_ms"] > 0 and row["floor_ms"] >= 0 for row in rows)
     assert [row["chunked_ms"] != "" for row in rows] == [True, True, False, False]
     assert all(float(row["error"]) < 1e-5 for row in rows[::2])
+    packed, _ = bench.time_cells([Cell(2, 64, 1, documents="packed")], device, **options)
+    assert (packed["operation"], packed["rfft_ms"]) == ("h3_mix, packed", "")
+    assert packed["chunked_ms"] > 0
     late = bench.time_cells(cells[:1], device, deadline=-math.inf, forms={"rfft": 1}, say=lambda _: None)
     assert [row["rfft_ms"] for row in late] == ["", ""]
+
+
+def test_documents_are_drawn_as_they_are_called():
+    """The same cell without ids, with one document a row and with packed ones, whose mean length is 1,000 tokens."""
+    drawn = {}
+    for kind in ("", "one", "packed"):
+        problem = Problem.draw(Cell(1, 50_000, 8, documents=kind), torch.device("cpu"), torch.float32)
+        drawn[kind] = problem.document_ids
+    assert drawn[""] is None
+    assert drawn["one"].shape == (8, 50_000)
+    assert not drawn["one"].any()
+    begins = drawn["packed"].diff(dim=1)
+    assert ((begins == 0) | (begins == 1)).all()
+    assert 800 < begins.numel() / begins.sum() < 1250
+    measured = {cell.documents for cell in bench.CELLS if (cell.width, cell.length) == (768, 8192)}
+    assert measured >= {"", "one", "packed"}
+    documents = Cell(2, 3000, 2, documents="packed")
+    problem = Problem.draw(documents, torch.device("cpu"), torch.float32)
+    with_ids = problem.mixer("torch")[0]()
+    problem.document_ids = None
+    assert not torch.equal(with_ids, problem.mixer("torch")[0]()), "the ids reach the mixer"
 
 
 def test_the_fft_form_computes_the_mixer(assert_close):
