@@ -9,20 +9,42 @@ from torch import Tensor
 
 from ..backend import Backend, resolve_backend
 from ..dropout import DropoutKey
-from .descriptions import Mask, Rotary, Toeplitz, alibi_slopes, rotary_angles, rotary_frequencies, rotate
+from .biases import (
+    Bias,
+    Disentangled,
+    Toeplitz,
+    alibi_slopes,
+    bias_values,
+    deberta_rows,
+    resolve_bias,
+    sandwich_table,
+    t5_bucket,
+)
+from .masks import BlockLayout, Blocks, Mask, documents_from_lengths, padding_documents
 from .reference import attention_reference
+from .rotary import Rotary, rotary_angles, rotary_frequencies, rotate, xpos_log_decay
 
 __all__ = [
+    "Bias",
+    "BlockLayout",
+    "Blocks",
     "Decision",
+    "Disentangled",
     "Mask",
     "Rotary",
     "Toeplitz",
     "alibi_slopes",
     "attention",
     "attention_reference",
+    "deberta_rows",
+    "documents_from_lengths",
+    "padding_documents",
     "rotary_angles",
     "rotary_frequencies",
     "rotate",
+    "sandwich_table",
+    "t5_bucket",
+    "xpos_log_decay",
 ]
 
 
@@ -42,7 +64,7 @@ def attention(
     v: Tensor,
     *,
     mask: Mask,
-    bias: Toeplitz | None = None,
+    bias: Bias | None = None,
     rotary: Rotary | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
@@ -59,7 +81,7 @@ def attention(
     v: Tensor,
     *,
     mask: Mask,
-    bias: Toeplitz | None = None,
+    bias: Bias | None = None,
     rotary: Rotary | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
@@ -76,7 +98,7 @@ def attention(
     v: Tensor,
     *,
     mask: Mask,
-    bias: Toeplitz | None = None,
+    bias: Bias | None = None,
     rotary: Rotary | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
@@ -92,7 +114,7 @@ def attention(
     v: Tensor,
     *,
     mask: Mask,
-    bias: Toeplitz | None = None,
+    bias: Bias | None = None,
     rotary: Rotary | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
@@ -141,7 +163,7 @@ def attention(
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
 
 
-def _decide(q: Tensor, k: Tensor, mask: Mask, bias: Toeplitz | None, dropout: float, return_lse: bool) -> Decision:
+def _decide(q: Tensor, k: Tensor, mask: Mask, bias: Bias | None, dropout: float, return_lse: bool) -> Decision:
     queries, keys = q.shape[2], k.shape[2]
     if dropout > 0:
         return Decision("plain", "dropout on the probabilities uses the counter-based mask")
@@ -157,7 +179,7 @@ def _decide(q: Tensor, k: Tensor, mask: Mask, bias: Toeplitz | None, dropout: fl
 
 
 def _with_mask(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask, bias: Toeplitz | None, scale: float | None, grouped: bool
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, bias: Bias | None, scale: float | None, grouped: bool
 ) -> Tensor:
     queries, keys = q.shape[2], k.shape[2]
     visible = mask.visible(queries, keys, q.device)
@@ -166,13 +188,16 @@ def _with_mask(
     allowed = visible | blank
     if bias is not None:
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        scores = bias.values(queries, keys, wide)
+        own = q.shape[3] ** -0.5 if scale is None else scale
+        rows, columns = (torch.arange(n, device=q.device) for n in (queries, keys))
+        terms = resolve_bias(bias, q, k, own)
+        scores = bias_values(terms, rows + mask.query_offset, columns + mask.key_offset, wide)
         allowed = torch.where(allowed, scores, float("-inf"))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale, enable_gqa=grouped)
     return torch.where(blank, 0, out)
 
 
-def _check(q, k, v, mask: Mask, bias: Toeplitz | None, dropout: float, dropout_key: DropoutKey | None) -> None:
+def _check(q, k, v, mask: Mask, bias: Bias | None, dropout: float, dropout_key: DropoutKey | None) -> None:
     if not (q.dim() == k.dim() == v.dim() == 4):
         shapes = [tuple(x.shape) for x in (q, k, v)]
         raise ValueError(f"attention: q, k, v must be (batch, head, length, dim), got {shapes}")
@@ -181,8 +206,8 @@ def _check(q, k, v, mask: Mask, bias: Toeplitz | None, dropout: float, dropout_k
         raise ValueError(f"attention: shapes do not fit: {shapes}")
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"attention: {k.shape[1]} key-value heads do not divide {q.shape[1]} heads")
-    if bias is not None and bias.slopes.shape != (q.shape[1],):
-        raise ValueError(f"attention: bias has slopes {tuple(bias.slopes.shape)} for {q.shape[1]} heads")
+    if bias is not None and bias.heads != q.shape[1]:
+        raise ValueError(f"attention: bias is of {bias.heads} heads, q has {q.shape[1]}")
     for name, documents, length in (
         ("query_documents", mask.query_documents, q.shape[2]),
         ("key_documents", mask.key_documents, k.shape[2]),
