@@ -139,9 +139,9 @@ def alibi_slopes(heads: int) -> Tensor:
 
 
 def sandwich_table(heads: int, distances: int, dim: int = 128) -> Tensor:
-    """(heads, distances) fp32: entry d of head h is (sum_i cos(d / 10000^(2 i / dim)) - dim / 2) / c_h, i = 0 .. dim / 2
-    - 1, c_h = 8 (h + 1) / heads: the product of sinusoidal embeddings at distance d >= 0, 0 at distance 0 (Chi et al.
-    2022, section 5)."""
+    """(heads, distances) fp32: entry d >= 0 of head h is (sum_i cos(d / 10000^(2 i / dim)) - dim / 2) / c_h with i = 0 ..
+    dim / 2 - 1 and c_h = 8 (h + 1) / heads: the product of two sinusoidal embeddings d apart, less its value at
+    distance 0, which softmax does not see (Chi et al. 2022, section 5)."""
     frequencies = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     sums = (torch.arange(distances, dtype=torch.float64)[:, None] * frequencies).cos().sum(1) - dim / 2
     strength = 8 * torch.arange(1, heads + 1, dtype=torch.float64) / heads
