@@ -45,7 +45,7 @@ class Configuration:
     signature: type of each argument that is no constant, "*bf16", "*fp32", "i32", "fp32".
     constants: value of each `tl.constexpr` argument.
     aligned: names of the integer arguments that are multiples of 16; pointers always are (torch aligns to 512 bytes).
-    dtype: "bf16", "fp16" or "fp32", what the matrix products multiply.
+    dtype: "bf16", "fp16" or "fp32", what the matrix products multiply; "" for a kernel without any.
     chosen: whether `auto` can pick it on that target; others are listed for comparison.
     """
 

@@ -8,6 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..backend import resolve_backend
+
 
 @dataclass(frozen=True)
 class Rotary:
@@ -31,27 +33,29 @@ class Rotary:
     def rotate_query(self, x: Tensor) -> Tensor:
         if self.query_positions is None:
             return x
-        return rotate(x, self._query_angles, self.interleaved, self._factors(self.query_positions, 1))
+        return _turn(x, *self._query_table, self.interleaved)
 
     def rotate_key(self, x: Tensor) -> Tensor:
         if self.key_positions is None:
             return x
-        return rotate(x, self._key_angles, self.interleaved, self._factors(self.key_positions, -1))
+        return _turn(x, *self._key_table, self.interleaved)
 
     @cached_property
-    def _query_angles(self) -> Tensor:
+    def _query_table(self) -> tuple[Tensor, Tensor]:
         assert self.query_positions is not None
-        return rotary_angles(self.inv_freq, self.query_positions)
+        return self._table(self.query_positions, 1)
 
     @cached_property
-    def _key_angles(self) -> Tensor:
+    def _key_table(self) -> tuple[Tensor, Tensor]:
         assert self.key_positions is not None
-        return rotary_angles(self.inv_freq, self.key_positions)
+        return self._table(self.key_positions, -1)
 
-    def _factors(self, positions: Tensor, sign: int) -> Tensor | None:
+    def _table(self, positions: Tensor, sign: int) -> tuple[Tensor, Tensor]:
+        angles = rotary_angles(self.inv_freq, positions)
         if self.log_decay is None:
-            return None
-        return (rotary_angles(self.log_decay, positions - self.center) * sign).exp()
+            return angles.cos(), angles.sin()
+        factors = (rotary_angles(self.log_decay, positions - self.center) * sign).exp()
+        return angles.cos() * factors, angles.sin() * factors
 
 
 def rotary_frequencies(head_dim: int, base: float = 10000.0, fraction: float = 1.0) -> Tensor:
@@ -76,15 +80,28 @@ def rotary_angles(inv_freq: Tensor, positions: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, angles: Tensor, interleaved: bool = False, factors: Tensor | None = None) -> Tensor:
-    """Rotate the leading pairs of x (batch, head, length, dim) by `angles`, each pair times its factor (of the angles'
-    shape) if there are factors; arithmetic in fp32, or fp64 for fp64 x."""
-    pairs = angles.shape[-1]
+    """Rotate the leading pairs of x (batch, head, length, dim) by `angles` (batch or 1, 1, length, pairs), each pair
+    times its factor (of the angles' shape) if there are factors; arithmetic in fp32, or fp64 for fp64 x.
+
+    On a GPU one kernel does it, forward and backward; elsewhere, in fp64, and where the angles take a gradient, torch.
+    """
+    cos, sin = angles.cos(), angles.sin()
+    if factors is not None:
+        cos, sin = cos * factors, sin * factors
+    return _turn(x, cos, sin, interleaved)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """`rotate` by cosines and sines that have the factors in them."""
+    pairs = cos.shape[-1]
     if 2 * pairs > x.shape[-1]:
         raise ValueError(f"rotary: {pairs} frequencies rotate {2 * pairs} channels, but heads have {x.shape[-1]}")
+    if _fused(x, cos):
+        from .triton_rotary import rotate_by_table
+
+        return rotate_by_table(x, cos[:, 0], sin[:, 0], interleaved)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    cos, sin = angles.cos().to(wide), angles.sin().to(wide)
-    if factors is not None:
-        cos, sin = cos * factors.to(wide), sin * factors.to(wide)
+    cos, sin = cos.to(wide), sin.to(wide)
     turned, rest = x[..., : 2 * pairs].to(wide), x[..., 2 * pairs :]
     if interleaved:
         a, b = turned[..., 0::2], turned[..., 1::2]
@@ -93,3 +110,10 @@ def rotate(x: Tensor, angles: Tensor, interleaved: bool = False, factors: Tensor
         a, b = turned[..., :pairs], turned[..., pairs:]
         out = torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
     return torch.cat([out.to(x.dtype), rest], -1) if rest.shape[-1] else out.to(x.dtype)
+
+
+def _fused(x: Tensor, cos: Tensor) -> bool:
+    """Whether the Triton kernel takes it. A compiler that traces fuses the torch form by itself."""
+    if torch.compiler.is_compiling() or cos.dtype != torch.float32 or (cos.requires_grad and torch.is_grad_enabled()):
+        return False
+    return resolve_backend("auto", "rotary", x) == "triton"
