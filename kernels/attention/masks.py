@@ -50,7 +50,7 @@ class BlockLayout:
         counts = visible.sum(-1, dtype=torch.int32)
         most = max(1, int(counts.max()))
         # A stable sort puts the seen blocks first and leaves them in order.
-        order = (~visible).to(torch.int8).sort(-1, stable=True).indices
+        order = (~visible).to(torch.int8).sort(dim=-1, stable=True).indices
         return cls(size, counts, order[..., :most].to(torch.int32))
 
     def dense(self, columns: int) -> Tensor:
