@@ -114,11 +114,11 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None):
-        q, k, v, out, lse, *terms = ctx.saved_tensors
+        q, k, v, out, lse, slopes, table, content, position, rows = ctx.saved_tensors
+        terms = BiasTerms(slopes, table, content, position, rows, ctx.least)
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         gradients = ctx.form.backward(
-            grad_out, grad_lse, q, k, v, out, lse, BiasTerms(*terms, ctx.least), ctx.mask, ctx.scale, ctx.drop,
-            tuple(ctx.needs_input_grad[:6]),
+            grad_out, grad_lse, q, k, v, out, lse, terms, ctx.mask, ctx.scale, ctx.drop, tuple(ctx.needs_input_grad[:6]),
         )  # fmt: skip
         return *gradients, *(None,) * 8
