@@ -12,7 +12,9 @@ import importlib.util
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -98,11 +100,12 @@ def run_tests(*, native: bool, tests: Path = TESTS, seconds: float | None = None
     """The tests of the Triton kernels: `native` compiles them for this machine's GPU, else they are interpreted.
 
     In a checkout they are `tests/kernels/triton`, run by this Python's pytest; an installed package has `selftest`.
-    Tests that take longer than `seconds` have failed. Raises MissingToolError where pytest is needed and missing.
+    Natively each file has a process of its own, several at a time: most of their time is the compiler's. Tests that
+    take longer than `seconds` have failed. Raises MissingToolError where pytest is needed and missing.
     """
     environment = {**os.environ, "TRITON_INTERPRET": "0" if native else "1"}
     if not tests.is_dir():
-        command = [sys.executable, "-m", "potamos.kernels.selftest"]
+        commands = [[sys.executable, "-m", "potamos.kernels.selftest"]]
     elif importlib.util.find_spec("pytest") is None:
         raise MissingToolError(
             f"{sys.executable} has no pytest: install it, or carry the wheels of pytest, pluggy, iniconfig, packaging, "
@@ -112,12 +115,22 @@ def run_tests(*, native: bool, tests: Path = TESTS, seconds: float | None = None
         # Tests make their tensors on the default device, which is the one that the kernels run on.
         device = "import torch; torch.set_default_device('cuda'); " if native else ""
         script = f"{device}import sys, pytest; sys.exit(pytest.main())"
-        command = [sys.executable, "-c", script, str(tests), "-q"]
-    try:
-        done = subprocess.run(command, env=environment, cwd=ROOT, stdin=subprocess.DEVNULL, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return False
-    return done.returncode == 0
+        largest = sorted(tests.glob("test_*.py"), key=lambda path: -path.stat().st_size)
+        commands = [[sys.executable, "-c", script, str(part), "-q"] for part in (largest if native else [tests])]
+    end = None if seconds is None else time.monotonic() + seconds
+
+    def passes(command: list[str]) -> bool:
+        left = None if end is None else end - time.monotonic()
+        try:
+            done = subprocess.run(command, env=environment, cwd=ROOT, stdin=subprocess.DEVNULL, timeout=left)
+        except subprocess.TimeoutExpired:
+            print(f"not done after {seconds:.0f} s: {' '.join(command[-2:])}", file=sys.stderr)
+            return False
+        return done.returncode == 0
+
+    with ThreadPoolExecutor(min(8, max(1, (os.cpu_count() or 1) // 2))) as pool:
+        passed = list(pool.map(passes, commands))
+    return bool(passed) and all(passed)
 
 
 def check(

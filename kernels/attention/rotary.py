@@ -100,6 +100,12 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
         from .triton_rotary import rotate_by_table
 
         return rotate_by_table(x, cos[:, 0], sin[:, 0], interleaved)
+    return turn_by_torch(x, cos, sin, interleaved)
+
+
+def turn_by_torch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """The torch form of a rotation: cos and sin (batch or 1, 1, length, pairs), factors multiplied in."""
+    pairs = cos.shape[-1]
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     cos, sin = cos.to(wide), sin.to(wide)
     turned, rest = x[..., : 2 * pairs].to(wide), x[..., 2 * pairs :]
