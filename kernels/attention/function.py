@@ -119,6 +119,7 @@ class _Attend(torch.autograd.Function):
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         gradients = ctx.form.backward(
-            grad_out, grad_lse, q, k, v, out, lse, terms, ctx.mask, ctx.scale, ctx.drop, tuple(ctx.needs_input_grad[:6]),
+            grad_out, grad_lse, q, k, v, out, lse, terms, ctx.mask, ctx.scale, ctx.drop,
+            tuple(ctx.needs_input_grad[:6]),
         )  # fmt: skip
         return *gradients, *(None,) * 8
