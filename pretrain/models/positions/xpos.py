@@ -1,4 +1,5 @@
-"""xPos: rotary positions whose scores fall with the distance (Sun et al. 2022, "A Length-Extrapolatable Transformer")."""
+"""xPos: rotary positions whose scores fall with the distance (Sun et al. 2022, "A Length-Extrapolatable
+Transformer")."""
 
 from __future__ import annotations
 
@@ -15,9 +16,9 @@ from potamos.pretrain.models.interfaces import AttentionPositions, Context, Posi
 from potamos.pretrain.models.positions.rope import RotaryPositions
 from potamos.pretrain.models.registry import register
 
-LARGEST = (
-    12.0  # exponent at the ends of a training row: at the end of one four times as long it is 84, and fp32 ends at 88
-)
+# Of the exponents at the ends of a training row: at the end of one four times as long they are 7 times that, below 88,
+# where fp32 ends.
+LARGEST = 12.0
 
 
 class DecayingRotation(RotaryPositions):
