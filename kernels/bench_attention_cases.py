@@ -11,22 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .attention import (
-    Disentangled,
-    Mask,
-    Rotary,
-    Toeplitz,
-    alibi_slopes,
-    attention,
-    bias_values,
-    deberta_rows,
-    documents_from_lengths,
-    resolve_bias,
-    rotary_angles,
-    rotary_frequencies,
-    t5_bucket,
-)
-from .attention.rotary import turn_by_torch
+from .attention import Disentangled, Mask, Rotary, Toeplitz, attention
+from .attention.biases import alibi_slopes, bias_values, deberta_rows, resolve_bias, t5_bucket
+from .attention.masks import documents_from_lengths
+from .attention.rotary import rotary_angles, rotary_frequencies, turn_by_torch
 
 TOKENS, WIDTH = 16_384, 2048
 """Tokens of all rows and channels of all heads, the shapes of FlashAttention-3's figures (Shah et al. 2024)."""

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from potamos.kernels import bench, bench_attention, goals, goals_attention
-from potamos.kernels.attention import Mask, documents_from_lengths
+from potamos.kernels.attention.masks import Mask, documents_from_lengths
 from potamos.kernels.bench_attention_cases import CELLS, WINDOW, AttentionCell, document_lengths, forms
 
 CPU = torch.device("cpu")
