@@ -2,6 +2,7 @@
 
 from typing import Literal, overload
 
+import torch
 from torch import Tensor
 
 from ..backend import Backend, own_precision
@@ -18,6 +19,7 @@ from .biases import (
 )
 from .dispatch import Decision, announce, decide, form_of, run_fused
 from .function import Drop, attend
+from .library import traced_attend
 from .masks import BlockLayout, Blocks, Mask, documents_from_lengths, padding_documents
 from .merge import merge
 from .reference import attention_reference
@@ -146,7 +148,10 @@ def attention(
         if decision.form not in ("chunked", "triton"):
             return run_fused(decision, q, k, v, mask, terms, factor)
         drop = Drop(dropout, dropout_key, head_offset) if dropout_key is not None and dropout > 0 else None
-        out, lse = attend(form_of(decision), q, k, v, terms, mask, factor, drop, return_lse)
+        if torch.compiler.is_compiling():
+            out, lse = traced_attend(decision.form, q, k, v, terms, mask, factor, drop, return_lse)
+        else:
+            out, lse = attend(form_of(decision), q, k, v, terms, mask, factor, drop, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -154,15 +159,13 @@ def _check(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask, bias: Bias | None, dropout: float, dropout_key: DropoutKey | None
 ) -> None:
     """Refuse what does not fit together."""
-    sides = (("q", q), ("k", k), ("v", v))
-    shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in sides)
     if not (q.dim() == k.dim() == v.dim() == 4) or 0 in (*q.shape, *k.shape, *v.shape):
-        raise ValueError(f"attention: q, k, v must be (batch, head, length, dim), none zero, got {shapes}")
+        raise ValueError(f"attention: q, k, v must be (batch, head, length, dim), none zero, got {_described(q, k, v)}")
     if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"attention: shapes do not fit: {shapes}")
+        raise ValueError(f"attention: shapes do not fit: {_described(q, k, v)}")
     if q.dtype != k.dtype or q.dtype != v.dtype or not q.is_floating_point():
-        dtypes = ", ".join(f"{name} {x.dtype}" for name, x in sides)
-        raise ValueError(f"attention: q, k and v must have one floating-point dtype, got {dtypes}")
+        given = _described(q, k, v)
+        raise ValueError(f"attention: q, k and v must have one floating-point dtype, got {given}")
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"attention: {k.shape[1]} key-value heads do not divide {q.shape[1]} heads")
     if bias is not None:
@@ -172,6 +175,10 @@ def _check(
         raise ValueError(f"attention: dropout must satisfy 0 <= dropout < 1, got {dropout!r}")
     if dropout > 0 and dropout_key is None:
         raise ValueError("attention: dropout > 0 needs dropout_key (its mask is a function of the key, not of a seed)")
+
+
+def _described(q: Tensor, k: Tensor, v: Tensor) -> str:
+    return ", ".join(f"{name} {tuple(x.shape)} {x.dtype}" for name, x in (("q", q), ("k", k), ("v", v)))
 
 
 def _check_bias(q: Tensor, bias: Bias) -> None:

@@ -79,8 +79,9 @@ def obstacle(q: Tensor, v: Tensor) -> str | None:
 
 
 def announce(decision: Decision) -> None:
-    """Log a decision the first time that it is taken."""
-    _announce(decision.form, decision.reason)
+    """Log a decision the first time that it is taken; a compiler that traces cannot."""
+    if not torch.compiler.is_compiling():
+        _announce(decision.form, decision.reason)
 
 
 def form_of(decision: Decision) -> Form:

@@ -33,12 +33,15 @@ class Rotary:
     def rotate_query(self, x: Tensor) -> Tensor:
         if self.query_positions is None:
             return x
-        return _turn(x, *self._query_table, self.interleaved)
+        # A compiler cannot trace a cached property, nor keep a traced tensor.
+        table = self._table(self.query_positions, 1) if torch.compiler.is_compiling() else self._query_table
+        return _turn(x, *table, self.interleaved)
 
     def rotate_key(self, x: Tensor) -> Tensor:
         if self.key_positions is None:
             return x
-        return _turn(x, *self._key_table, self.interleaved)
+        table = self._table(self.key_positions, -1) if torch.compiler.is_compiling() else self._key_table
+        return _turn(x, *table, self.interleaved)
 
     @cached_property
     def _query_table(self) -> tuple[Tensor, Tensor]:
@@ -51,6 +54,7 @@ class Rotary:
         return self._table(self.key_positions, -1)
 
     def _table(self, positions: Tensor, sign: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines with the factors in them; sign: 1 for queries, -1 for keys."""
         angles = rotary_angles(self.inv_freq, positions)
         if self.log_decay is None:
             return angles.cos(), angles.sin()
