@@ -244,8 +244,8 @@ def test_precisions(bias_name, dtype, assert_close):
     out = attention(*inputs, mask=mask, bias=bias)
     assert out.dtype == dtype
     assert attention(*inputs, mask=mask, bias=bias, return_lse=True)[0].dtype == torch.float32
-    want = attention_reference(*wide[:3], mask=mask, bias=wide_bias)[0]
-    naive = plain(*inputs, mask, bias)
+    want = attention_reference(wide[0], wide[1], wide[2], mask=mask, bias=wide_bias)[0]
+    naive = plain(inputs[0], inputs[1], inputs[2], mask, bias)
     weights = draw_weights(out, out)[0]
     results = [
         (x.detach(), *torch.autograd.grad((x.double() * weights).sum(), leaves))
