@@ -57,7 +57,8 @@ class BigBird(Pattern):
 
     def visible_keys(self, length: int, *, causal: bool) -> float:
         options = self.options
-        blocks = options.window // 2 + 0.5 + options.first if causal else options.window + 2 * options.first
+        # Without causality there are global blocks at both ends, and they see as many as see them.
+        blocks = options.window // 2 + 0.5 + options.first if causal else options.window + 4 * options.first
         return min(super().visible_keys(length, causal=causal), options.size * (blocks + options.random))
 
 

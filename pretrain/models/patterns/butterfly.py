@@ -45,8 +45,9 @@ class Butterfly(Pattern):
         size, blocks = self.options.size, -(-length // self.options.size)
         factors = (blocks - 1).bit_length()
         factors = factors if self.options.factors is None else min(factors, self.options.factors)
-        butterfly = (1 + factors) / 2 if causal else 1 + factors
-        return min(super().visible_keys(length, causal=causal), size * (butterfly + self.options.first))
+        first = self.options.first  # seen by all; and without causality they see all
+        visible = (1 + factors) / 2 + first if causal else 1 + factors + 2 * first
+        return min(super().visible_keys(length, causal=causal), size * visible)
 
 
 @functools.lru_cache(maxsize=64)

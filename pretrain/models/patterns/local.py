@@ -64,4 +64,5 @@ class Local(Pattern):
         else:
             own = (size + 1) / 2 if causal else size
             near = own + (size * (1 if causal else 2) if self.options.form == "overlapping" else 0)
-        return min(super().visible_keys(length, causal=causal), near + self.options.first)
+        first = self.options.first * (1 if causal else 2)  # seen by all; and without causality they see all
+        return min(super().visible_keys(length, causal=causal), near + first)
