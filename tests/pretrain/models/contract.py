@@ -319,21 +319,24 @@ def check_packing(subject: Subject) -> None:
     expected = whole(subject, seq)
     found = {name: torch.zeros_like(value) for name, value in expected.items()}
     for row, begin, end in spans():
-        first = 0 if getattr(subject.region, "counts_columns", False) else begin
-        x = inputs()[row : row + 1, first:end].clone().requires_grad_()
-        y = subject(x, _alone(begin - first, end - first)).hidden[:, begin - first :]
+        x = inputs()[row : row + 1, begin:end].clone().requires_grad_()
+        if getattr(subject.region, "counts_columns", False):
+            padded, seq_alone = _in_its_columns(x, begin, end)
+            y = subject(padded, seq_alone).hidden[:, begin:end]
+        else:
+            y = subject(x, Seq(positions=torch.arange(end - begin)[None])).hidden
         found["y"][row, begin:end] = y.detach()[0]
         for name, value in gradients(subject, x, y, weights()[row : row + 1, begin:end]).items():
-            place = found[name][row : row + 1, first:end] if name == "x" else found[name]
+            place = found[name][row : row + 1, begin:end] if name == "x" else found[name]
             place += value
     assert_near(found, expected, "documents alone")
 
 
-def _alone(begin: int, end: int) -> Seq:
-    """One document in columns ``begin`` to ``end``, padding before it."""
-    positions = torch.arange(-begin, end - begin).clamp(min=0)[None]
-    ids = torch.where(torch.arange(end) < begin, -1, 3).int()[None]
-    return Seq(positions=positions, document_ids=ids if begin else None)
+def _in_its_columns(x: Tensor, begin: int, end: int) -> tuple[Tensor, Seq]:
+    """A row of padding with the document x (1, n, D) in columns ``begin`` to ``end``."""
+    positions, ids = torch.zeros(1, LENGTH, dtype=torch.int64), torch.full((1, LENGTH), -1, dtype=torch.int32)
+    positions[0, begin:end], ids[0, begin:end] = torch.arange(end - begin), 3
+    return nn.functional.pad(x, (0, 0, begin, LENGTH - end)), Seq(positions=positions, document_ids=ids)
 
 
 def check_state(subject: Subject) -> None:
