@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..backend import Backend, resolve_backend
+from ..backend import Backend, capability, resolve_backend
 from . import chunked
 from .biases import Bias, BiasTerms, Disentangled, bias_values
 from .function import Form
@@ -141,13 +141,21 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, plain: Literal["full", "causal"]) ->
         return Decision("sdpa_full" if plain == "full" else "sdpa_causal", reason)
     if plain == "causal" and q.shape[2] != k.shape[2]:
         return None
-    params = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, plain == "causal", q.shape[1] != k.shape[1])
-    hopper = torch.cuda.get_device_capability(q.device) >= (9, 0)
-    if hopper and q.shape[2] >= CUDNN_QUERIES and torch.backends.cuda.can_use_cudnn_attention(params):
+    cudnn, flash = _libraries(q, k, v, causal=plain == "causal")
+    if cudnn and q.shape[2] >= CUDNN_QUERIES and capability(q.device) >= (9, 0):
         return Decision("sdpa_cudnn", reason)
-    if torch.backends.cuda.can_use_flash_attention(params):
-        return Decision("sdpa_flash", reason)
-    return None
+    return Decision("sdpa_flash", reason) if flash else None
+
+
+def _libraries(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> tuple[bool, bool]:
+    """Whether torch's cuDNN and FlashAttention kernels take these inputs."""
+    grouped = q.shape[1] != k.shape[1]
+    if torch.compiler.is_compiling():  # torch's own answer cannot be traced; these shapes they always take
+        half = q.dtype in (torch.float16, torch.bfloat16) and 1 == q.stride(3) == k.stride(3) == v.stride(3)
+        usual = half and q.shape[3] == v.shape[3] and q.shape[3] <= 128 and q.shape[3] % 8 == 0
+        return usual and not grouped, usual
+    params = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, causal, grouped)
+    return torch.backends.cuda.can_use_cudnn_attention(params), torch.backends.cuda.can_use_flash_attention(params)
 
 
 def _mask_bytes(q: Tensor, k: Tensor, mask: Mask, bias: Bias | None) -> int:

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from potamos.kernels import backend as backend_module
 from potamos.kernels.attention import (
     BlockLayout,
     Blocks,
@@ -67,8 +69,9 @@ class Case:
         if bias == "slopes":
             self.bias = Toeplitz(slopes=alibi_slopes(HEADS))
         elif bias == "table":
-            self.bias = Toeplitz(table=leaf(HEADS, 9), least=-3)
-            self.leaves.append(self.bias.table)
+            table = leaf(HEADS, 9)
+            self.bias = Toeplitz(table=table, least=-3)
+            self.leaves.append(table)
         elif bias == "disentangled":
             rows, least = deberta_rows(4, 4, 12)
             keys, queries = (leaf(HEADS, 8, DIM, dtype=dtype) for _ in range(2))
@@ -86,12 +89,13 @@ class Case:
         generator = torch.Generator().manual_seed(1)
         weights = (torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in results)
         finite = (torch.where(x.isfinite(), x, 0) for x in results)
-        return torch.autograd.grad(sum((x * w).sum() for x, w in zip(finite, weights, strict=True)), self.leaves)
+        total = torch.stack([(x * w).sum() for x, w in zip(finite, weights, strict=True)]).sum()
+        return torch.autograd.grad(total, self.leaves)
 
     def flat(self) -> tuple:
         terms = resolve_bias(self.bias, self.q, self.k, SCALE)
-        terms = BiasTerms(*(x.detach().requires_grad_() if name in ("table", "content", "position") and x is not None
-                            else x for name, x in zip(terms._fields, terms, strict=True)))  # fmt: skip
+        of_its_own = (None if x is None else x.detach().requires_grad_() for x in terms[1:4])
+        terms = BiasTerms(terms.slopes, *of_its_own, rows=terms.rows, least=terms.least)
         drop = Drop(self.dropout, KEY, 2) if self.dropout else None
         tensors, options = flatten("chunked", self.q, self.k, self.v, terms, self.mask, SCALE, drop, True)
         return *tensors, *options
@@ -158,6 +162,29 @@ def test_one_node_and_plain_cases_stay_torchs(name, monkeypatch):
     torch.testing.assert_close(got, want)
     assert sum("potamos" in node for node in nodes) == (name == "chunked")
     assert sum("scaled_dot_product" in node for node in nodes) == (name != "chunked")
+
+
+@pytest.mark.parametrize(("window", "forward"), [(None, "scaled_dot_product"), (5, "potamos.attention")])
+@pytest.mark.parametrize("kv_heads", [HEADS, KV_HEADS])
+def test_tracing_for_a_gpu_needs_none(window, forward, kv_heads, monkeypatch):
+    """No graph break where the tensors are on CUDA: neither the capability nor torch's choice of kernels stops it."""
+    for module in (backend_module, dispatch):
+        monkeypatch.setattr(module, "capability", lambda device: (9, 0))
+    nodes: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list) -> Any:
+        nodes.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    with FakeTensorMode():
+        q, k, v = (
+            torch.empty(BATCH, heads, 256, 64, device="cuda:0", dtype=torch.bfloat16)
+            for heads in (HEADS, kv_heads, kv_heads)
+        )
+        run = torch.compile(lambda: attention(q, k, v, mask=Mask(window=window)), backend=backend, fullgraph=True)
+        assert run().shape == q.shape
+    assert sum(forward in node for node in nodes) == 1
+    assert sum("potamos" in node for node in nodes) == (window is not None)
 
 
 def test_a_growing_cache_is_compiled_twice_at_most(assert_close, monkeypatch):
