@@ -85,8 +85,9 @@ def attend(
         # A positive scale commutes with the maximum, so it is applied to a row here and inside the exponent's fused
         # multiply-add below, not to the tile.
         new_top = tl.maximum(top, tl.max(s, 1) * unit)
-        # A row that has seen nothing yet has -inf, which must not be subtracted from itself.
-        base = tl.where(new_top == -float("inf"), 0.0, new_top)
+        base = new_top
+        if MASKED or TABLE:  # a row that has seen nothing yet has -inf, which must not be subtracted from itself
+            base = tl.where(new_top == -float("inf"), 0.0, new_top)
         p = tl.exp2(s * unit - base[:, None])
         shrink = tl.exp2(top - base)
         total = total * shrink + tl.sum(p, 1)
@@ -238,7 +239,10 @@ def attention_forward(
     natural logarithm; a query that sees no key has 0 and -inf.
     """
     batch, heads, queries, dim = q.shape
-    keys, group = k.shape[2], heads // k.shape[1]
+    keys, group = k.shape[2], heads // max(1, k.shape[1])
+    if 0 in (batch, heads, queries, keys):
+        lse = torch.full((batch, heads, queries), -float("inf"), device=q.device)
+        return torch.zeros_like(q, dtype=torch.float32 if wide else q.dtype), lse
     config = config or choose_config(q.dtype, dim, queries)
     if scale <= 0:  # the kernel takes the maximum before it scales
         q, scale = (q.neg(), -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
@@ -250,10 +254,10 @@ def attention_forward(
         batch * heads * tiles, _ceil(keys, config.block_n), _multiprocessors(q.device)
     )
     if splits > 1:
-        outs = q.new_empty(splits, batch, heads, queries, dim, dtype=torch.float32)
+        outs = torch.empty(splits, batch, heads, queries, dim, dtype=torch.float32, device=q.device)
     else:
         outs = torch.empty_like(q, dtype=torch.float32 if wide else q.dtype)[None]
-    lses = q.new_empty(splits, batch, heads, queries, dtype=torch.float32)
+    lses = torch.empty(splits, batch, heads, queries, dtype=torch.float32, device=q.device)
     table = visits.table
     constants: dict[str, Any] = arguments.flags | {
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "DIM": dim, "WIDTH": padded_dim(dim),
@@ -278,7 +282,7 @@ def attention_forward(
         return outs[0], lses[0]
     from .merge import merge
 
-    out, lse = merge(outs, lses)
+    out, lse = merge(outs.unbind(), lses.unbind())
     return out if wide else out.to(q.dtype), lse
 
 
