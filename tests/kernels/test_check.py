@@ -193,6 +193,33 @@ def test_run_tests_reports_failure_and_a_hang(tmp_path):
     assert not check.run_tests(native=False, tests=tmp_path, seconds=3)
 
 
+def test_shares_run_every_test_once(tmp_path):
+    (tmp_path / "test_it.py").write_text(
+        "import pathlib, pytest, torch\n"
+        "@pytest.mark.parametrize('n', range(3))\n"
+        "def test_n(n):\n"
+        "    assert torch.empty(1).device.type == 'meta'\n"
+        "    pathlib.Path(__file__).with_name(f'ran_{n}').touch(exist_ok=False)\n"
+    )
+    for share in range(2):
+        command = check.pytest_command(tmp_path, share, 2, "meta")
+        assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
+        ran = {0: ["ran_0", "ran_2"], 1: ["ran_0", "ran_1", "ran_2"]}[share]
+        assert sorted(path.name for path in tmp_path.glob("ran_*")) == ran
+
+
+@pytest.mark.parametrize(
+    ("codes", "passed"), [([0, 0, 0], True), ([0, 5, 0], True), ([0, 1, 0], False), ([5, 5, 5], False)]
+)
+def test_every_share_must_pass(codes, passed, tmp_path, monkeypatch):
+    """One that is left without a test has not failed, unless all are."""
+    left = iter(codes)
+    monkeypatch.setattr(check.os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(check.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, next(left)))
+    assert check.run_tests(native=True, tests=tmp_path) == passed
+    assert list(left) == []
+
+
 # --- timing -----------------------------------------------------------------------------------------------------------
 
 
