@@ -26,7 +26,7 @@ from .function import Drop, Gradients
 from .masks import Mask
 from .tiles import Visits, key_visits, query_visits
 from .triton import Config, _ceil, padded_dim
-from .triton_backward_configurations import choose_dkv, choose_dq, choose_dtable
+from .triton_backward_configurations import choose_dkv, choose_dq, choose_dtable, weigh
 from .triton_backward_kernels import attention_dkv_kernel, attention_dq_kernel, delta_kernel
 from .triton_bias_backward import find_segments, sum_rows, table_gradient
 from .triton_tiles import tile_arguments
@@ -34,7 +34,7 @@ from .triton_tiles import tile_arguments
 _delta_kernel: Any = delta_kernel
 BAND_BYTES = 2**28
 """Most memory for the score gradients by distance of a disentangled bias; more go through the batch in pieces."""
-DELTA_ROWS = 64
+DELTA_ELEMENTS = 4096
 
 
 def backward(
@@ -70,7 +70,7 @@ def backward(
         shared = call.arguments | {"batch": len(q)}
         dtable = table_gradient(mask, q.shape[2], k.shape[2], terms.table, terms.least, shared, config)
     dcontent, dposition = (
-        x.new_empty(x.shape) if need and x is not None else None
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if need and x is not None else None
         for x, need in zip((terms.content, terms.position), needs[4:], strict=True)
     )
     if dq is not None or dcontent is not None:
@@ -88,6 +88,7 @@ class _Call:
         self.q, self.kv_heads, self.rows = q, k.shape[1], terms.rows
         # Every tile of keys starts on a multiple of 16.
         shared = tile_arguments(mask, terms, drop, self.keys, q.device, key_tile=16)
+        self.weight = weigh(shared.flags)
         self.arguments: dict[str, Any] = shared.values | shared.flags
         self.arguments |= {"Q_": q, "K_": k, "V_": v, "GRAD_": grad, "NORMALIZER_": normalizer, "DELTA_": delta}
         for name, x in (("q", q), ("k", k), ("v", v), ("grad", grad)):
@@ -99,7 +100,7 @@ class _Call:
 
     def query_gradients(self, dq: Tensor | None, dcontent: Tensor | None) -> None:
         """Fill dq and dcontent, those that are there."""
-        config = choose_dq(self.q.dtype, self.q.shape[3])
+        config = choose_dq(self.q.dtype, self.q.shape[3], self.weight)
         visits = query_visits(self.mask, self.queries, self.keys, config.block_m, config.block_n, self.q.device)
         own = {"DQ_": dq, "NEED_Q": dq is not None} | _strides("dq", dq)
         tiles = _ceil(self.queries, config.block_m)
@@ -107,7 +108,7 @@ class _Call:
 
     def key_gradients(self, dk: Tensor | None, dv: Tensor | None, dposition: Tensor | None) -> None:
         """Fill dk, dv and dposition, those that are there."""
-        config = choose_dkv(self.q.dtype, self.q.shape[3])
+        config = choose_dkv(self.q.dtype, self.q.shape[3], self.weight)
         visits = key_visits(self.mask, self.queries, self.keys, config.block_m, config.block_n, self.q.device)
         own = {"DK_": dk, "DV_": dv, "NEED_K": dk is not None, "NEED_V": dv is not None}
         own |= _strides("dk", dk) | _strides("dv", dv)
@@ -153,11 +154,13 @@ def _row_statistics(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse:
     batch, heads, queries, dim = out.shape
     lse, grad_lse = lse.contiguous(), None if grad_lse is None else grad_lse.contiguous()
     normalizer, delta = torch.empty_like(lse), torch.empty_like(lse)
-    tiles = _ceil(queries, DELTA_ROWS)
+    width = padded_dim(dim)
+    block = DELTA_ELEMENTS // width
+    tiles = _ceil(queries, block)
     with torch.cuda.device_of(out):
         _delta_kernel[(batch * heads * tiles,)](
             out, grad_out, lse, grad_lse, normalizer, delta, *out.stride()[:3], *grad_out.stride()[:3],
-            heads, queries, tiles, BLOCK_M=DELTA_ROWS, DIM=dim, WIDTH=padded_dim(dim), LSE=grad_lse is not None,
+            heads, queries, tiles, BLOCK_M=block, DIM=dim, WIDTH=width, LSE=grad_lse is not None,
         )  # fmt: skip
     return normalizer, delta
 

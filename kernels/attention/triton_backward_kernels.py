@@ -57,16 +57,17 @@ def probabilities(
 
 
 @triton.jit
-def store_band(BAND_, at, ds, entry, entries, inside):
-    """Score gradients into the bands of their rows, where a distance lies strictly inside: each place is met once."""
-    tl.store(BAND_ + at * entries + entry, ds, mask=inside & (entry > 0) & (entry < entries - 1))
+def store_band(BAND_, row, ds, entry, entries, inside):
+    """Score gradients into the bands of their rows, where a distance lies strictly inside: each place is met once.
+    row: inside the tile that BAND_ starts at."""
+    tl.store(BAND_ + (row * entries + entry), ds, mask=inside & (entry > 0) & (entry < entries - 1))
 
 
 @triton.jit
-def store_ends(BAND_, at, low, high, entries, inside):
+def store_ends(BAND_, row, low, high, entries, inside):
     """The sums over all distances at or beyond either end of the band, which a row meets many times."""
-    tl.store(BAND_ + at * entries, low, mask=inside)
-    tl.store(BAND_ + at * entries + entries - 1, high, mask=inside & (entries > 1))
+    tl.store(BAND_ + row * entries, low, mask=inside)
+    tl.store(BAND_ + (row * entries + entries - 1), high, mask=inside & (entries > 1))
 
 
 @triton.jit
@@ -123,7 +124,8 @@ def attention_dq_kernel(
         tile = tiles - 1 - tile
     b, h = (row_offset + pair // heads).to(tl.int64), pair % heads
     start = tile * BLOCK_M
-    i_at = start + tl.arange(0, BLOCK_M)[:, None]
+    m = tl.arange(0, BLOCK_M)[:, None]
+    i_at = start + m
     exists, i = i_at < queries, query_offset + i_at
     q = load_rows(Q_ + b * q_batch + h * q_head, start, queries, q_row, BLOCK_M, DIM, WIDTH, True)
     grad = load_rows(GRAD_ + b * grad_batch + h * grad_head, start, queries, grad_row, BLOCK_M, DIM, WIDTH, True)
@@ -151,7 +153,8 @@ def attention_dq_kernel(
         CONTENT_ += row * queries * position_rows
     if POSITION:
         POSITION_ += row * keys * position_rows
-    band = pair.to(tl.int64) * queries + i_at
+    if NEED_BAND:
+        BAND_ += (pair.to(tl.int64) * queries + start) * entries
     low, high = tl.zeros([BLOCK_M, 1], tl.float32), tl.zeros([BLOCK_M, 1], tl.float32)
     dq = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     full, steps, first_tile, before = open_visits(VISITS_, LISTS)
@@ -183,12 +186,12 @@ def attention_dq_kernel(
             ds = p * (dp - delta)
             if NEED_BAND:
                 entry = i - j - least
-                store_band(BAND_, band, ds, entry, entries, inside)
+                store_band(BAND_, m, ds, entry, entries, inside)
                 low, high = add_ends(low, high, ds, entry, entries)
             if NEED_Q:
                 dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     if NEED_BAND:
-        store_ends(BAND_, band, low, high, entries, exists)
+        store_ends(BAND_, m, low, high, entries, exists)
     if NEED_Q:
         store_rows(DQ_ + b * dq_batch + h * dq_head, dq * scale, start, queries, dq_row, BLOCK_M, DIM, WIDTH)
 
@@ -219,7 +222,8 @@ def attention_dkv_kernel(
     row, kv = pair // kv_heads, pair % kv_heads
     b = (row_offset + row).to(tl.int64)
     start = tile * BLOCK_N
-    j_at = start + tl.arange(0, BLOCK_N)[:, None]
+    n = tl.arange(0, BLOCK_N)[:, None]
+    j_at = start + n
     exists, j = j_at < keys, key_offset + j_at
     k = load_rows(K_ + b * k_batch + kv * k_head, start, keys, k_row, BLOCK_N, DIM, WIDTH, True)
     v = load_rows(V_ + b * v_batch + kv * v_head, start, keys, v_row, BLOCK_N, DIM, WIDTH, True)
@@ -235,7 +239,7 @@ def attention_dkv_kernel(
         h = kv * group + member
         head = b * heads + h
         q_from, grad_from = Q_ + b * q_batch + h * q_head, GRAD_ + b * grad_batch + h * grad_head
-        layout, slopes, table, content, position = LAYOUT_, SLOPES_, TABLE_, CONTENT_, POSITION_
+        layout, slopes, table, content, position, band = LAYOUT_, SLOPES_, TABLE_, CONTENT_, POSITION_, BAND_
         if LAYOUT:
             layout = LAYOUT_ + h * layout_head
         if SLOPES:
@@ -246,7 +250,8 @@ def attention_dkv_kernel(
             content = CONTENT_ + head * queries * position_rows
         if POSITION:
             position = POSITION_ + head * keys * position_rows
-        band = (row.to(tl.int64) * heads + h) * keys + j_at
+        if NEED_BAND:
+            band = BAND_ + ((row.to(tl.int64) * heads + h) * keys + start) * entries
         low, high = tl.zeros([BLOCK_N, 1], tl.float32), tl.zeros([BLOCK_N, 1], tl.float32)
         visits = VISITS_ + b * visits_batch + h * visits_head + tile * visits_tile
         full, steps, first_tile, before = open_visits(visits, LISTS)
@@ -289,12 +294,12 @@ def attention_dkv_kernel(
                     ds = p * (dp - delta)
                     if NEED_BAND:
                         entry = i - j - least
-                        store_band(BAND_, band, ds, entry, entries, inside)
+                        store_band(band, n, ds, entry, entries, inside)
                         low, high = add_ends(low, high, ds, entry, entries)
                     if NEED_K:
                         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
         if NEED_BAND:
-            store_ends(BAND_, band, low, high, entries, exists)
+            store_ends(band, n, low, high, entries, exists)
     if NEED_K:
         store_rows(DK_ + b * dk_batch + kv * dk_head, dk * scale, start, keys, dk_row, BLOCK_N, DIM, WIDTH)
     if NEED_V:

@@ -48,7 +48,7 @@ def definition(x: dict[str, Tensor], terms: BiasTerms, mask: Mask, scale: float,
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = q @ k.transpose(2, 3) * scale
     if not terms.empty:
-        columns = torch.arange(queries) + mask.query_offset, torch.arange(keys) + mask.key_offset
+        columns = (torch.arange(n) + at for n, at in ((queries, mask.query_offset), (keys, mask.key_offset)))
         scores = scores + bias_values(terms, *columns, q.dtype)
     scores = scores.to(torch.promote_types(q.dtype, torch.float32))
     seen = mask.visible(queries, keys, q.device)
@@ -63,6 +63,7 @@ def definition(x: dict[str, Tensor], terms: BiasTerms, mask: Mask, scale: float,
             query_offset=mask.query_offset,
             key_offset=mask.key_offset,
             head_offset=drop.head_offset,
+            device=q.device,
         )
         weights = torch.where(keep, weights / (1 - drop.p), 0)
     return weights.to(q.dtype) @ v, lse
