@@ -14,6 +14,7 @@ from .biases import (
     alibi_slopes,
     deberta_rows,
     resolve_bias,
+    resolve_row,
     sandwich_table,
     t5_bucket,
 )
@@ -144,7 +145,10 @@ def attention(
     with own_precision(q):
         if rotary is not None:
             q, k = rotary.rotate_query(q), rotary.rotate_key(k)
-        terms = resolve_bias(bias, q, k, factor)
+        if isinstance(bias, Disentangled) and q.shape[2] == 1:
+            terms = resolve_row(bias, q, k, factor, mask.query_offset - mask.key_offset)
+        else:
+            terms = resolve_bias(bias, q, k, factor)
         if decision.form not in ("chunked", "triton"):
             return run_fused(decision, q, k, v, mask, terms, factor)
         drop = Drop(dropout, dropout_key, head_offset) if dropout_key is not None and dropout > 0 else None

@@ -106,6 +106,22 @@ def resolve_bias(bias: Bias | None, q: Tensor, k: Tensor, scale: float) -> BiasT
     return BiasTerms(None, None, content, position, bias.rows, bias.least)
 
 
+def resolve_row(bias: Disentangled, q: Tensor, k: Tensor, scale: float, apart: int) -> BiasTerms:
+    """`resolve_bias` for a single query, `apart` columns after the first key (decoding): every key has one distance, so
+    one row of the position queries is needed for each, not all. The terms come as `content` by distance."""
+    keys = k.shape[2]
+    distance = apart - torch.arange(keys, device=q.device)
+    row = bias.rows.long()[(distance - bias.least).clamp(0, len(bias.rows) - 1)]
+    total = q.new_zeros(())
+    if bias.position_keys is not None:
+        total = ((q * scale) @ bias.position_keys.to(q.dtype).transpose(-1, -2))[..., row]
+    if bias.position_queries is not None:
+        tables = bias.position_queries.to(q.dtype)[:, row].unflatten(0, (k.shape[1], -1))
+        total = total + ((k * scale)[:, :, None] * tables).sum(-1).flatten(1, 2)[:, :, None]
+    entries = torch.arange(keys, dtype=torch.int32, device=q.device)
+    return BiasTerms(content=total.flip(-1), rows=entries, least=apart - (keys - 1))
+
+
 def bias_values(terms: BiasTerms, queries: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
     """(batch or 1, head, n, m) in dtype: the bias of queries at columns `queries` (n,) and keys at `keys` (m,).
 
@@ -139,9 +155,9 @@ def alibi_slopes(heads: int) -> Tensor:
 
 
 def sandwich_table(heads: int, distances: int, dim: int = 128) -> Tensor:
-    """(heads, distances) fp32: entry d >= 0 of head h is (sum_i cos(d / 10000^(2 i / dim)) - dim / 2) / c_h with i = 0 ..
-    dim / 2 - 1 and c_h = 8 (h + 1) / heads: the product of two sinusoidal embeddings d apart, less its value at
-    distance 0, which softmax does not see (Chi et al. 2022, section 5)."""
+    """(heads, distances) fp32: entry d >= 0 of head h is (sum_i cos(d / 10000^(2 i / dim)) - dim / 2) / c_h, with
+    i = 0 .. dim / 2 - 1 and c_h = 8 (h + 1) / heads: the product of two sinusoidal embeddings d apart, less its value
+    at distance 0, which softmax does not see (Chi et al. 2022, section 5)."""
     frequencies = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     sums = (torch.arange(distances, dtype=torch.float64)[:, None] * frequencies).cos().sum(1) - dim / 2
     strength = 8 * torch.arange(1, heads + 1, dtype=torch.float64) / heads
