@@ -100,10 +100,11 @@ CELLS = (
 
 def document_lengths(tokens: int) -> list[int]:
     """Lengths of documents that fill `tokens`: log-uniform from 128 to 4096; always the same."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     lengths: list[int] = []
     while (left := tokens - sum(lengths)) > 0:
-        lengths.append(min(left, int(2 ** (7 + 5 * torch.rand((), generator=generator).item()))))
+        exponent = 7 + 5 * torch.rand((), generator=generator, device="cpu").item()
+        lengths.append(min(left, int(2**exponent)))
     return lengths
 
 
