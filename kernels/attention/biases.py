@@ -117,7 +117,7 @@ def resolve_row(bias: Disentangled, q: Tensor, k: Tensor, scale: float, apart: i
         total = ((q * scale) @ bias.position_keys.to(q.dtype).transpose(-1, -2))[..., row]
     if bias.position_queries is not None:
         tables = bias.position_queries.to(q.dtype)[:, row].unflatten(0, (k.shape[1], -1))
-        total = total + ((k * scale)[:, :, None] * tables).sum(-1).flatten(1, 2)[:, :, None]
+        total = total + (torch.einsum("bkld,kgld->bkgl", k, tables) * scale).flatten(1, 2)[:, :, None]
     entries = torch.arange(keys, dtype=torch.int32, device=q.device)
     return BiasTerms(content=total.flip(-1), rows=entries, least=apart - (keys - 1))
 
