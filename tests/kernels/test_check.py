@@ -52,7 +52,7 @@ def configurations():
     return [
         Configuration("product", product, types, {"SIDE": 64}),
         Configuration("hoard", hoard, {"x": "*fp32", "out": "*fp32"}, {"COUNT": 512}, num_warps=1, dtype="fp32"),
-        Configuration("copy", copy, {"x": "*bf16", "out": "*bf16", "n": "i32"}),
+        Configuration("copy", copy, {"x": "*bf16", "out": "*bf16", "n": "i32"}, targets=("sm_90a",)),
         Configuration("wrong", wrong, {"x": "*fp32", "out": "*fp32"}, dtype="fp32"),
     ]
 """
@@ -103,6 +103,11 @@ def test_readings_are_kept_per_source(specimens, tmp_path, monkeypatch):
     (fresh,) = compile_all([str(changed)], ["sm_90a"], only="copy", cache=cache)
     assert 0 < fresh.registers <= 255
     assert len(list(cache.iterdir())) == 4
+
+
+def test_a_configuration_is_compiled_for_its_targets(specimens):
+    source, cache, _ = specimens
+    assert compile_all([str(source)], ["sm_80"], only="copy", cache=cache) == []
 
 
 def test_a_module_that_is_not_there_is_named():
