@@ -135,7 +135,7 @@ def read(index: int) -> Reading:
 
 def readings(workers: int) -> Iterator[Reading]:
     """Every job's reading, in the order in which they are done."""
-    if workers == 1 or len(JOBS) == 1:
+    if workers == 1 or len(JOBS) <= 1:
         yield from map(read, range(len(JOBS)))
         return
     with multiprocessing.get_context("fork").Pool(min(workers, len(JOBS))) as pool:
