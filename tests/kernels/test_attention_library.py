@@ -208,6 +208,30 @@ def test_a_growing_cache_is_compiled_twice_at_most(assert_close, monkeypatch):
     assert compilations <= 2
 
 
+def test_dropout_of_every_step_is_one_graph(assert_close):
+    """The step is a number of the graph, not a constant of it: training does not compile per step."""
+    compilations = 0
+
+    def backend(graph: torch.fx.GraphModule, _: list) -> Any:
+        nonlocal compilations
+        compilations += 1
+        return graph.forward
+
+    case = Case(MASKS["causal"]())
+
+    def run(step: int) -> Tensor:
+        key = DropoutKey(7, "attention", step, 1, KEY.samples)
+        return attention(case.q, case.k, case.v, mask=case.mask, dropout=0.5, dropout_key=key)
+
+    compiled = torch.compile(run, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        outs = [compiled(step) for step in range(5)]
+        for step, out in enumerate(outs):
+            assert_close(out, run(step), 1e-12)
+    assert not torch.equal(outs[3], outs[4])
+    assert compilations <= 3  # 0 and 1 are constants to the compiler, then it is a symbol
+
+
 def test_compiled_rotation(assert_close):
     positions = torch.arange(LENGTH).expand(BATCH, LENGTH)
     rotary = Rotary(rotary_frequencies(DIM), positions, positions)
