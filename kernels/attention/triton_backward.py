@@ -26,7 +26,7 @@ from .function import Drop, Gradients
 from .masks import Mask
 from .tiles import Visits, key_visits, query_visits
 from .triton import Config, _ceil, padded_dim
-from .triton_backward_configurations import choose_dkv, choose_dq, choose_dtable, weigh
+from .triton_backward_configurations import HOPPER, choose_dkv, choose_dq, choose_dtable, weigh
 from .triton_backward_kernels import attention_dkv_kernel, attention_dq_kernel, delta_kernel
 from .triton_bias_backward import find_segments, sum_rows, table_gradient
 from .triton_tiles import tile_arguments
@@ -88,7 +88,9 @@ class _Call:
         self.q, self.kv_heads, self.rows = q, k.shape[1], terms.rows
         # Every tile of keys starts on a multiple of 16.
         shared = tile_arguments(mask, terms, drop, self.keys, q.device, key_tile=16)
-        self.weight = weigh(shared.flags)
+        self.weight, self.shared = weigh(shared.flags), HOPPER
+        if q.is_cuda:
+            self.shared = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
         self.arguments: dict[str, Any] = shared.values | shared.flags
         self.arguments |= {"Q_": q, "K_": k, "V_": v, "GRAD_": grad, "NORMALIZER_": normalizer, "DELTA_": delta}
         for name, x in (("q", q), ("k", k), ("v", v), ("grad", grad)):
@@ -100,7 +102,7 @@ class _Call:
 
     def query_gradients(self, dq: Tensor | None, dcontent: Tensor | None) -> None:
         """Fill dq and dcontent, those that are there."""
-        config = choose_dq(self.q.dtype, self.q.shape[3], self.weight)
+        config = choose_dq(self.q.dtype, self.q.shape[3], self.weight, self.shared)
         visits = query_visits(self.mask, self.queries, self.keys, config.block_m, config.block_n, self.q.device)
         own = {"DQ_": dq, "NEED_Q": dq is not None} | _strides("dq", dq)
         tiles = _ceil(self.queries, config.block_m)
@@ -108,7 +110,7 @@ class _Call:
 
     def key_gradients(self, dk: Tensor | None, dv: Tensor | None, dposition: Tensor | None) -> None:
         """Fill dk, dv and dposition, those that are there."""
-        config = choose_dkv(self.q.dtype, self.q.shape[3], self.weight)
+        config = choose_dkv(self.q.dtype, self.q.shape[3], self.weight, self.shared)
         visits = key_visits(self.mask, self.queries, self.keys, config.block_m, config.block_n, self.q.device)
         own = {"DK_": dk, "DV_": dv, "NEED_K": dk is not None, "NEED_V": dv is not None}
         own |= _strides("dk", dk) | _strides("dv", dv)
