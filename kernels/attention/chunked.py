@@ -1,8 +1,8 @@
 """Attention in plain torch with O(length) memory: tiles of scores, an online softmax, and a backward that makes the
 tiles again (Rabe & Staats 2021; Dao et al. 2022). Any dtype and device; arithmetic in fp32, or fp64 for fp64.
 
-Work is proportional to the tiles that the mask does not empty. A tile covers all samples and heads at once unless the
-mask tells them apart.
+Work is proportional to the tiles that the mask does not empty. A tile covers all samples and heads at once unless
+they visit very different ones.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from .tiles import tile_matrices
 # The fastest of 64 to 512 on CPUs: a tile of scores of eight heads is half a megabyte.
 TILE_Q = 128
 TILE_K = 128
+WASTE = 1.5
+"""How many times the tiles that are needed are visited rather than going through samples or heads one by one."""
 
 
 class _Part(NamedTuple):
@@ -57,7 +59,9 @@ def forward(
     """See `function.Form.forward`."""
     dtype = _wide(q)
     calls = _Calls(q, k, terms, mask, drop)
-    out = q.new_zeros(*q.shape[:3], v.shape[3], dtype=dtype if wide else q.dtype)
+    # In the memory order of q, so that a caller's transposes undo each other.
+    like = q if q.shape[3] == v.shape[3] else q.new_empty(*q.shape[:3], v.shape[3])
+    out = torch.zeros_like(like, dtype=dtype if wide else q.dtype)
     lse = q.new_full(q.shape[:3], float("-inf"), dtype=dtype)
     for part, rows, columns in calls.rows():
         here = (part.samples, part.heads, rows)
@@ -162,6 +166,11 @@ class _Calls:
 
     def _parts(self) -> Iterator[_Part]:
         some, full = tile_matrices(self.mask, self.queries, self.keys, self.tile_q, self.tile_k, self.device)
+        for axis in (0, 1):
+            together = some.any(axis, keepdim=True)
+            # Little to skip: one call over all is cheaper than many over one each.
+            if together.sum() * some.shape[axis] <= WASTE * some.sum():
+                some, full = together, full.all(axis, keepdim=True)
         for b in range(some.shape[0]):
             samples = slice(b, b + 1) if some.shape[0] > 1 else slice(0, self.batch)
             for h in range(some.shape[1]):

@@ -206,6 +206,33 @@ def test_gradcheck(monkeypatch):
     assert torch.autograd.gradcheck(with_table, inputs + table, fast_mode=True)
 
 
+def test_work_is_proportional_to_what_is_visible(monkeypatch):
+    """Scores that are computed, of 64 x 64 pairs a sample and head, in tiles of 16 x 8."""
+    computed, scores = [], chunked._scores
+
+    def count(query: Tensor, key: Tensor, tile: Any) -> Tensor:
+        computed.append(scores(query, key, tile))
+        return computed[-1]
+
+    monkeypatch.setattr(chunked, "_scores", count)
+    apart = torch.arange(ROW).expand(BATCH, -1).int() // 16
+    other = torch.zeros_like(apart)
+    other[0] = apart[0]
+    eye = torch.eye(8, dtype=torch.bool).expand(HEADS, -1, -1).clone()
+    eye[0] = True
+    for spec, share in (
+        ({"causal": False}, 1.0),
+        ({}, 0.625),  # of 8 columns of tiles 2, 4, 6 and 8
+        ({"window": 8}, 0.375 - 2 / 64),  # 2, 3, 3 and 3
+        ({"documents": apart, "causal": False}, 0.25),
+        ({"documents": other, "causal": False}, (0.25 + 1) / 2),  # sample by sample
+        ({"layout": BlockLayout.from_dense(eye, 8), "causal": False}, (1 + 3 * 0.25) / 4),  # head by head
+    ):
+        computed.clear()
+        attention(*make_inputs(ROW, ROW), mask=make_mask(spec, ROW, ROW), return_lse=True)
+        assert sum(x.numel() for x in computed) == share * BATCH * HEADS * ROW * ROW
+
+
 def test_only_wanted_gradients_are_made():
     q, k, v = make_inputs(20, 20)
     bias, (table,) = make_bias("table")
