@@ -7,6 +7,7 @@ later in a row and positions may be any; it only costs work.
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import fields, replace
@@ -154,19 +155,24 @@ def _visits(
         return _plain_visits(mask, sizes, device, transposed)
     if _cannot_remember(tensors, device):
         return _compute(mask, sizes, device, transposed)
-    key = (_without_tensors(mask), sizes, device, transposed, tuple(_identity(x) for x in tensors))
-    if key in _recent:
-        _recent.move_to_end(key)
-        return _recent[key][0]
+    # A table made on one stream may not be ready on another.
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    key = (_without_tensors(mask), sizes, device, stream, transposed, tuple(_identity(x) for x in tensors))
+    with _lock:  # backward runs on threads of its own
+        if key in _recent:
+            _recent.move_to_end(key)
+            return _recent[key][0]
     visits = _compute(mask, sizes, device, transposed)
-    # The tensors are kept with the table: while they live, nothing else has their addresses.
-    _recent[key] = (visits, tensors)
-    if len(_recent) > _RECENT_LIMIT:
-        _recent.popitem(last=False)
+    with _lock:
+        # The tensors are kept with the table: while they live, nothing else has their addresses.
+        _recent[key] = (visits, tensors)
+        if len(_recent) > _RECENT_LIMIT:
+            _recent.popitem(last=False)
     return visits
 
 
 _recent: OrderedDict[Hashable, tuple[Visits, tuple[Tensor, ...]]] = OrderedDict()
+_lock = threading.Lock()
 
 
 @lru_cache(maxsize=256)
