@@ -1,6 +1,6 @@
 """Position schemes on rows longer than they were trained on: perplexity at 1, 2, 4 and 8 times the training length.
 
-    python benchmarks/length_extrapolation.py [train.sequences=64 ...] [--steps 600] [--seeds 1] [--schemes rope ...]
+    python benchmarks/length_extrapolation.py [train.sequences=32 ...] [--steps 900] [--seeds 1] [--schemes rope ...]
 
 A small attention model is trained once for each scheme, by the real command, with the same data, order and number of
 steps, in rows of 64 tokens of the corpus of `potamos demo`. Each is then scored on the held-out split cut into longer
@@ -47,8 +47,8 @@ MODEL = (
     "model.mixer={kind: attention, heads: 4}",
     "model.channel={kind: mlp, ratio: 4, activation: gelu_tanh}",
     f"data.sequence_length={TRAINED}",
-    "train.sequences=64",
-    "train.micro_sequences=64",
+    "train.sequences=32",
+    "train.micro_sequences=32",
     "telemetry.every=20",
     "telemetry.samples.every=null",
 )
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("changes", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--folder", type=Path, default=Path("runs/length_extrapolation"))
     parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "length_extrapolation.csv")
     chosen = parser.parse_args()
