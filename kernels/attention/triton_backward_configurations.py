@@ -24,7 +24,7 @@ HOPPER = SHARED_LIMIT["sm_90a"]
 DQ = {
     64: (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(128, 32, 8, 2), Config(128, 16, 8, 2)),
     128: (Config(128, 64, 8, 2), Config(128, 32, 8, 2), Config(128, 16, 8, 2), Config(128, 16, 8, 2)),
-    256: (Config(128, 32, 8, 2), Config(128, 16, 8, 2), Config(128, 16, 8, 2), Config(128, 16, 8, 2)),
+    256: (Config(128, 32, 8, 2), Config(128, 16, 8, 2), Config(128, 16, 8, 2), Config(64, 16, 8, 2)),
 }
 """Padded head dimension (64 for less) -> tiles of fp16 and bf16 for each weight."""
 DKV = {
@@ -48,7 +48,7 @@ def choose_dq(dtype: torch.dtype, dim: int, weight: int, shared: int = HOPPER) -
     """Tiles of `attention_dq_kernel`; shared: bytes of shared memory that a program may have."""
     config = DQ[max(64, padded_dim(dim))][weight]
     if dtype == torch.float32:
-        config = Config(32, 32, 4, 1) if dim <= 64 else Config(32, 32, 8, 1)
+        config = Config(64 if dim <= 64 else 32, 32, 8, 1)
     return _fit(config, dtype.itemsize * padded_dim(dim), weight, shared, "block_n")
 
 

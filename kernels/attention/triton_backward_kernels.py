@@ -161,7 +161,8 @@ def attention_dq_kernel(
     for MASKED in tl.static_range(2):
         begin = full if MASKED else full - full
         end = steps if MASKED else full
-        for step in range(begin, end):
+        # Hoisted out of the loop, what addresses q and grad for wgmma would take up to a hundred registers.
+        for step in tl.range(begin, end, disable_licm=q.dtype != tl.float32):
             first_key = visited(VISITS_, step, full, first_tile, before, LISTS, MASKED) * BLOCK_N
             j_at = first_key + tl.arange(0, BLOCK_N)[None, :]
             j, inside = key_offset + j_at, exists & (j_at < keys)
@@ -258,7 +259,7 @@ def attention_dkv_kernel(
         for MASKED in tl.static_range(2):
             begin = full if MASKED else full - full
             end = steps if MASKED else full
-            for step in range(begin, end):
+            for step in tl.range(begin, end, disable_licm=k.dtype != tl.float32):
                 first_query = visited(visits, step, full, first_tile, before, LISTS, MASKED) * BLOCK_M
                 i_at = first_query + tl.arange(0, BLOCK_M)[None, :]
                 i, present = query_offset + i_at, i_at < queries
