@@ -227,8 +227,9 @@ def _without_tensors(mask: Mask) -> Hashable:
 
 
 def _cannot_remember(tensors: tuple[Tensor, ...], device: torch.device) -> bool:
-    """Without a version a change in place would go unseen; a captured graph must compute its tables itself."""
-    if any(x.is_inference() for x in tensors):
+    """Without a version a change in place would go unseen, a subclass (a fake tensor, say) may have no address, and a
+    captured graph must compute its tables itself."""
+    if any(x.is_inference() or type(x) is not Tensor for x in tensors):
         return True
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
