@@ -115,6 +115,10 @@ HEAVIEST = (
 """(mask, bias, dropout): calls that compute the most for each pair among those of their weight."""
 
 
+FOR_AMPERE = ("causal", "every mask", "window disentangled")
+"""Titles that are compiled for Ampere too; the others would show nothing else and take minutes."""
+
+
 def configurations() -> list[Configuration]:
     """dq, dk and dv in every dtype; at 64, 128 and 256 channels in bf16 also the heaviest calls of each weight; the
     gradient of a table; what runs before and after them."""
@@ -122,6 +126,8 @@ def configurations() -> list[Configuration]:
     launched: dict[str, tuple[Any, torch.dtype, int, dict[str, Any], Config]] = {}
     for dtype, dim, title, flags in _cases():
         for target, shared in SHARED_LIMIT.items():
+            if target != "sm_90a" and title not in FOR_AMPERE:
+                continue
             for side, kernel, choose in (
                 ("dq", attention_dq_kernel, choose_dq),
                 ("dkv", attention_dkv_kernel, choose_dkv),
@@ -199,4 +205,5 @@ def _make(
         aligned=tuple(n for n in signature if n.endswith(("_batch", "_head", "_row")) and n[0] in "qkvgdo"),
         dtype=NAMES[dtype] if products else "",
         chosen=targets,
+        targets=targets,
     )
