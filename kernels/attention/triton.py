@@ -31,10 +31,12 @@ from .triton_tiles import (
     NOT_SPECIALIZED,
     TYPES,
     add_bias,
+    bias_flags,
     kept,
     load_facts,
     load_prefix,
     load_rows,
+    mask_flags,
     open_visits,
     tile_arguments,
     visible,
@@ -49,7 +51,7 @@ def attend(
     KEY_DOCUMENTS_, KEY_POSITIONS_, LAYOUT_, SLOPES_, TABLE_, CONTENT_, POSITION_, ROWS_, key_offset, window,
     block_size, block_shift, behind, ahead, first, layout_size, layout_columns, least, entries, position_rows,
     threshold, seed,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, FOLD: tl.constexpr,
     MASKED: tl.constexpr, LISTS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr,
     FIRST: tl.constexpr, PREFIX: tl.constexpr, LAYOUT: tl.constexpr, DOCUMENTS: tl.constexpr, POSITIONS: tl.constexpr,
     SLOPES: tl.constexpr, TABLE: tl.constexpr, CONTENT: tl.constexpr, POSITION: tl.constexpr, DROPOUT: tl.constexpr,
@@ -57,21 +59,27 @@ def attend(
     """Steps begin .. end - 1 of the visits: the output not yet divided (BLOCK_M, WIDTH), the largest score so far and
     the sum of exponentials, both (BLOCK_M)."""
     n = tl.arange(0, BLOCK_N)[None, :]
-    for step in range(begin, end):
+    # Without hoisting: invariants of the loop would stay in registers that the tiles need.
+    for step in tl.range(begin, end, disable_licm=True):  # pyright: ignore[reportGeneralTypeIssues]
         first_key = visited(VISITS_, step, full, start, before, LISTS, MASKED) * BLOCK_N
         k = load_rows(K_, first_key, keys, k_row, BLOCK_N, DIM, WIDTH, MASKED)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         j_at = first_key + n
         j = key_offset + j_at
-        inside = (i_at < queries) & (j_at < keys)
+        inside = j_at < keys
+        if CONTENT or LAYOUT:  # read by query; otherwise rows beyond the end cost nothing, nobody stores them
+            inside = inside & (i_at < queries)
         if SLOPES or TABLE or CONTENT or POSITION:
             s = add_bias(
                 s * scale, i, j, i_at, j_at, inside, SLOPES_, TABLE_, CONTENT_, POSITION_, ROWS_, least, entries,
                 position_rows, SLOPES, TABLE, CONTENT, POSITION,
             )  # fmt: skip
             unit = 1.0
-        else:
+        elif FOLD:
             unit = scale
+        else:
+            s *= scale
+            unit = 1.0
         if MASKED:
             j_document, j_position = load_facts(
                 j_at, j_at < keys, j, KEY_DOCUMENTS_, KEY_POSITIONS_, DOCUMENTS, POSITIONS
@@ -82,8 +90,8 @@ def attend(
                 CAUSAL, WINDOW, BLOCKS, FIRST, PREFIX, LAYOUT, DOCUMENTS,
             )  # fmt: skip
             s = tl.where(seen, s, -float("inf"))
-        # A positive scale commutes with the maximum, so it is applied to a row here and inside the exponent's fused
-        # multiply-add below, not to the tile.
+        # A positive scale commutes with the maximum: with FOLD it is applied to a row here and inside the exponent's
+        # fused multiply-add below, not to the tile.
         new_top = tl.maximum(top, tl.max(s, 1) * unit)
         base = new_top
         if MASKED or TABLE:  # a row that has seen nothing yet has -inf, which must not be subtracted from itself
@@ -109,10 +117,10 @@ def attention_fwd_kernel(
     lse_split, visits_batch, visits_head, visits_tile, heads, group, queries, keys, tiles, scale, rescale,
     query_offset, key_offset, window, block_size, block_shift, behind, ahead, first, prefix, layout_size,
     layout_columns, layout_head, least, entries, position_rows, threshold, head_offset, seed,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
-    LISTS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr, FIRST: tl.constexpr,
-    PREFIX: tl.constexpr, LAYOUT: tl.constexpr, DOCUMENTS: tl.constexpr, POSITIONS: tl.constexpr, SLOPES: tl.constexpr,
-    TABLE: tl.constexpr, CONTENT: tl.constexpr, POSITION: tl.constexpr, DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, FOLD: tl.constexpr,
+    SPLIT: tl.constexpr, LISTS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr,
+    FIRST: tl.constexpr, PREFIX: tl.constexpr, LAYOUT: tl.constexpr, DOCUMENTS: tl.constexpr, POSITIONS: tl.constexpr,
+    SLOPES: tl.constexpr, TABLE: tl.constexpr, CONTENT: tl.constexpr, POSITION: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """Grid (batch x heads x query tiles, splits); scale is log2(e) times the call's, positive."""
     program, split = tl.program_id(0), tl.program_id(1)
@@ -165,7 +173,7 @@ def attention_fwd_kernel(
             queries, keys, k_row, v_row, scale, sample, head_offset + h, limit,
             KEY_DOCUMENTS_, KEY_POSITIONS_, LAYOUT_, SLOPES_, TABLE_, CONTENT_, POSITION_, ROWS_, key_offset, window,
             block_size, block_shift, behind, ahead, first, layout_size, layout_columns, least, entries, position_rows,
-            threshold, seed, BLOCK_M, BLOCK_N, DIM, WIDTH, MASKED, LISTS, CAUSAL, WINDOW, BLOCKS, FIRST, PREFIX,
+            threshold, seed, BLOCK_M, BLOCK_N, DIM, WIDTH, FOLD, MASKED, LISTS, CAUSAL, WINDOW, BLOCKS, FIRST, PREFIX,
             LAYOUT, DOCUMENTS, POSITIONS, SLOPES, TABLE, CONTENT, POSITION, DROPOUT,
         )  # fmt: skip
 
@@ -185,13 +193,17 @@ def attention_fwd_kernel(
 @dataclass(frozen=True)
 class Config:
     """How a call is cut: queries and keys a tile, warps and pipeline stages of a program, splits of the keys (None:
-    chosen from the number of programs and visited tiles)."""
+    chosen from the number of programs and visited tiles).
+
+    fold: multiply the scale in with the exponent, an instruction less for each score; a matter of a few registers.
+    """
 
     block_m: int
     block_n: int
     warps: int
     stages: int
     splits: int | None = None
+    fold: bool = True
 
 
 MOST_SPLITS = 64
@@ -202,9 +214,35 @@ def padded_dim(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
-def choose_config(dtype: torch.dtype, dim: int, queries: int) -> Config:
-    """The cut for an input dtype and head dimension."""
-    return Config(64, 64, 4, 2)
+def choose_config(dtype: torch.dtype, dim: int, queries: int, flags: dict[str, Any]) -> Config:
+    """The cut for an input dtype, head dimension, number of queries and the flags of mask, bias and dropout.
+
+    What is chosen for bf16 and fp16 spills no register on Hopper; the registers named are those of sm_90a in bf16.
+    """
+    width = padded_dim(dim)
+    gathers = flags["TABLE"] or flags["CONTENT"] or flags["POSITION"]
+    looks_up = flags["CONTENT"] or flags["POSITION"] or flags["LAYOUT"]
+    if queries <= 16:  # decoding: bound by reading keys, and no tile of 64 rows would be full
+        return Config(16, 64 if width <= 128 and not looks_up else 32, 4, 2)
+    if dtype == torch.float32:  # no tensor cores: small tiles that a thread's multiply-adds can hold
+        return Config(64, 32, 8, 2) if width <= 64 else Config(32, 16, 8, 2)
+    if width <= 64:
+        # Four warps and 64 KiB: two programs share a multiprocessor, one's exponentials beside the other's products
+        # (full 245 registers, causal and documents 255). Folding the scale spills 12 bytes without documents, not
+        # folding it 20 with them. More in a tile's arithmetic needs eight warps (165 to 255).
+        if not (gathers or looks_up or flags["DROPOUT"] or flags["BLOCKS"]):
+            return Config(128, 64, 4, 3, fold=flags["DOCUMENTS"])
+        return Config(128, 32 if looks_up and flags["DROPOUT"] else 64, 8, 2)
+    if width == 128:
+        # 128 queries, because a tile of keys is then read half as often from the cache as with 64; three stages of keys
+        # and values are what shared memory holds (causal 220 registers, dropout 255).
+        if looks_up:
+            return Config(64, 32, 8, 2)
+        return Config(128, 32, 8, 2) if gathers or flags["BLOCKS"] else Config(128, 64, 8, 3)
+    # The output alone takes 128 of a thread's registers: narrow tiles of keys (causal 255, with tables 255).
+    if looks_up:
+        return Config(64, 16, 8, 2)
+    return Config(64 if gathers or flags["BLOCKS"] else 128, 32, 8, 2)
 
 
 def choose_splits(programs: int, key_tiles: int, multiprocessors: int) -> int:
@@ -243,7 +281,8 @@ def attention_forward(
     if 0 in (batch, heads, queries, keys):
         lse = torch.full((batch, heads, queries), -float("inf"), device=q.device)
         return torch.zeros_like(q, dtype=torch.float32 if wide else q.dtype), lse
-    config = config or choose_config(q.dtype, dim, queries)
+    flags = mask_flags(mask) | bias_flags(terms) | {"DROPOUT": drop is not None}
+    config = config or choose_config(q.dtype, dim, queries, flags)
     if scale <= 0:  # the kernel takes the maximum before it scales
         q, scale = (q.neg(), -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
@@ -261,7 +300,8 @@ def attention_forward(
     table = visits.table
     constants: dict[str, Any] = arguments.flags | {
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "DIM": dim, "WIDTH": padded_dim(dim),
-        "SPLIT": splits > 1, "LISTS": visits.lists, "num_warps": config.warps, "num_stages": config.stages,
+        "FOLD": config.fold, "SPLIT": splits > 1, "LISTS": visits.lists,
+        "num_warps": config.warps, "num_stages": config.stages,
     }  # fmt: skip
     with torch.cuda.device_of(q):  # Triton launches on the current device, whatever its arguments are on
         attention_fwd_kernel[(batch * heads * tiles, splits)](
@@ -296,26 +336,69 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 _NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_NO_FLAGS: dict[str, Any] = mask_flags(Mask(causal=False)) | bias_flags(BiasTerms()) | {"DROPOUT": 0}
+_FEATURES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "causal": {"CAUSAL": True},
+    "documents": {"CAUSAL": True, "DOCUMENTS": True},
+    "window": {"CAUSAL": True, "WINDOW": True, "FIRST": True},
+    "blocks": {"CAUSAL": True, "BLOCKS": True, "DOCUMENTS": True, "POSITIONS": True},
+    "prefix": {"CAUSAL": True, "PREFIX": 2},
+    "slopes": {"CAUSAL": True, "SLOPES": True},
+    "table": {"CAUSAL": True, "TABLE": True},
+    "dropout": {"CAUSAL": True, "DROPOUT": 1},
+    "unaligned dropout": {"CAUSAL": True, "DROPOUT": 2},
+    "table dropout documents": {"CAUSAL": True, "TABLE": True, "DROPOUT": 1, "DOCUMENTS": True},
+    "disentangled": {"CONTENT": True, "POSITION": True, "DOCUMENTS": True},
+    "disentangled dropout": {"CONTENT": True, "POSITION": True, "DOCUMENTS": True, "DROPOUT": 1},
+    "layout": {"LAYOUT": True},
+    "everything masked": dict.fromkeys(
+        ("CAUSAL", "WINDOW", "BLOCKS", "FIRST", "LAYOUT", "DOCUMENTS", "POSITIONS"), True
+    ) | {"PREFIX": 2, "DROPOUT": 1},
+}  # fmt: skip
 
 
-def describe(
-    name: str, dtype: torch.dtype, dim: int, flags: dict[str, Any], config: Config, **rest: Any
+def configurations() -> list[Configuration]:
+    """What `attention_forward` launches: every feature in bf16 at the two common dimensions, some in other types and
+    dimensions, and one query (decoding), whole and in splits. fp16 compiles like bf16."""
+    bf16, found = torch.bfloat16, []
+    for dim in (64, 128):
+        found += [configuration(name, bf16, dim) for name in _FEATURES]
+    for dim in (16, 96, 256):
+        found += [configuration(name, bf16, dim) for name in ("full", "causal", "documents", "table dropout documents")]
+    found += [configuration(name, bf16, 256) for name in ("dropout", "disentangled dropout", "everything masked")]
+    for dtype in (torch.float16, torch.float32):
+        found += [configuration("causal", dtype, dim) for dim in (64, 128, 256)]
+        found.append(configuration("disentangled", dtype, 64))
+    found += [
+        configuration("causal", bf16, dim, queries=1, split=split) for dim in (64, 128) for split in (False, True)
+    ]
+    return found
+
+
+def configuration(
+    features: str, dtype: torch.dtype, dim: int, queries: int = 4096, split: bool = False, config: Config | None = None
 ) -> Configuration:
-    """One form of the kernel for compilation ahead of time."""
+    """One form of the kernel for compilation ahead of time; `features` is a key of `_FEATURES`."""
+    flags = _NO_FLAGS | _FEATURES[features]
+    config = config or choose_config(dtype, dim, queries, flags)
     constants = flags | {
-        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "DIM": dim, "WIDTH": padded_dim(dim), "SPLIT": False,
-        "LISTS": flags["LAYOUT"],
-    } | rest  # fmt: skip
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "DIM": dim, "WIDTH": padded_dim(dim),
+        "FOLD": config.fold, "SPLIT": split, "LISTS": flags["LAYOUT"] or flags["FIRST"],
+    }  # fmt: skip
     typed = TYPES | dict.fromkeys(("Q_", "K_", "V_", "OUT_", "CONTENT_", "POSITION_"), f"*{_NAMES[dtype]}")
     typed |= {"LSE_": "*fp32", "VISITS_": "*i32", "scale": "fp32", "rescale": "fp32"}
-    strides = [n for n in attention_fwd_kernel.arg_names if n.split("_")[0] in ("q", "k", "v", "out")]
+    if split:
+        typed["OUT_"] = "*fp32"
+    names = attention_fwd_kernel.arg_names
+    title = f"attention forward {features}{' one query' if queries == 1 else ''}{' split' if split else ''}"
     return Configuration(
-        name,
+        f"{title} {_NAMES[dtype]} D{dim} {config.block_m}x{config.block_n}x{config.warps}x{config.stages}",
         attention_fwd_kernel,
-        {n: typed.get(n, "i32") for n in attention_fwd_kernel.arg_names if n not in constants},
+        {n: typed.get(n, "i32") for n in names if n not in constants},
         constants,
         num_warps=config.warps,
         num_stages=config.stages,
-        aligned=tuple(strides),
+        aligned=tuple(n for n in names if n.split("_")[0] in ("q", "k", "v", "out")),
         dtype=_NAMES[dtype],
     )
