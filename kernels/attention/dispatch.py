@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import logging
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -86,8 +85,10 @@ def announce(decision: Decision) -> None:
 
 def form_of(decision: Decision) -> Form:
     """The module behind "chunked" or "triton"."""
-    if decision.form == "triton":  # imported when first needed: the kernels need the triton package
-        return cast(Form, importlib.import_module(".triton_form", __package__))
+    if decision.form == "triton":
+        from . import triton_form  # when first needed: the kernels need the triton package
+
+        return cast(Form, triton_form)
     assert decision.form == "chunked"
     return cast(Form, chunked)
 
