@@ -3,10 +3,10 @@
     python benchmarks/attention_cpu.py [--rounds 7] [--threads 1]
 
 Cases that torch's fused kernel has no form of its own for; fp32, 4 or 8 heads of 64 channels; forward + backward, for
-one query against a cache forward alone. Each round runs all three forms, so that a busy machine slows all of them.
-Ratios are of medians, over the chunked form; `auto` is what `attention` picks and how its time stands to the faster of
-the first two (1.00: it is the faster one). peak: most memory beyond the inputs. The table goes to
-benchmarks/results/attention_cpu.csv.
+one query against a cache forward alone. Each round runs all three forms; times are the process's own (with more than
+one thread those of the clock), so that a busy machine matters little. Ratios are of medians, over the chunked form;
+`auto` is what `attention` picks and how its time stands to the faster of the first two (1.00: it is the faster one).
+peak: most memory beyond the inputs. The table goes to benchmarks/results/attention_cpu.csv.
 """
 
 from __future__ import annotations
@@ -114,9 +114,10 @@ class Problem:
 
 
 def seconds(run: Callable[[], None]) -> float:
-    began = time.perf_counter()
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    began = clock()
     run()
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def peak(run: Callable[[], None]) -> int:
