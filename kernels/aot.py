@@ -45,8 +45,10 @@ class Configuration:
     signature: type of each argument that is no constant, "*bf16", "*fp32", "i32", "fp32".
     constants: value of each `tl.constexpr` argument.
     aligned: names of the integer arguments that are multiples of 16; pointers always are (torch aligns to 512 bytes).
-    dtype: "bf16", "fp16" or "fp32", what the matrix products multiply.
+    dtype: "bf16", "fp16" or "fp32", what the matrix products multiply; "" for a kernel without any.
     chosen: whether `auto` can pick it on that target; others are listed for comparison.
+    targets: what it is compiled for; a form that differs from another in nothing that a target could object to is
+    compiled for one.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Configuration:
     aligned: tuple[str, ...] = ()
     dtype: str = "bf16"
     chosen: tuple[str, ...] = TARGETS
+    targets: tuple[str, ...] = TARGETS
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def compile_all(
     cache: Path | None = None,
     progress: Callable[[Reading], None] = lambda reading: None,
 ) -> list[Reading]:
-    """Compile every configuration of `sources` whose name contains `only`, for every target.
+    """Compile every configuration of `sources` whose name contains `only`, for every target that it is meant for.
 
     sources: module names, or paths of Python files. workers: processes, by default one per core. cache: folder of
     earlier readings, by default under the user's cache; a reading is kept per source text of the kernel and all that

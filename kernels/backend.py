@@ -1,6 +1,5 @@
 """The choice of implementation shared by every operation: `auto | triton | torch`."""
 
-import functools
 import importlib.util
 import os
 from typing import Literal
@@ -58,8 +57,8 @@ def _machine_obstacle(inputs: Tensor | None) -> str | None:
         if inputs.device.type == "cpu" and interpreted():
             return None
         return f"needs a CUDA device, or TRITON_INTERPRET=1 on the CPU; the inputs are on {inputs.device}"
-    if _capability(inputs.device) < (8, 0):
-        return f"needs compute capability 8.0, the device has {'.'.join(map(str, _capability(inputs.device)))}"
+    if (found := capability(inputs.device)) < (8, 0):
+        return f"needs compute capability 8.0, the device has {'.'.join(map(str, found))}"
     return None
 
 
@@ -73,6 +72,7 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device, in a call that `torch.compile` can trace."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major, properties.minor

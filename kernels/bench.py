@@ -1,8 +1,9 @@
-"""Tests and timings of the fused H3 mixer on this machine's GPU: `python3 -m potamos.kernels.bench`, or `make gpu`.
+"""Tests and timings of the kernels on this machine's GPU: `python3 -m potamos.kernels.bench`, or `make gpu`.
 
 The tests of the Triton kernels run first, compiled; no time is measured unless they pass. Then h3_mix, forward and
 forward + backward, against the same mixer by torch's rfft, by the chunked torch form, and against the time that the
-memory traffic alone takes at the bandwidth of a copy measured in the same run. Needs torch, triton and pytest.
+memory traffic alone takes at the bandwidth of a copy measured in the same run; and attention (`bench_attention`).
+Needs torch, triton and pytest.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import bench_attention, bench_attention_cases, goals_attention
 from .bench_cases import Cell, Problem
 from .check import RESULTS, run_tests, versions, write_rows
 from .goals import BOTH, FORWARD, TOKENS, answer
@@ -187,8 +189,18 @@ def gpu() -> torch.device:
     return torch.device("cuda")
 
 
-def bench(*, minutes: float = 7.5, out: Path = RESULTS, say: Callable[[str], None] = print) -> int:
-    """Test, then time; returns the exit status. Writes out/flash_conv.csv and out/flash_conv_goals.csv.
+OPERATIONS = ("flash_conv", "attention")
+
+
+def bench(
+    *,
+    minutes: float = 7.5,
+    out: Path = RESULTS,
+    operations: Sequence[str] = OPERATIONS,
+    say: Callable[[str], None] = print,
+) -> int:
+    """Test, then time; returns the exit status. Writes, for each of `operations`, OPERATION.csv and
+    OPERATION_goals.csv into out. The mixer has half of the time that the tests leave, attention all the rest.
 
     Raises NoGpuError without a GPU.
     """
@@ -198,26 +210,44 @@ def bench(*, minutes: float = 7.5, out: Path = RESULTS, say: Callable[[str], Non
         return 1
     stamp = {"device": torch.cuda.get_device_name(device), **state_of_gpu(), **versions()}
     say("  ".join(f"{name} {value}" for name, value in stamp.items()))
-    rows = time_cells(CELLS, device, deadline=began + 60 * minutes - 20, say=say)
-    after = state_of_gpu()
-    stamp |= {f"{name} after": after[name] for name in ("clocks.sm", "temperature.gpu", "power.draw")}
-    goals = answer(rows)
-    write_rows(out / "flash_conv.csv", [{**row, **stamp} for row in rows])
-    write_rows(out / "flash_conv_goals.csv", [{**row, **stamp} for row in goals])
-    say(
-        text_table(
-            rows,
-            ["operation", "width", "length", "direction", *COLUMNS[:1], "floor_share", "over_rfft", "over_chunked"],
-        )
-    )
-    say(text_table(goals, list(goals[0])))
+    end, now = began + 60 * minutes - 20, time.monotonic()
+    half = end if "attention" not in operations else now + (end - now) / 2
+    incomplete = False
+    for operation in operations:
+        if operation == "flash_conv":
+            rows = time_cells(CELLS, device, deadline=half, say=say)
+            answers = answer(rows)
+            names = ["operation", "width", "length", "direction", "triton_ms"]
+            names += ["floor_share", "over_rfft", "over_chunked"]
+        else:
+            rows = bench_attention.time_cells(bench_attention_cases.CELLS, device, deadline=end, say=say)
+            answers = answer(rows, goals_attention.GOALS)
+            names = ["case", "head_dim", "length", "causal", "direction", "form", "ms", "tflops", "over_floor", "error"]
+            incomplete = any(row["form"] == "triton" and row["ms"] == "" for row in rows)
+        after = state_of_gpu()
+        ran = stamp | {f"{name} after": after[name] for name in ("clocks.sm", "temperature.gpu", "power.draw")}
+        if rows:
+            write_rows(out / f"{operation}.csv", [{**row, **ran} for row in rows])
+            say(text_table(rows, names))
+        write_rows(out / f"{operation}_goals.csv", [{**row, **ran} for row in answers])
+        say(text_table(answers, list(answers[0])))
     say(f"written to {out}, {time.monotonic() - began:.0f} s")
+    if incomplete:
+        say("FAILED: a case of attention did not run")
+    return 1 if incomplete else 0
+
+
+def profile(*, operations: Sequence[str] = OPERATIONS, say: Callable[[str], None] = print) -> int:
+    """What limits each operation: its bytes, its matrix products, or neither, and which kernels the time goes to."""
+    device = gpu()
+    if "attention" in operations:
+        bench_attention.profile(device, say=say)
+    if "flash_conv" in operations:
+        _profile_mixer(device, say)
     return 0
 
 
-def profile(*, say: Callable[[str], None] = print) -> int:
-    """What limits the mixer: its bytes, its tensor-core operations, or neither, and which kernels the time goes to."""
-    device = gpu()
+def _profile_mixer(device: torch.device, say: Callable[[str], None]) -> None:
     clock = Clock(device)
     copy, rate = bandwidth(clock), matrix_rate(clock)
     say(f"copy {copy / 1e12:.2f} TB/s, bf16 matrix product {rate / 1e12:.0f} TFLOP/s")
@@ -235,7 +265,6 @@ def profile(*, say: Callable[[str], None] = print) -> int:
                 call()
                 torch.cuda.synchronize()
             say(trace.key_averages().table(sort_by="self_cuda_time_total", row_limit=10, max_name_column_width=60))
-    return 0
 
 
 def limit(took: float, memory: float, tensor: float) -> str:
@@ -251,11 +280,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=7.5, help="end by then, tests included")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV files")
-    parser.add_argument("--profile", action="store_true", help="say what limits the mixer instead")
+    parser.add_argument("--profile", action="store_true", help="say what limits the operations instead")
+    parser.add_argument("--only", choices=OPERATIONS, help="time this one alone, after the tests of all")
     chosen = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)
     try:
-        status = profile() if chosen.profile else bench(minutes=chosen.minutes, out=chosen.out)
+        operations = (chosen.only,) if chosen.only else OPERATIONS
+        if chosen.profile:
+            status = profile(operations=operations)
+        else:
+            status = bench(minutes=chosen.minutes, out=chosen.out, operations=operations)
     except ValueError as error:
         sys.exit(f"error: {error}")
     sys.exit(status)

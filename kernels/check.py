@@ -12,7 +12,9 @@ import importlib.util
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -98,26 +100,51 @@ def run_tests(*, native: bool, tests: Path = TESTS, seconds: float | None = None
     """The tests of the Triton kernels: `native` compiles them for this machine's GPU, else they are interpreted.
 
     In a checkout they are `tests/kernels/triton`, run by this Python's pytest; an installed package has `selftest`.
-    Tests that take longer than `seconds` have failed. Raises MissingToolError where pytest is needed and missing.
+    Natively several processes share them: most of their time is the compiler's. Tests that take longer than `seconds`
+    have failed. Raises MissingToolError where pytest is needed and missing.
     """
     environment = {**os.environ, "TRITON_INTERPRET": "0" if native else "1"}
     if not tests.is_dir():
-        command = [sys.executable, "-m", "potamos.kernels.selftest"]
+        commands = [[sys.executable, "-m", "potamos.kernels.selftest"]]
     elif importlib.util.find_spec("pytest") is None:
         raise MissingToolError(
             f"{sys.executable} has no pytest: install it, or carry the wheels of pytest, pluggy, iniconfig, packaging, "
             "pygments (pure Python)"
         )
     else:
-        # Tests make their tensors on the default device, which is the one that the kernels run on.
-        device = "import torch; torch.set_default_device('cuda'); " if native else ""
-        script = f"{device}import sys, pytest; sys.exit(pytest.main())"
-        command = [sys.executable, "-c", script, str(tests), "-q"]
-    try:
-        done = subprocess.run(command, env=environment, cwd=ROOT, stdin=subprocess.DEVNULL, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return False
-    return done.returncode == 0
+        shares = min(8, max(1, (os.cpu_count() or 1) // 2)) if native else 1
+        commands = [pytest_command(tests, share, shares, device="cuda" if native else "") for share in range(shares)]
+    end = None if seconds is None else time.monotonic() + seconds
+
+    def run(command: list[str]) -> int | None:
+        left = None if end is None else end - time.monotonic()
+        try:
+            done = subprocess.run(command, env=environment, cwd=ROOT, stdin=subprocess.DEVNULL, timeout=left)
+        except subprocess.TimeoutExpired:
+            print(f"the tests are not done after {seconds:.0f} s", file=sys.stderr)
+            return None
+        return done.returncode
+
+    with ThreadPoolExecutor(len(commands)) as pool:
+        codes = set(pool.map(run, commands))
+    return 0 in codes and codes <= {0, 5}  # pytest's 5: a share without a test
+
+
+def pytest_command(tests: Path, share: int, shares: int, device: str = "") -> list[str]:
+    """Runs every `shares`-th test of a folder, from number `share` on, where they make their tensors on `device`."""
+    default = f"import torch; torch.set_default_device({device!r})" if device else ""
+    script = f"""
+{default}
+import sys, pytest
+
+class Share:
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items):
+        items[:] = items[{share}::{shares}]
+
+sys.exit(pytest.main(plugins=[Share()]))
+"""
+    return [sys.executable, "-c", script, str(tests), "-q"]
 
 
 def check(

@@ -105,7 +105,8 @@ def key_of(configuration: Configuration, target: str) -> str:
     """What a reading depends on; `cache_key` of a jitted function covers the functions that it calls."""
     this = Path(__file__).read_bytes()
     parts = [configuration.kernel.cache_key, triton.__version__, target, hashlib.sha256(this).hexdigest()]
-    described = {f.name: getattr(configuration, f.name) for f in fields(configuration) if f.name != "kernel"}
+    described = {f.name: getattr(configuration, f.name) for f in fields(configuration)}
+    described = {name: value for name, value in described.items() if name not in ("kernel", "targets")}
     described["constants"] = {name: str(value) for name, value in configuration.constants.items()}
     return hashlib.sha256(json.dumps([*parts, described], sort_keys=True).encode()).hexdigest()
 
@@ -134,7 +135,7 @@ def read(index: int) -> Reading:
 
 def readings(workers: int) -> Iterator[Reading]:
     """Every job's reading, in the order in which they are done."""
-    if workers == 1 or len(JOBS) == 1:
+    if workers == 1 or len(JOBS) <= 1:
         yield from map(read, range(len(JOBS)))
         return
     with multiprocessing.get_context("fork").Pool(min(workers, len(JOBS))) as pool:
@@ -152,7 +153,7 @@ def main() -> None:
     found = [c for source in chosen.sources for c in load(source).configurations() if chosen.only in c.name]
     names = [c.name for c in found]
     assert len(names) == len(set(names)), f"names given twice: {sorted({n for n in names if names.count(n) > 1})}"
-    JOBS.extend((configuration, target) for configuration in found for target in chosen.targets)
+    JOBS.extend((c, target) for c in found for target in chosen.targets if target in c.targets)
     CACHE.append(chosen.cache)
     for reading in readings(chosen.workers):
         print(json.dumps(asdict(reading)), flush=True)

@@ -114,20 +114,28 @@ def generate(
 @app.command()
 def evaluate(
     run: RunPath,
+    overrides: Overrides = None,
     data: Annotated[
         Path | None, typer.Option(help="A prepared dataset; the recipe's validation sets by default.")
+    ] = None,
+    length: Annotated[
+        str | None, typer.Option(help="Tokens of a row, or a multiple of the training rows, as in 4x.")
     ] = None,
     step: Step = None,
     device: Device = "auto",
 ) -> None:
     """Score held-out text: bits per byte, perplexity, loss.
 
+    Rows of any length score the same tokens. Key=value changes what does not touch the weights, such as the pattern.
+
     Example: potamos evaluate runs/h3_hybrid_tiny --data demo/validation
+
+    Longer rows: potamos evaluate runs/xpos_tiny 'model.pattern={kind: blockwise, size: 128}' --length 4x
     """
     from potamos.pretrain.runs import open_run, score_run
 
-    opened = open_run(run, step=step, device=device)
-    scores = score_run(opened, data)
+    opened = open_run(run, step=step, device=device, overrides=overrides or [])
+    scores = score_run(opened, data, length=length)
     show.note(f"{run} at step {opened.step}")
     show.scores(scores)
 

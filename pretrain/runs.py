@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +45,9 @@ class Run:
         return self.system.model
 
 
-def open_run(run: str | os.PathLike[str], *, step: int | None = None, device: str = "cpu") -> Run:
+def open_run(
+    run: str | os.PathLike[str], *, step: int | None = None, device: str = "cpu", overrides: Sequence[str] = ()
+) -> Run:
     """Open a run folder for evaluation and generation; nothing in it is changed, so it may be training meanwhile.
 
     The recipe is the checkpoint's own. On a CPU the model computes in fp32 whatever the recipe's precision, which is
@@ -52,14 +56,16 @@ def open_run(run: str | os.PathLike[str], *, step: int | None = None, device: st
     Args:
         step: which checkpoint; None for the newest that is sound.
         device: ``auto``, ``cpu`` or ``cuda``.
+        overrides: ``key=value`` changes to the recipe that leave the parameters as they are, such as another pattern.
 
     Raises:
-        RunError: no such folder, no such checkpoint or none yet, a changed tokenizer.
+        RunError: no such folder, no such checkpoint or none yet, a changed tokenizer, parameters that do not fit.
+        RecipeError: overrides that the recipe refuses.
         CheckpointError: the checkpoint is damaged.
     """
     folder, place = RunFolder.of(run), setup.pick_device(device)
     loaded = _load(folder, step)
-    recipe = parse_recipe(loaded.recipe, str(loaded.path / "recipe.yaml"))
+    recipe = parse_recipe(loaded.recipe, str(loaded.path / "recipe.yaml"), overrides)
     tokenizer = _open_tokenizer(folder, recipe, loaded)
     system = setup.build_system(recipe, place)
     if place.type == "cpu":
@@ -67,16 +73,36 @@ def open_run(run: str | os.PathLike[str], *, step: int | None = None, device: st
     try:
         system.load_state_dict(loaded.model)
     except RuntimeError as error:  # names every parameter that differs
-        raise RunError(f"{loaded.path} does not fit the model of its recipe: {error}") from None
+        changed = f" with {' '.join(overrides)}" if overrides else ""
+        raise RunError(f"{loaded.path} does not fit the model of its recipe{changed}: {error}") from None
     return Run(folder, recipe, system.eval(), tokenizer, place, loaded.step, loaded.next_sample)
 
 
-def score_run(run: Run, data: str | os.PathLike[str] | None = None) -> dict[str, Score]:
-    """Scores by name of all of ``data``, or of every validation dataset of the recipe."""
+def score_run(
+    run: Run, data: str | os.PathLike[str] | None = None, *, length: int | str | None = None
+) -> dict[str, Score]:
+    """Scores by name of all of ``data``, or of every validation dataset of the recipe.
+
+    Args:
+        length: tokens of a row, or a multiple of the training rows ("4x"); None for the training length. Every length
+            scores the same tokens, so scores compare; a batch holds about as many tokens as one of training.
+
+    Raises:
+        RunError: no validation data, or a length that is no number or that the model's positions do not reach.
+    """
+    trained = run.recipe.data.sequence_length
+    rows = trained if length is None else _row_length(length, trained)
+    limit = run.model.frontend.max_positions
+    if limit is not None and rows > limit:
+        raise RunError(
+            f"length {length}: rows of {rows} tokens, but the positions of this model end at {limit}; evaluate at most "
+            "that, or train one whose positions have no end (rope, alibi, ...)"
+        )
+    recipe = run.recipe.model_copy(update={"data": run.recipe.data.model_copy(update={"sequence_length": rows})})
     if data is None:
-        held_out = {v.name: v.windows for v in setup.open_validation(run.recipe, run.tokenizer)}
+        held_out = {v.name: v.windows for v in setup.open_validation(recipe, run.tokenizer)}
     else:
-        held_out = {os.fspath(data): _windows(run, data)}
+        held_out = {os.fspath(data): _windows(recipe, run.tokenizer, data)}
     if not held_out:
         raise RunError(f"the recipe of {run.folder.path} names no validation data; name a dataset with --data")
     return {
@@ -85,21 +111,32 @@ def score_run(run: Run, data: str | os.PathLike[str] | None = None) -> dict[str,
             windows,
             run.tokenizer.token_bytes(),
             device=run.device,
-            rows_per_batch=run.recipe.train.micro_sequences,
+            rows_per_batch=max(1, run.recipe.train.micro_sequences * trained // rows),
             seed=run.recipe.train.seed,
         )
         for name, windows in held_out.items()
     }
 
 
-def _windows(run: Run, data: str | os.PathLike[str]) -> Windows:
+def _windows(recipe: Recipe, tokenizer: Tokenizer, data: str | os.PathLike[str]) -> Windows:
     return Windows(
         data,
-        sequence_length=run.recipe.data.sequence_length,
-        boundaries=run.recipe.data.boundaries,
-        tokenizer_sha256=run.tokenizer.sha256,
-        vocabulary=run.tokenizer.vocabulary,
+        sequence_length=recipe.data.sequence_length,
+        boundaries=recipe.data.boundaries,
+        tokenizer_sha256=tokenizer.sha256,
+        vocabulary=tokenizer.vocabulary,
     )
+
+
+def _row_length(length: int | str, trained: int) -> int:
+    found = re.fullmatch(r"(\d+)(x?)", str(length))
+    rows = 0 if found is None else int(found[1]) * (trained if found[2] else 1)
+    if rows < 1:
+        raise RunError(
+            f"length {length!r} is neither a number of tokens (as in {4 * trained}) nor a multiple of the training "
+            "rows (as in 4x)"
+        )
+    return rows
 
 
 def _load(folder: RunFolder, step: int | None) -> Loaded:

@@ -1,38 +1,54 @@
 """Softmax attention over described masks, biases and rotations."""
 
-from dataclasses import dataclass
 from typing import Literal, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..backend import Backend, resolve_backend
+from ..backend import Backend, own_precision
 from ..dropout import DropoutKey
-from .descriptions import Mask, Rotary, Toeplitz, alibi_slopes, rotary_angles, rotary_frequencies, rotate
+from .biases import (
+    Bias,
+    Disentangled,
+    Toeplitz,
+    alibi_slopes,
+    deberta_rows,
+    resolve_bias,
+    resolve_row,
+    sandwich_table,
+    t5_bucket,
+)
+from .dispatch import Decision, announce, decide, form_of, run_fused
+from .function import Drop, attend
+from .library import traced_attend
+from .masks import BlockLayout, Blocks, Mask, documents_from_lengths, padding_documents
+from .merge import merge
 from .reference import attention_reference
+from .rotary import Rotary, rotary_angles, rotary_frequencies, rotate, xpos_log_decay
 
 __all__ = [
+    "Bias",
+    "BlockLayout",
+    "Blocks",
     "Decision",
+    "Disentangled",
     "Mask",
     "Rotary",
     "Toeplitz",
     "alibi_slopes",
     "attention",
     "attention_reference",
+    "deberta_rows",
+    "documents_from_lengths",
+    "merge",
+    "padding_documents",
     "rotary_angles",
     "rotary_frequencies",
     "rotate",
+    "sandwich_table",
+    "t5_bucket",
+    "xpos_log_decay",
 ]
-
-
-@dataclass(frozen=True)
-class Decision:
-    """Which form `attention` runs and why: "sdpa_causal", "sdpa_full" and "sdpa_mask" are torch's fused kernel with
-    its own causal mask, without a mask, and with a mask in memory; "plain" writes the scores out."""
-
-    form: Literal["sdpa_causal", "sdpa_full", "sdpa_mask", "plain"]
-    reason: str
 
 
 @overload
@@ -42,7 +58,7 @@ def attention(
     v: Tensor,
     *,
     mask: Mask,
-    bias: Toeplitz | None = None,
+    bias: Bias | None = None,
     rotary: Rotary | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
@@ -59,7 +75,7 @@ def attention(
     v: Tensor,
     *,
     mask: Mask,
-    bias: Toeplitz | None = None,
+    bias: Bias | None = None,
     rotary: Rotary | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
@@ -76,7 +92,7 @@ def attention(
     v: Tensor,
     *,
     mask: Mask,
-    bias: Toeplitz | None = None,
+    bias: Bias | None = None,
     rotary: Rotary | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
@@ -92,7 +108,7 @@ def attention(
     v: Tensor,
     *,
     mask: Mask,
-    bias: Toeplitz | None = None,
+    bias: Bias | None = None,
     rotary: Rotary | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
@@ -104,93 +120,99 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor] | Decision:
     """softmax(scale q k^T + bias, masked) v.
 
-    q: (batch, head, queries, dim); k: (batch, kv head, keys, dim); v: (batch, kv head, keys, value dim); kv heads
-    divide heads (grouped-query attention: query head h reads kv head h // group).
+    q: (batch, head, queries, dim); k: (batch, kv head, keys, dim); v: (batch, kv head, keys, value dim); one dtype; kv
+    heads divide heads (grouped-query attention: query head h reads kv head h // group).
     scale: None means dim^-0.5. dropout needs dropout_key; its bits depend on global head (`head_offset` + h), query and
     key positions (the mask's offsets). A query that sees no key gives 0 and zero gradients.
 
     Returns the output in q's dtype; with return_lse (out, lse) in fp32 (fp64 for fp64), lse (batch, head, queries),
-    -inf where nothing is seen. With explain=True nothing is computed and the `Decision` is returned instead.
-    Raises ValueError for shapes that do not fit, BackendUnavailableError for backend="triton".
+    the natural log of the sum of exponentials, -inf where nothing is seen: what `merge` joins. Memory is linear in
+    length, forward and backward, in every form; gradients reach q, k, v and the tensors of `bias` except slopes.
+
+    backend: "auto" takes torch's fused attention where the mask is plain and there is no bias, dropout or lse (cuDNN or
+    FlashAttention on CUDA); else Triton on CUDA devices for fp32, fp16, bf16 and head dimensions up to 256; else plain
+    torch in chunks, or on the CPU, where all is small, torch's fused attention with the mask in memory. With
+    explain=True nothing is computed and the `Decision` is returned; each new one is logged once at INFO.
+    Autocast changes nothing inside.
+    Raises ValueError for shapes that do not fit, BackendUnavailableError for backend="triton" where it cannot run.
     """
-    resolve_backend(backend, "attention")
     _check(q, k, v, mask, bias, dropout, dropout_key)
-    decision = _decide(q, k, mask, bias, dropout, return_lse)
+    decision = decide(q, k, v, mask, bias, dropout, return_lse, backend)
     if explain:
         return decision
-    if decision.form == "plain":
-        out, lse = attention_reference(
-            q,
-            k,
-            v,
-            mask=mask,
-            bias=bias,
-            rotary=rotary,
-            scale=scale,
-            dropout=dropout,
-            dropout_key=dropout_key,
-            head_offset=head_offset,
-        )
-        return (out, lse) if return_lse else out.to(q.dtype)
-    if rotary is not None:
-        q, k = rotary.rotate_query(q), rotary.rotate_key(k)
-    grouped = q.shape[1] != k.shape[1]
-    if decision.form == "sdpa_mask":
-        return _with_mask(q, k, v, mask, bias, scale, grouped)
-    causal = decision.form == "sdpa_causal"
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
+    announce(decision)
+    factor = q.shape[3] ** -0.5 if scale is None else scale
+    with own_precision(q):
+        if rotary is not None:
+            q, k = rotary.rotate_query(q), rotary.rotate_key(k)
+        if isinstance(bias, Disentangled) and q.shape[2] == 1:
+            terms = resolve_row(bias, q, k, factor, mask.query_offset - mask.key_offset)
+        else:
+            terms = resolve_bias(bias, q, k, factor)
+        if decision.form not in ("chunked", "triton"):
+            return run_fused(decision, q, k, v, mask, terms, factor)
+        drop = Drop(dropout, dropout_key, head_offset) if dropout_key is not None and dropout > 0 else None
+        if torch.compiler.is_compiling():
+            out, lse = traced_attend(decision.form, q, k, v, terms, mask, factor, drop, return_lse)
+        else:
+            out, lse = attend(form_of(decision), q, k, v, terms, mask, factor, drop, return_lse)
+    return (out, lse) if return_lse else out
 
 
-def _decide(q: Tensor, k: Tensor, mask: Mask, bias: Toeplitz | None, dropout: float, return_lse: bool) -> Decision:
-    queries, keys = q.shape[2], k.shape[2]
-    if dropout > 0:
-        return Decision("plain", "dropout on the probabilities uses the counter-based mask")
-    if return_lse:
-        return Decision("plain", "torch's fused attention does not return the log-sum-exp")
-    if bias is not None:
-        return Decision("sdpa_mask", "the bias is added to the scores")
-    if mask.hides_nothing(queries, keys):
-        return Decision("sdpa_full", "every query sees every key")
-    if mask.is_plain_causal():
-        return Decision("sdpa_causal", "plain causal: query i sees keys 0..i")
-    return Decision("sdpa_mask", "documents, a window, a prefix or an offset hide keys")
-
-
-def _with_mask(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask, bias: Toeplitz | None, scale: float | None, grouped: bool
-) -> Tensor:
-    queries, keys = q.shape[2], k.shape[2]
-    visible = mask.visible(queries, keys, q.device)
-    # A row without a key would be NaN in some of torch's forms: let it see everything, then blank it.
-    blank = ~visible.any(-1, keepdim=True)
-    allowed = visible | blank
-    if bias is not None:
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        scores = bias.values(queries, keys, wide)
-        allowed = torch.where(allowed, scores, float("-inf"))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale, enable_gqa=grouped)
-    return torch.where(blank, 0, out)
-
-
-def _check(q, k, v, mask: Mask, bias: Toeplitz | None, dropout: float, dropout_key: DropoutKey | None) -> None:
-    if not (q.dim() == k.dim() == v.dim() == 4):
-        shapes = [tuple(x.shape) for x in (q, k, v)]
-        raise ValueError(f"attention: q, k, v must be (batch, head, length, dim), got {shapes}")
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, bias: Bias | None, dropout: float, dropout_key: DropoutKey | None
+) -> None:
+    """Refuse what does not fit together."""
+    if not (q.dim() == k.dim() == v.dim() == 4) or 0 in (*q.shape, *k.shape, *v.shape):
+        raise ValueError(f"attention: q, k, v must be (batch, head, length, dim), none zero, got {_described(q, k, v)}")
     if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        shapes = ", ".join(f"{n} {tuple(x.shape)}" for n, x in (("q", q), ("k", k), ("v", v)))
-        raise ValueError(f"attention: shapes do not fit: {shapes}")
+        raise ValueError(f"attention: shapes do not fit: {_described(q, k, v)}")
+    if q.dtype != k.dtype or q.dtype != v.dtype or not q.is_floating_point():
+        given = _described(q, k, v)
+        raise ValueError(f"attention: q, k and v must have one floating-point dtype, got {given}")
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"attention: {k.shape[1]} key-value heads do not divide {q.shape[1]} heads")
-    if bias is not None and bias.slopes.shape != (q.shape[1],):
-        raise ValueError(f"attention: bias has slopes {tuple(bias.slopes.shape)} for {q.shape[1]} heads")
-    for name, documents, length in (
-        ("query_documents", mask.query_documents, q.shape[2]),
-        ("key_documents", mask.key_documents, k.shape[2]),
-    ):
-        if documents is not None and documents.shape != (q.shape[0], length):
-            expected = (q.shape[0], length)
-            raise ValueError(f"attention: mask.{name} has shape {tuple(documents.shape)}, expected {expected}")
+    if bias is not None:
+        _check_bias(q, bias)
+    _check_mask(q, k, mask)
     if not 0 <= dropout < 1:
         raise ValueError(f"attention: dropout must satisfy 0 <= dropout < 1, got {dropout!r}")
     if dropout > 0 and dropout_key is None:
         raise ValueError("attention: dropout > 0 needs dropout_key (its mask is a function of the key, not of a seed)")
+
+
+def _described(q: Tensor, k: Tensor, v: Tensor) -> str:
+    return ", ".join(f"{name} {tuple(x.shape)} {x.dtype}" for name, x in (("q", q), ("k", k), ("v", v)))
+
+
+def _check_bias(q: Tensor, bias: Bias) -> None:
+    if bias.heads != q.shape[1]:
+        kind = "bias" if isinstance(bias, Disentangled) else "table" if bias.slopes is None else "slopes"
+        raise ValueError(f"attention: {kind} of {bias.heads} heads, q has {q.shape[1]}")
+    if isinstance(bias, Disentangled):
+        for name, x in (("position_keys", bias.position_keys), ("position_queries", bias.position_queries)):
+            if x is not None and x.shape[2] != q.shape[3]:
+                raise ValueError(f"attention: bias.{name} has shape {tuple(x.shape)}, q has dim {q.shape[3]}")
+
+
+def _check_mask(q: Tensor, k: Tensor, mask: Mask) -> None:
+    batch, heads, queries, keys = *q.shape[:3], k.shape[2]
+    for name, length in (
+        ("query_documents", queries),
+        ("key_documents", keys),
+        ("query_positions", queries),
+        ("key_positions", keys),
+    ):
+        x = getattr(mask, name)
+        if x is not None and x.shape != (batch, length):
+            raise ValueError(f"attention: mask.{name} has shape {tuple(x.shape)}, expected {(batch, length)}")
+    if isinstance(mask.prefix, Tensor) and mask.prefix.shape != (batch,):
+        raise ValueError(f"attention: mask.prefix has shape {tuple(mask.prefix.shape)}, expected {(batch,)}")
+    if mask.layout is not None:
+        have, rows = mask.layout.counts.shape
+        need = (mask.query_offset + queries - 1) // mask.layout.size + 1
+        if have not in (1, heads) or rows < need:
+            raise ValueError(
+                f"attention: mask.layout is of {have} heads and {rows} query blocks, expected 1 or {heads} heads and "
+                f"at least {need} blocks of {mask.layout.size} columns"
+            )

@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 from ..dropout import DropoutKey, attention_keep_mask
-from .descriptions import Mask, Rotary, Toeplitz
+from .biases import Bias, bias_values, resolve_bias
+from .masks import Mask
+from .rotary import Rotary
 
 
 def attention_reference(
@@ -13,7 +15,7 @@ def attention_reference(
     v: Tensor,
     *,
     mask: Mask,
-    bias: Toeplitz | None = None,
+    bias: Bias | None = None,
     rotary: Rotary | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
@@ -32,9 +34,12 @@ def attention_reference(
     if group > 1:
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     queries, keys = q.shape[2], k.shape[2]
-    scores = query @ key.transpose(2, 3) * (q.shape[3] ** -0.5 if scale is None else scale)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    scores = query @ key.transpose(2, 3) * scale
     if bias is not None:
-        scores = scores + bias.values(queries, keys, dtype)
+        columns = (torch.arange(n, device=q.device) for n in (queries, keys))
+        rows, others = (x + offset for x, offset in zip(columns, (mask.query_offset, mask.key_offset), strict=True))
+        scores = scores + bias_values(resolve_bias(bias, query, key, scale), rows, others, dtype)
     if not mask.hides_nothing(queries, keys):
         scores = scores.masked_fill(~mask.visible(queries, keys, q.device), float("-inf"))
     # Softmax by hand: torch's gives NaN, forward and backward, for a row without a finite score.

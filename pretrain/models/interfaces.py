@@ -8,9 +8,9 @@ Shapes: B rows, L columns (tokens of a row), D model width. Positions restart wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -20,7 +20,7 @@ from potamos.kernels.dropout import DropoutKey
 from potamos.parallel.facts import IDENTITY, Axis, Traits
 
 if TYPE_CHECKING:
-    from potamos.kernels.attention import Mask, Rotary, Toeplitz
+    from potamos.kernels.attention import Bias, Mask, Rotary
 
 State = Any
 """An opaque tree of tensors, batch first. The trainer detaches, stores and drops it, and never looks inside."""
@@ -126,6 +126,12 @@ class Mixer(Region):
 
     room = "mixer"
 
+    @property
+    def counts_columns(self) -> bool:
+        """Whether what a token sees depends on its column in the row: a packed document then differs from the same
+        document alone, though other documents change nothing."""
+        return False
+
     def forward(self, x: Tensor, seq: Seq, state: State = None) -> Out:
         """Mix x (B, L, D). With ``state``, continue the rows from which it came; return the state to go on with."""
         raise NotImplementedError
@@ -150,21 +156,63 @@ class ChannelMixer(Region):
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call of an attention layer: what its positions and its pattern may know of the queries and keys that meet.
+
+    heads: global indices of the query heads at hand, of which a tensor-parallel shard holds some. keys: how many; the
+    ``queries`` queries are the last of them, so query i stands at column ``query_offset`` + i. Columns count from the
+    oldest key at hand: the first of the row, unless the layer keeps only so many keys of earlier segments.
+    query_documents, key_documents: (B, n) int32; None where every row is one document.
+    query_positions, key_positions: (B, n) int32, positions inside documents; None where these are the columns, and
+    where the pattern does not count in positions.
+    """
+
+    layer: int
+    causal: bool
+    heads: range
+    queries: int
+    keys: int
+    device: torch.device
+    query_documents: Tensor | None = None
+    key_documents: Tensor | None = None
+    query_positions: Tensor | None = None
+    key_positions: Tensor | None = None
+
+    @property
+    def query_offset(self) -> int:
+        """Column of the first query."""
+        return self.keys - self.queries
+
+
+Projection = Callable[[Tensor], Tensor]
+"""A layer's own projection of vectors (n, D) to heads, (heads at hand, n, head dim)."""
+
+
 class AttentionPositions(nn.Module):
-    """The position scheme inside one attention layer. Returns descriptions for the kernel, never an L x L tensor."""
+    """The position scheme inside one attention layer. Returns descriptions for the kernel, never an L x L tensor.
+
+    terms: how many products of vectors a score sums; scores are divided by sqrt(terms x head dim).
+    """
 
     room = "positions"
+    terms: int = 1
 
     def rotary(self, query_positions: Tensor, key_positions: Tensor) -> Rotary | None:
-        """How queries and keys at these positions, (B, L) each, are rotated."""
+        """How queries and keys at these positions, (B, L) each, are rotated. Keys are rotated once and then kept, so
+        that what is done to a key depends on its own position alone."""
         del query_positions, key_positions
         return None
 
-    def bias(self, query_offset: int) -> Toeplitz | None:
-        """What is added to the scores as a function of the distance, for queries that start ``query_offset`` keys after
-        the first key."""
-        del query_offset
+    def bias(self, call: AttentionCall, query: Projection, key: Projection) -> Bias | None:
+        """What is added to the scores of this call. ``query`` and ``key`` are the layer's projections (keys come in
+        its key heads), for schemes whose positions are vectors."""
+        del call, query, key
         return None
+
+    def mixing_flops(self) -> float:
+        """Forward floating-point operations per token that the bias costs."""
+        return 0.0
 
 
 class Positions:
@@ -181,9 +229,9 @@ class Positions:
         del context
         return None
 
-    def attention(self, heads: int, head_dim: int) -> AttentionPositions | None:
+    def attention(self, context: Context, *, heads: int, head_dim: int, causal: bool) -> AttentionPositions | None:
         """A module for one attention layer with ``heads`` query heads of ``head_dim``; None for none."""
-        del heads, head_dim
+        del context, heads, head_dim, causal
         return None
 
 
@@ -196,11 +244,20 @@ class Pattern:
     def __init__(self, options: Any) -> None:
         self.options = options
 
-    def mask(
-        self, *, causal: bool, query_offset: int, query_documents: Tensor | None, key_documents: Tensor | None
-    ) -> Mask:
-        """The mask of queries that start ``query_offset`` keys after the first key; documents are (B, L) or None."""
+    @property
+    def counts(self) -> Literal["distances", "positions", "columns"]:
+        """What visibility depends on beside documents: distances and positions are a document's own wherever it
+        stands, so that it is the same packed and alone; columns are the row's. Key positions are kept for "positions"
+        only."""
+        return "distances"
+
+    def mask(self, call: AttentionCall) -> Mask:
+        """The mask of a call."""
         raise NotImplementedError
+
+    def visible_keys(self, length: int, *, causal: bool) -> float:
+        """Keys that a query of a row of ``length`` sees on average, to count work by; never falls with the length."""
+        return (length + 1) / 2 if causal else float(length)
 
 
 class Stack(nn.Module):

@@ -1,4 +1,4 @@
-"""Attention: every dispatched form against a brute-force loop, and positions against Hugging Face's."""
+"""Attention: every form that the CPU takes against a brute-force loop, what is decided, and what is refused."""
 
 from __future__ import annotations
 
@@ -9,17 +9,22 @@ import torch
 from torch import Tensor
 
 from potamos.kernels.attention import (
+    BlockLayout,
     Decision,
+    Disentangled,
     Mask,
     Rotary,
     Toeplitz,
     alibi_slopes,
     attention,
     attention_reference,
+    deberta_rows,
+    dispatch,
     rotary_angles,
     rotary_frequencies,
     rotate,
 )
+from potamos.kernels.backend import BackendUnavailableError
 from potamos.kernels.dropout import DropoutKey, attention_keep_mask
 
 DOCUMENTS = torch.tensor([[3] * 10 + [4] * 20 + [-1] * 7, [7] * 36 + [8]], dtype=torch.int32)
@@ -74,14 +79,22 @@ def gradients(out: Tensor, wrt: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return torch.autograd.grad((out.double() * weights).sum(), wrt)
 
 
+@pytest.fixture(params=["in memory", "chunked"])
+def form(request, monkeypatch) -> str:
+    """Small calls go to torch's fused attention with the mask in memory, unless that is forbidden."""
+    if request.param == "chunked":
+        monkeypatch.setattr(dispatch, "MASK_PAIRS", 0)
+    return request.param
+
+
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("alibi", [False, True])
 @pytest.mark.parametrize("name", MASKS)
-def test_every_form_is_the_definition(name, alibi, kv_heads, assert_close):
+def test_every_form_is_the_definition(name, alibi, kv_heads, form, assert_close):
     mask = MASKS[name]
     q, k, v = inputs(kv_heads=kv_heads)
     slopes = alibi_slopes(4).double() if alibi else None
-    bias = None if slopes is None else Toeplitz(slopes, mask.query_offset, mask.key_offset)
+    bias = None if slopes is None else Toeplitz(slopes)
     with torch.no_grad():
         want = brute_force(q, k, v, mask, slopes)
     plain, lse = attention_reference(q, k, v, mask=mask, bias=bias)
@@ -89,13 +102,13 @@ def test_every_form_is_the_definition(name, alibi, kv_heads, assert_close):
     assert_close(plain, want, 1e-10, "reference")
     assert_close(fast, want, 1e-10, "fast")
     out, same_lse = attention(q, k, v, mask=mask, bias=bias, return_lse=True)
-    assert torch.equal(out, plain)
-    assert torch.equal(same_lse, lse)
+    assert_close(out, want, 1e-10, "beside the log-sum-exp")
+    assert torch.allclose(same_lse, lse, rtol=1e-12)
     for ours, theirs in zip(gradients(fast, (q, k, v)), gradients(plain, (q, k, v)), strict=True):
         assert_close(ours, theirs, 1e-10, "gradient")
 
 
-def test_a_row_without_keys_is_zero_with_zero_gradients():
+def test_a_row_without_keys_is_zero_with_zero_gradients(form):
     for mask in (MASKS["documents"], MASKS["some queries before every key"]):
         for operation in (attention, lambda *x, **y: attention_reference(*x, **y)[0]):
             q, k, v = inputs(dtype=torch.float32)
@@ -113,7 +126,7 @@ def test_a_row_without_keys_is_zero_with_zero_gradients():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["causal", "documents"])
-def test_precisions(name, dtype, assert_close):
+def test_precisions(name, dtype, form, assert_close):
     q, k, v = inputs(dtype=dtype, dim=32)
     wide = tuple(x.detach().double().requires_grad_() for x in (q, k, v))
     want = attention_reference(*wide, mask=MASKS[name])[0]
@@ -145,12 +158,11 @@ def test_the_comparison_refuses_typical_bugs(assert_close):
             assert_close(output, want, 5e-3, name)
 
 
-@pytest.mark.parametrize("form", ["fast", "plain"])
 def test_other_documents_change_no_bit(form, assert_close):
     mask = MASKS["documents"]
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        out = attention(q, k, v, mask=mask) if form == "fast" else attention_reference(q, k, v, mask=mask)[0]
+        out = attention(q, k, v, mask=mask)
         mine = out[0, :, 10:30]
         return mine, *torch.autograd.grad((mine * torch.arange(20)[:, None]).sum(), (q, k, v))
 
@@ -169,7 +181,7 @@ def test_other_documents_change_no_bit(form, assert_close):
 
 
 @pytest.mark.parametrize("alibi", [False, True])
-def test_a_cache_and_a_shard_are_served_by_offsets(alibi, assert_close):
+def test_a_cache_and_a_shard_are_served_by_offsets(alibi, form, assert_close):
     q, k, v = inputs(kv_heads=2)
     slopes = alibi_slopes(4).double()
 
@@ -180,7 +192,7 @@ def test_a_cache_and_a_shard_are_served_by_offsets(alibi, assert_close):
             k[:, :, first_key:last_key],
             v[:, :, first_key:last_key],
             mask=Mask(query_offset=begin, key_offset=first_key, query_documents=ours, key_documents=theirs),
-            bias=Toeplitz(slopes, begin, first_key) if alibi else None,
+            bias=Toeplitz(slopes) if alibi else None,
         )
 
     whole = call(0, 37, 0, 37)
@@ -188,21 +200,6 @@ def test_a_cache_and_a_shard_are_served_by_offsets(alibi, assert_close):
     assert_close(call(12, 30, 0, 37), whole[:, :, 12:30], 1e-10, "shard")
     row = call(12, 30, 10, 30)[:1]  # row 0's document begins at key 10: nothing earlier matters
     assert_close(row, whole[:1, :, 12:30], 1e-10, "keys from an offset")
-
-
-def test_partial_outputs_combine_by_lse(assert_close):
-    """What ring attention does: two key shards, merged with their log-sum-exps."""
-    q, k, v = inputs()
-    whole, lse = attention_reference(q, k, v, mask=Mask())
-    parts = [
-        attention(q, k[:, :, i : i + 20], v[:, :, i : i + 20], mask=Mask(key_offset=i), return_lse=True)
-        for i in (0, 20)
-    ]
-    total = torch.logaddexp(parts[0][1], parts[1][1])
-    merged = sum(out * (part - total).exp()[..., None] for out, part in parts)
-    assert isinstance(merged, Tensor)
-    assert_close(merged, whole, 1e-10)
-    assert_close(total, lse, 1e-10)
 
 
 def test_dispatch_says_what_it_runs():
@@ -220,8 +217,46 @@ def test_dispatch_says_what_it_runs():
         assert isinstance(decision, Decision)
         assert decision.form == form
     assert attention(q, k, v, mask=Mask(), bias=Toeplitz(alibi_slopes(4)), explain=True).form == "sdpa_mask"
-    assert attention(q, k, v, mask=Mask(), dropout=0.1, dropout_key=key, explain=True).form == "plain"
-    assert attention(q, k, v, mask=Mask(), return_lse=True, explain=True).form == "plain"
+    assert attention(q, k, v, mask=Mask(), dropout=0.1, dropout_key=key, explain=True).form == "chunked"
+    assert attention(q, k, v, mask=Mask(), return_lse=True, explain=True).form == "chunked"
+    # torch's kernel would write the scores out for values of another width.
+    assert attention(q, k, v[..., :5], mask=MASKS["full"], explain=True).form == "sdpa_mask"
+    one, many = torch.empty(1, 1, 1, 8), torch.empty(1, 1, 5000, 8)
+    assert attention(one, many, many, mask=MASKS["window"], explain=True).form == "sdpa_mask"
+    assert attention(many, many, many, mask=MASKS["window"], explain=True).form == "chunked"
+    assert attention(many, many, many[..., :5], mask=Mask(), explain=True).form == "chunked"
+    batch = torch.empty(600, 8, 128, 8)
+    ids = torch.zeros(600, 128, dtype=torch.int32)
+    documents = Mask(query_documents=ids, key_documents=ids)
+    assert (
+        attention(batch, batch, batch, mask=documents, bias=Toeplitz(alibi_slopes(8)), explain=True).form == "chunked"
+    )
+
+
+def test_decisions_are_logged_once(caplog):
+    q, k, v = inputs()
+    dispatch._announce.cache_clear()
+    with caplog.at_level("INFO", logger="potamos.kernels.attention"):
+        for _ in range(3):
+            attention(q, k, v, mask=Mask())
+            attention(q, k, v, mask=MASKS["window"])
+            attention(q, k, v, mask=MASKS["documents"], return_lse=True)
+            attention(q, k, v, mask=MASKS["documents"], explain=True)
+    messages = [record.getMessage() for record in caplog.records]
+    assert [message.split(":")[0] for message in messages] == [
+        "attention runs as sdpa_causal",
+        "attention runs as sdpa_mask",
+        "attention runs as chunked",
+    ]
+
+
+def test_autocast_changes_nothing_inside(form):
+    q, k, v = inputs(dtype=torch.float32)
+    for mask in (MASKS["causal"], MASKS["documents"]):
+        want = attention(q, k, v, mask=mask, bias=Toeplitz(alibi_slopes(4)))
+        with torch.autocast("cpu", torch.bfloat16):
+            got = attention(q, k, v, mask=mask, bias=Toeplitz(alibi_slopes(4)))
+        assert torch.equal(got, want)
 
 
 def test_dropout_is_the_counter_based_mask(assert_close):
@@ -243,23 +278,6 @@ def test_dropout_is_the_counter_based_mask(assert_close):
     assert_close(shard, out[:, 2:, 20:], 1e-6)
 
 
-@pytest.mark.parametrize("heads", [1, 2, 4, 6, 8, 12, 16, 20, 25])
-def test_alibi_is_hugging_face_bloom(heads):
-    from transformers.models.bloom.modeling_bloom import build_alibi_tensor
-
-    theirs = build_alibi_tensor(torch.ones(1, 30), heads, torch.float32).view(heads, 30)
-    # Bloom adds slope * key position: for one query a constant away from -slope * distance.
-    last = Toeplitz(alibi_slopes(heads), query_offset=29).values(1, 30, torch.float32)[0, :, 0]
-    assert torch.allclose(last - last[:, :1], theirs, atol=1e-6)
-
-
-def test_alibi_depends_on_distance_only():
-    bias = Toeplitz(alibi_slopes(6)).values(20, 20, torch.float64)
-    assert torch.equal(bias[..., 1:, 1:], bias[..., :-1, :-1])
-    shifted = Toeplitz(alibi_slopes(6), query_offset=1000, key_offset=1000).values(20, 20, torch.float64)
-    assert torch.equal(bias, shifted)
-
-
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
 def test_rotary_scores_depend_on_distance_only(interleaved, fraction, assert_close):
@@ -275,26 +293,6 @@ def test_rotary_scores_depend_on_distance_only(interleaved, fraction, assert_clo
     for wrong in (call(0, 1), attention(q, k, v, mask=Mask())):
         with pytest.raises(AssertionError, match="relative rms error"):
             assert_close(wrong, call(0), 1e-3)
-
-
-def test_rotary_is_hugging_face_neox_and_roformer(assert_close):
-    from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
-
-    x, y = torch.randn(2, 4, 9, 16), torch.randn(2, 4, 9, 16)
-    positions = torch.stack([torch.arange(9), torch.arange(9) + 100])
-    angles = rotary_angles(rotary_frequencies(16), positions)
-    doubled = torch.cat([angles, angles], -1)[:, 0]
-    theirs = apply_rotary_pos_emb(x, y, doubled.cos(), doubled.sin())
-    assert_close(rotate(x, angles), theirs[0], 1e-6)
-    assert_close(rotate(y, angles), theirs[1], 1e-6)
-    # RoFormer's equation 34, pair by pair.
-    want = torch.empty_like(x)
-    for i in range(8):
-        angle = positions[:, None] * 10000 ** (-2 * i / 16)
-        a, b = x[..., 2 * i], x[..., 2 * i + 1]
-        want[..., 2 * i] = a * angle.cos() - b * angle.sin()
-        want[..., 2 * i + 1] = a * angle.sin() + b * angle.cos()
-    assert_close(rotate(x, angles, interleaved=True), want, 1e-6)
 
 
 def test_rotated_keys_can_be_cached(assert_close):
@@ -328,5 +326,32 @@ def test_bad_arguments_are_named():
         attention(q, k, v, mask=Mask(query_documents=DOCUMENTS[:, 1:], key_documents=DOCUMENTS))
     with pytest.raises(ValueError, match="even number"):
         rotary_frequencies(10, fraction=0.5)
-    with pytest.raises(ValueError, match="not available"):
+    with pytest.raises(ValueError, match="prefix has shape"):
+        attention(q, k, v, mask=Mask(prefix=torch.tensor([1, 2, 3])))
+    with pytest.raises(ValueError, match=r"query_positions has shape \(2, 36\)"):
+        attention(q, k, v, mask=Mask(query_positions=DOCUMENTS[:, 1:], key_positions=DOCUMENTS))
+    layout = BlockLayout.from_dense(torch.ones(3, 5, 5, dtype=torch.bool), 8)
+    with pytest.raises(ValueError, match="3 heads and 5 query blocks"):
+        attention(q, k, v, mask=Mask(layout=layout))
+    with pytest.raises(ValueError, match="at least 6 blocks of 8 columns"):
+        attention(q, k, v, mask=Mask(layout=BlockLayout(8, layout.counts[:1], layout.indices[:1]), query_offset=9))
+    with pytest.raises(ValueError, match=r"one floating-point dtype, .*k .*float32"):
+        attention(q, k.float(), v, mask=Mask())
+    with pytest.raises(ValueError, match="none zero"):
+        attention(q, k[:, :, :0], v[:, :, :0], mask=Mask())
+    rows, least = deberta_rows(4)
+    with pytest.raises(ValueError, match="q has dim 8"):
+        attention(q, k, v, mask=Mask(), bias=Disentangled(torch.ones(4, 8, 7), None, rows, least))
+
+
+def test_the_triton_kernels_say_what_they_cannot_take():
+    q, k, v = inputs()
+    with pytest.raises(BackendUnavailableError, match="takes fp32, fp16 or bf16"):
         attention(q, k, v, mask=Mask(), backend="triton")
+    with pytest.raises(BackendUnavailableError, match="values of the queries' dimension, 8, not 5"):
+        attention(q, k, v[..., :5], mask=Mask(), backend="triton")
+    wide = torch.empty(1, 1, 4, 257)
+    with pytest.raises(BackendUnavailableError, match="head dimensions up to 256, not 257"):
+        attention(wide, wide, wide, mask=Mask(), backend="triton")
+    with pytest.raises(ValueError, match="unknown backend 'cuda'"):
+        attention(q, k, v, mask=Mask(), backend="cuda")  # type: ignore[arg-type]

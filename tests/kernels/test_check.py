@@ -53,7 +53,7 @@ def configurations():
     return [
         Configuration("product", product, types, {"SIDE": 64}),
         Configuration("hoard", hoard, {"x": "*fp32", "out": "*fp32"}, {"COUNT": 512}, num_warps=1, dtype="fp32"),
-        Configuration("copy", copy, {"x": "*bf16", "out": "*bf16", "n": "i32"}),
+        Configuration("copy", copy, {"x": "*bf16", "out": "*bf16", "n": "i32"}, targets=("sm_90a",)),
         Configuration("wrong", wrong, {"x": "*fp32", "out": "*fp32"}, dtype="fp32"),
     ]
 """
@@ -104,6 +104,11 @@ def test_readings_are_kept_per_source(specimens, tmp_path, monkeypatch):
     (fresh,) = compile_all([str(changed)], ["sm_90a"], only="copy", cache=cache)
     assert 0 < fresh.registers <= 255
     assert len(list(cache.iterdir())) == 4
+
+
+def test_a_configuration_is_compiled_for_its_targets(specimens):
+    source, cache, _ = specimens
+    assert compile_all([str(source)], ["sm_80"], only="copy", cache=cache) == []
 
 
 def test_a_module_that_is_not_there_is_named():
@@ -196,6 +201,33 @@ def test_run_tests_reports_failure_and_a_hang(tmp_path):
     assert not check.run_tests(native=False, tests=tmp_path)
     (tmp_path / "test_it.py").write_text("import time\ndef test_it():\n    time.sleep(60)\n")
     assert not check.run_tests(native=False, tests=tmp_path, seconds=3)
+
+
+def test_shares_run_every_test_once(tmp_path):
+    (tmp_path / "test_it.py").write_text(
+        "import pathlib, pytest, torch\n"
+        "@pytest.mark.parametrize('n', range(3))\n"
+        "def test_n(n):\n"
+        "    assert torch.empty(1).device.type == 'meta'\n"
+        "    pathlib.Path(__file__).with_name(f'ran_{n}').touch(exist_ok=False)\n"
+    )
+    for share in range(2):
+        command = check.pytest_command(tmp_path, share, 2, "meta")
+        assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
+        ran = {0: ["ran_0", "ran_2"], 1: ["ran_0", "ran_1", "ran_2"]}[share]
+        assert sorted(path.name for path in tmp_path.glob("ran_*")) == ran
+
+
+@pytest.mark.parametrize(
+    ("codes", "passed"), [([0, 0, 0], True), ([0, 5, 0], True), ([0, 1, 0], False), ([5, 5, 5], False)]
+)
+def test_every_share_must_pass(codes, passed, tmp_path, monkeypatch):
+    """One that is left without a test has not failed, unless all are."""
+    left = iter(codes)
+    monkeypatch.setattr(check.os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(check.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, next(left)))
+    assert check.run_tests(native=True, tests=tmp_path) == passed
+    assert list(left) == []
 
 
 # --- timing -----------------------------------------------------------------------------------------------------------

@@ -267,6 +267,66 @@ def test_evaluate_an_earlier_step(trained: Path, potamos: Callable[..., Ended]) 
     assert first.out.splitlines()[1] != second.out.splitlines()[1]
 
 
+@pytest.fixture(scope="module")
+def positioned(work: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """{position scheme: a run of two steps}, attention only."""
+    from potamos.pretrain.config import load_recipe
+    from potamos.pretrain.trainer import train
+
+    folder = tmp_path_factory.mktemp("positioned")
+    changes = [
+        "model.mixer={kind: attention, heads: 2}",
+        "model.at={}",
+        "train.steps=2",
+        f"tokenizer.path={work}/tokenizer.json",
+    ]
+    changes += [f"data.stages.0.mixture.0.path={work}/text", f"data.validation.0.path={work}/text"]
+    schemes = {"learned": "{kind: learned, max_length: 64}", "rope": "{kind: rope}"}
+    for name, scheme in schemes.items():
+        train(load_recipe(work / "trial.yaml", [*changes, f"model.positions={scheme}"]), folder / name)
+    return {name: folder / name for name in schemes}
+
+
+def test_evaluate_longer_rows(positioned: dict[str, Path], potamos: Callable[..., Ended], work: Path) -> None:
+    """The same tokens in rows of 128, by number or by multiple; only the first of a row has less before it."""
+    from potamos.data.loader import Windows
+    from potamos.pretrain.evaluate import score
+    from potamos.pretrain.runs import open_run
+
+    run = open_run(positioned["rope"])
+    windows = Windows(work / "text", sequence_length=128)
+    expected = score(run.system, windows, run.tokenizer.token_bytes(), device="cpu", rows_per_batch=1)
+    rows = [
+        potamos("evaluate", positioned["rope"], "--length", length).out.splitlines()[1].split()
+        for length in ("128", "4x")
+    ]
+    assert rows[0] == rows[1]
+    assert rows[0][1:4] == [f"{expected.bits_per_byte:.4f}", f"{expected.perplexity:.2f}", f"{expected.loss:.4f}"]
+    short = potamos("evaluate", positioned["rope"]).out.splitlines()[1].split()
+    assert short[1:4] != rows[0][1:4]
+    assert short[4] == rows[0][4], "another number of targets: the figures would not compare"
+
+
+def test_evaluate_with_another_pattern(positioned: dict[str, Path], potamos: Callable[..., Ended]) -> None:
+    """A pattern wide enough to hide nothing changes nothing; a narrow one does; another width does not fit."""
+    run = positioned["rope"]
+    wide, narrow = (f"model.pattern={{kind: blockwise, size: {size}}}" for size in (128, 2))
+    plain, same, other = (potamos("evaluate", run, *more, "--length=2x").out for more in ([], [wide], [narrow]))
+    assert plain == same
+    assert plain != other
+    assert_mistake(potamos("evaluate", run, "model.width=32"), "does not fit", "model.width=32")
+    assert_mistake(potamos("evaluate", run, "model.pattern.kind=blockwize"), "blockwize", "blockwise")
+
+
+def test_evaluate_refuses_lengths_that_it_cannot_have(
+    positioned: dict[str, Path], potamos: Callable[..., Ended]
+) -> None:
+    assert potamos("evaluate", positioned["learned"], "--length=2x").status == 0
+    assert_mistake(potamos("evaluate", positioned["learned"], "--length=4x"), "4x", "128", "positions", "end at 64")
+    for wrong in ("0", "x", "4.5x", "-3", "long"):
+        assert_mistake(potamos("evaluate", positioned["rope"], f"--length={wrong}"), wrong, "4x", "128")
+
+
 def test_generate(trained: Path, potamos: Callable[..., Ended]) -> None:
     from potamos.pretrain.generate import generate
     from potamos.pretrain.runs import open_run

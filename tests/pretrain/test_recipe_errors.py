@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -290,7 +291,7 @@ def test_a_position_scheme_that_cannot_serve_the_heads_is_refused(monkeypatch: p
         class Options(interfaces.Options):
             kind: str = "even"
 
-        def attention(self, heads: int, head_dim: int) -> interfaces.AttentionPositions:
+        def attention(self, context: Any, *, head_dim: int, **rest: Any) -> interfaces.AttentionPositions:
             if head_dim % 2:
                 raise ValueError(f"heads of {head_dim} channels are odd; choose another number of heads")
             return interfaces.AttentionPositions()

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from potamos.pretrain.config import available, differences, load_recipe, parse_recipe, to_yaml
-from potamos.pretrain.models.build import build
+from potamos.pretrain.models.build import build, materialize
+from potamos.pretrain.models.interfaces import Seq
 from potamos.pretrain.recipe import Recipe
 
 TINY = ("gpt_tiny", "h3_hybrid_tiny", "s4d_tiny")
@@ -92,6 +93,45 @@ def test_the_baseline_differs_from_the_hybrid_in_mixers_and_positions_alone() ->
     assert (model.mixer.kind, model.mixer.heads, model.positions.max_length) == ("attention", 12, 2048)
     # GPT-2 small with 2048 positions: 12 layers of 12 d^2 + 13 d, the final norm, vocabulary and positions.
     assert parameters(load_recipe("gpt_125m")) == 12 * (12 * 768**2 + 13 * 768) + 2 * 768 + (50264 + 2048) * 768
+
+
+# What each has in place of gpt_tiny's rotary positions and full pattern, and how many parameters more.
+VARIANTS = {
+    "xpos_tiny": ("positions", "xpos", 0),
+    "alibi_tiny": ("positions", "alibi", 0),
+    "sandwich_tiny": ("positions", "sandwich", 0),
+    "nopos_tiny": ("positions", "none", 0),
+    "t5_tiny": ("positions", "t5", 3 * 6 * 32),
+    "rpe_tiny": ("positions", "rpe", 3 * 6 * 129),
+    "local_tiny": ("pattern", "local", 0),
+    "bigbird_tiny": ("pattern", "bigbird", 0),
+    "butterfly_tiny": ("pattern", "butterfly", 0),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_of_attention_differ_in_one_component(name: str) -> None:
+    room, kind, more = VARIANTS[name]
+    base, recipe = load_recipe("gpt_tiny"), load_recipe(name)
+    changed = {key for key, _, _ in differences(base, recipe)} - {"name", "family", "description"}
+    assert {key.rsplit(".", 1)[0] for key in changed} == {f"model.{room}"}
+    assert getattr(recipe.model, room).kind == kind
+    assert parameters(recipe) - parameters(base) == more
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_of_attention_learn_from_the_past_alone(name: str) -> None:
+    """The recipe's own model at full row length: finite, and no token changes what comes before it."""
+    recipe = load_recipe(name)
+    model = materialize(recipe.model, seed=1, sequence_length=recipe.data.sequence_length)
+    tokens = torch.randint(0, 4096, (1, 256))
+    changed = torch.cat([tokens[:, :150], torch.randint(0, 4096, (1, 106))], 1)
+    seq = Seq(positions=torch.arange(256)[None])
+    with torch.no_grad():
+        before, after = (model({"tokens": t}, seq).hidden for t in (tokens, changed))
+    assert before.isfinite().all()
+    assert torch.equal(before[:, :150], after[:, :150])
+    assert not torch.equal(before[:, 150:], after[:, 150:])
 
 
 def test_tiny_recipes_differ_in_the_model_alone_and_are_of_one_size() -> None:

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from potamos.kernels.attention import attention
 from potamos.parallel.facts import Traits
 from potamos.pretrain.models import interfaces
-from potamos.pretrain.models.interfaces import Context, Mixer, Out, Seq, State
+from potamos.pretrain.models.interfaces import AttentionCall, Context, Mixer, Out, Seq, State
 from potamos.pretrain.models.linear import Linear
 from potamos.pretrain.models.registry import register
 
@@ -27,7 +27,15 @@ class AttentionState:
     documents: Tensor
 
 
+@dataclass(frozen=True)
+class PlacedState(AttentionState):
+    """Where the pattern counts in positions: the keys' positions too, (B, T) int32."""
+
+    positions: Tensor
+
+
 pytree.register_dataclass(AttentionState)
+pytree.register_dataclass(PlacedState)
 
 
 @register("mixer", "attention")
@@ -64,42 +72,74 @@ class Attention(Mixer):
         self.layer, self.dropout, self.memory = context.layer, options.dropout, options.memory
         self.head_dim = width // heads
         self.traits = replace(type(self).traits, units=kv_heads)
-        self.pattern = context.pattern
-        self.positions = context.positions.attention(heads, self.head_dim) if context.positions is not None else None
+        self.pattern, scheme = context.pattern, context.positions
+        self.positions = (
+            None
+            if scheme is None
+            else scheme.attention(context, heads=heads, head_dim=self.head_dim, causal=self.traits.causal)
+        )
+        terms = 1 if self.positions is None else self.positions.terms
+        self.scale = 1.0 / math.sqrt(terms * self.head_dim)
         self.q = Linear(width, width, role="column", bias=options.bias)
         self.k = Linear(width, kv_heads * self.head_dim, role="column", bias=options.bias)
         self.v = Linear(width, kv_heads * self.head_dim, role="column", bias=options.bias)
         self.out = Linear(width, width, role="row", bias=options.bias, into_residual=True)
 
+    @property
+    def counts_columns(self) -> bool:
+        return self.pattern.counts == "columns"
+
     def forward(self, x: Tensor, seq: Seq, state: State = None) -> Out:
-        # Head counts are never stored: under a split by head a rank holds some of them.
-        q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for linear in (self.q, self.k, self.v))
+        q, k, v = self._query(x), self._key(x), self._heads(self.v(x))
         positions = self.positions
         rotary = positions.rotary(seq.positions, seq.positions) if positions is not None else None
         if rotary is not None:  # keys are rotated once, before they are kept
             k, rotary = rotary.rotate_key(k), replace(rotary, key_positions=None)
         seen = self._extend(state, k, v, seq)
-        query_offset = seen.keys.shape[2] - q.shape[2]
-        documents = None if seq.document_ids is None and state is None else seen.documents
-        mask = self.pattern.mask(
-            causal=self.traits.causal,
-            query_offset=query_offset,
-            query_documents=None if documents is None else documents[:, query_offset:],
-            key_documents=documents,
-        )
+        call = self._call(q, seen, one_document=seq.document_ids is None and state is None)
         drop = self.dropout if self.training else 0.0
         y = attention(
             q,
             seen.keys,
             seen.values,
-            mask=mask,
-            bias=positions.bias(query_offset) if positions is not None else None,
+            mask=self.pattern.mask(call),
+            bias=positions.bias(call, self._query, self._key) if positions is not None else None,
             rotary=rotary,
-            scale=1.0 / math.sqrt(self.head_dim),
+            scale=self.scale,
             dropout=drop,
             dropout_key=seq.key("attention", self.layer) if drop > 0.0 else None,
+            head_offset=call.heads.start,
         )
-        return Out(self.out(y.transpose(1, 2).flatten(2)), state=seen)
+        return Out(self.out(y.transpose(1, 2).flatten(2)), state=seen if self.traits.carries else None)
+
+    def _query(self, x: Tensor) -> Tensor:
+        return self._heads(self.q(x))
+
+    def _key(self, x: Tensor) -> Tensor:
+        return self._heads(self.k(x))
+
+    def _heads(self, y: Tensor) -> Tensor:
+        """(..., L, heads x head dim) to (..., heads, L, head dim). Head counts are never stored: under a split by head
+        a rank holds some of them."""
+        return y.unflatten(-1, (-1, self.head_dim)).transpose(-3, -2)
+
+    def _call(self, q: Tensor, seen: AttentionState, *, one_document: bool) -> AttentionCall:
+        heads, queries, keys = q.shape[1], q.shape[2], seen.keys.shape[2]
+        call = AttentionCall(
+            layer=self.layer,
+            causal=self.traits.causal,
+            heads=range(self.tp.rank * heads, (self.tp.rank + 1) * heads),
+            queries=queries,
+            keys=keys,
+            device=q.device,
+        )
+        if one_document:
+            return call
+        own = slice(keys - queries, None)
+        call = replace(call, query_documents=seen.documents[:, own], key_documents=seen.documents)
+        if isinstance(seen, PlacedState):
+            call = replace(call, query_positions=seen.positions[:, own], key_positions=seen.positions)
+        return call
 
     def _extend(self, state: AttentionState | None, k: Tensor, v: Tensor, seq: Seq) -> AttentionState:
         """The keys, values and documents of the past and of this call, joined."""
@@ -108,22 +148,33 @@ class Attention(Mixer):
             # Without ids a continued row goes on in the document in which it stopped.
             first = torch.zeros(len(k), 1, dtype=torch.int32, device=k.device)
             documents = (first if state is None else state.documents[:, -1:]).expand(-1, k.shape[2])
+        new = AttentionState(k, v, documents)
+        if self.pattern.counts == "positions":
+            new = PlacedState(k, v, documents, seq.positions.int().expand(len(k), -1))
         if state is None:
-            return AttentionState(k, v, documents)
-        return AttentionState(
-            torch.cat([state.keys, k], 2),
-            torch.cat([state.values, v], 2),
-            torch.cat([state.documents, documents], 1),
-        )
+            return new
+        return pytree.tree_map(lambda past, more: torch.cat([past, more], _time(past)), state, new)
 
     def segment_state(self, state: State) -> State:
         """The last ``memory`` keys; None where the layer looks at its own segment only."""
         if self.memory == 0:
             return None
-        keep = slice(-self.memory, None)
-        return AttentionState(state.keys[:, :, keep], state.values[:, :, keep], state.documents[:, keep])
+        return pytree.tree_map(lambda leaf: _last(leaf, self.memory), state)
 
     def mixing_flops(self, length: int) -> float:
-        """Scores and their product with the values: 2 x 2 per visible key and channel; half of the row is visible."""
-        visible = (length + 1) / 2 if self.traits.causal else length
-        return 4.0 * self.q.weight.shape[0] * visible
+        """Scores and their product with the values, 2 x 2 per visible key and channel; and what the bias costs."""
+        visible = self.pattern.visible_keys(length, causal=self.traits.causal)
+        own = 0.0 if self.positions is None else self.positions.mixing_flops()
+        return 4.0 * self.q.weight.shape[0] * visible + own
+
+
+def _time(leaf: Tensor) -> int:
+    """The dimension of a state's tensor that counts keys."""
+    return 2 if leaf.dim() == 4 else 1
+
+
+def _last(leaf: Tensor, count: int) -> Tensor:
+    """The last ``count`` keys of a state's tensor, or all there are."""
+    time = _time(leaf)
+    kept = min(count, leaf.shape[time])
+    return leaf.narrow(time, leaf.shape[time] - kept, kept)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from potamos.kernels.attention import Mask
 from potamos.pretrain.models import interfaces
-from potamos.pretrain.models.interfaces import Pattern
+from potamos.pretrain.models.interfaces import AttentionCall, Pattern
 from potamos.pretrain.models.registry import register
+
+
+def documents_of(call: AttentionCall) -> Mask:
+    """What every pattern begins with: causality, and nothing of other documents."""
+    return Mask(
+        causal=call.causal,
+        query_offset=call.query_offset,
+        query_documents=call.query_documents,
+        key_documents=call.key_documents,
+    )
 
 
 @register("pattern", "full")
@@ -17,12 +25,5 @@ class Full(Pattern):
     class Options(interfaces.Options):
         kind: str = "full"
 
-    def mask(
-        self, *, causal: bool, query_offset: int, query_documents: Tensor | None, key_documents: Tensor | None
-    ) -> Mask:
-        return Mask(
-            causal=causal,
-            query_offset=query_offset,
-            query_documents=query_documents,
-            key_documents=key_documents,
-        )
+    def mask(self, call: AttentionCall) -> Mask:
+        return documents_of(call)

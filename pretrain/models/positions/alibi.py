@@ -7,7 +7,7 @@ from torch import Tensor
 
 from potamos.kernels.attention import Toeplitz, alibi_slopes
 from potamos.pretrain.models import interfaces
-from potamos.pretrain.models.interfaces import AttentionPositions, Positions
+from potamos.pretrain.models.interfaces import AttentionCall, AttentionPositions, Context, Positions, Projection
 from potamos.pretrain.models.registry import register
 
 
@@ -23,8 +23,9 @@ class LinearBias(AttentionPositions):
             slopes = alibi_slopes(heads)
         self.register_buffer("slopes", slopes, persistent=False)
 
-    def bias(self, query_offset: int) -> Toeplitz:
-        return Toeplitz(self.slopes, query_offset=query_offset)
+    def bias(self, call: AttentionCall, query: Projection, key: Projection) -> Toeplitz:
+        del query, key
+        return Toeplitz(self.slopes[call.heads.start : call.heads.stop])
 
 
 @register("positions", "alibi")
@@ -34,6 +35,6 @@ class Alibi(Positions):
     class Options(interfaces.Options):
         kind: str = "alibi"
 
-    def attention(self, heads: int, head_dim: int) -> AttentionPositions:
-        del head_dim
+    def attention(self, context: Context, *, heads: int, head_dim: int, causal: bool) -> AttentionPositions:
+        del context, head_dim, causal
         return LinearBias(heads)

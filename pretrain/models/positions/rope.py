@@ -8,7 +8,7 @@ from torch import Tensor
 
 from potamos.kernels.attention import Rotary, rotary_frequencies
 from potamos.pretrain.models import interfaces
-from potamos.pretrain.models.interfaces import AttentionPositions, Positions
+from potamos.pretrain.models.interfaces import AttentionPositions, Context, Positions
 from potamos.pretrain.models.registry import register
 
 
@@ -41,6 +41,6 @@ class Rope(Positions):
         fraction: float = Field(1.0, gt=0, le=1)
         interleaved: bool = False
 
-    def attention(self, heads: int, head_dim: int) -> AttentionPositions:
-        del heads
+    def attention(self, context: Context, *, heads: int, head_dim: int, causal: bool) -> AttentionPositions:
+        del context, heads, causal
         return RotaryPositions(head_dim, self.options.base, self.options.fraction, self.options.interleaved)

@@ -313,18 +313,30 @@ def check_isolation(subject: Subject) -> None:
 
 
 def check_packing(subject: Subject) -> None:
-    """Documents packed in rows = each alone: outputs and the sum of every gradient."""
+    """Documents packed in rows = each alone: outputs and the sum of every gradient. Where columns of the row count,
+    each alone at its own columns."""
     seq = packed()
     expected = whole(subject, seq)
     found = {name: torch.zeros_like(value) for name, value in expected.items()}
     for row, begin, end in spans():
         x = inputs()[row : row + 1, begin:end].clone().requires_grad_()
-        y = subject(x, Seq(positions=torch.arange(end - begin)[None])).hidden
+        if getattr(subject.region, "counts_columns", False):
+            padded, seq_alone = _in_its_columns(x, begin, end)
+            y = subject(padded, seq_alone).hidden[:, begin:end]
+        else:
+            y = subject(x, Seq(positions=torch.arange(end - begin)[None])).hidden
         found["y"][row, begin:end] = y.detach()[0]
         for name, value in gradients(subject, x, y, weights()[row : row + 1, begin:end]).items():
             place = found[name][row : row + 1, begin:end] if name == "x" else found[name]
             place += value
     assert_near(found, expected, "documents alone")
+
+
+def _in_its_columns(x: Tensor, begin: int, end: int) -> tuple[Tensor, Seq]:
+    """A row of padding with the document x (1, n, D) in columns ``begin`` to ``end``."""
+    positions, ids = torch.zeros(1, LENGTH, dtype=torch.int64), torch.full((1, LENGTH), -1, dtype=torch.int32)
+    positions[0, begin:end], ids[0, begin:end] = torch.arange(end - begin), 3
+    return nn.functional.pad(x, (0, 0, begin, LENGTH - end)), Seq(positions=positions, document_ids=ids)
 
 
 def check_state(subject: Subject) -> None:
@@ -463,4 +475,11 @@ EXTRA = [
     Case("mixer", "h3", {"state": 4, "shift_state": 5, "head_dim": 4}),
     Case("mixer", "attention", {"heads": 4, "kv_heads": 2, "memory": 9}),
     Case("positions", "rope", {"fraction": 0.5}),
+    Case("positions", "disentangled", {"buckets": 0, "furthest": 12, "share_att_key": False}),
+    Case("positions", "disentangled", {"buckets": 8, "furthest": 40}),
+    Case("positions", "t5", {"buckets": 8, "furthest": 30}),
+    Case("pattern", "local", {"form": "sliding", "size": 9, "first": 2}),
+    Case("pattern", "blockwise", {"size": 16, "behind": 2}),
+    Case("pattern", "bigbird", {"size": 8, "first": 0, "window": 1, "random": 2}),
+    Case("pattern", "butterfly", {"size": 2, "first": 0, "factors": 3}),
 ]

@@ -5,11 +5,14 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
+from potamos.parallel.facts import Traits
 from potamos.pretrain.models import registry
 from potamos.pretrain.models.initialize import Gpt2, generator, initialize
+from potamos.pretrain.models.mixers.attention import Attention
 
 ROOMS = ("mixer", "channel", "positions", "pattern")
 
@@ -21,11 +24,35 @@ def test_contract(contract: ModuleType, case: Any, check: Any) -> None:
     check(subject)
 
 
+class Bidirectional(Attention):
+    """The host of positions and patterns, seeing later keys too."""
+
+    traits = Traits(shard="head", causal=False)
+
+
+@pytest.mark.parametrize("name", ["isolation", "packing", "gradients", "state"])
+def test_contract_without_causality(
+    contract: ModuleType, monkeypatch: pytest.MonkeyPatch, case: Any, name: str
+) -> None:
+    """What positions and patterns do where attention looks both ways."""
+    if case.room not in ("positions", "pattern"):
+        return
+    registry.names("mixer")
+    monkeypatch.setitem(registry._table["mixer"], "attention", Bidirectional)
+    subject = contract.make(case)
+    assert not subject.region.traits.causal
+    getattr(contract, f"check_{name}")(subject)
+
+
 def test_every_registered_name_is_held_to_it(contract: ModuleType) -> None:
     cases = {(case.room, case.name) for case in contract.subjects(*ROOMS)}
     assert cases == {(room, name) for room in ROOMS for name in registry.names(room)}
     assert {"attention", "h3", "s4d"} <= {name for room, name in cases if room == "mixer"}
-    assert {"none", "learned", "sinusoidal", "rope", "alibi"} <= {name for room, name in cases if room == "positions"}
+    assert {
+        *("none", "learned", "sinusoidal", "rope", "alibi"),
+        *("xpos", "sandwich", "t5", "rpe", "disentangled"),
+    } <= {name for room, name in cases if room == "positions"}
+    assert {"full", "local", "bigbird", "butterfly", "blockwise"} <= {name for room, name in cases if room == "pattern"}
 
 
 def test_every_parameter_is_drawn(contract: ModuleType, case: Any) -> None:
