@@ -1,68 +1,223 @@
-"""``apply(system, layout, rank)``: the one place where a model is spread over processes.
+"""`apply(system, ...)`: the one place where a model is spread over processes.
 
-It reads facts and the layout, never a name. In this version a layout may replicate the model over data-parallel ranks;
-every other axis is refused, by name, before anything starts.
+It reads declared facts and the layout, never a name, and from top to bottom: pipeline, tensor, context, then (once the
+parameters have their values) checkpointing and data. A layout that a system cannot run is refused, by the name of the
+axis, before anything starts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from potamos.parallel import data, pipeline, tensor
+from potamos.parallel.axes import TensorAxis
+from potamos.parallel.context import connect_context
+from potamos.parallel.data import REPLICAS, SHARDS
 from potamos.parallel.facts import Layout
-from potamos.parallel.launch import Rank
+from potamos.parallel.gradients import Gradients
+from potamos.parallel.mesh import LayoutError, Mesh, sizes
+from potamos.parallel.pipeline import SCHEDULES, Part, Pipeline, balanced, held_stages
+
+__all__ = ["LayoutError", "Spread", "apply", "sizes"]
+
+Fill = Callable[[nn.Module, Callable[[str, Tensor], Tensor], Mapping[str, torch.Size]], None]
 
 
-class LayoutError(ValueError):
-    """A layout that this run cannot have; names the axis and what to change."""
+class Spread:
+    """A system as this rank runs it.
+
+    parameters: what this rank holds, by the names of the one-process system; each a slice, a shard or the whole.
+    """
+
+    def __init__(self, system: Any, layout: Layout, mesh: Mesh, device: torch.device, fill: Fill) -> None:
+        self.system, self.layout, self.mesh, self.device = system, layout, mesh, device
+        self.sizes = mesh.sizes
+        self._check(system)
+        self.stage_names = self._cut_pipeline()
+        axis = TensorAxis(mesh.group("tp"), sequence=layout.sequence_parallel) if self.sizes.tp > 1 else None
+        self.cuts = tensor.split(system, axis)
+        if self.sizes.cp > 1:
+            connect_context(system, mesh.group("cp"), layout.cp_order)
+        fill(system, self._slice, {name: cut.shape for name, cut in self.cuts.items()})
+        self.pipeline = self._make_pipeline()
+        self.runner = self._spread_data(layout)
+        self.parameters: dict[str, nn.Parameter] = dict(system.named_parameters())
+        self.gradients = self._gradients()
+
+    # --- building --------------------------------------------------------------------------------------------------
+
+    def _check(self, system: Any) -> None:
+        size = self.sizes
+        if size.tp > 1:
+            tensor.check_units(system, size.tp)
+        if size.pp > 1:
+            forbidden = [path for path, m in system.named_modules() if tensor.is_region(m) and not m.traits.pp]
+            if forbidden:
+                raise LayoutError(f"parallel.pp: {forbidden[0]} does not allow stages (its trait pp is false); set it to 1")
+            if self.layout.schedule not in SCHEDULES:
+                known = ", ".join(SCHEDULES)
+                raise LayoutError(f"parallel.schedule: {self.layout.schedule!r} is unknown; choose one of {known}")
+        if size.cp > 1:
+            for path, module in system.named_modules():
+                if tensor.is_region(module) and not module.traits.cp:
+                    raise LayoutError(
+                        f"parallel.cp: {path} does not allow a split sequence (its trait cp is empty); set it to 1"
+                    )
+
+    def _cut_pipeline(self) -> dict[int, list[str]]:
+        """Drop the layers of other stages; returns the layers of each stage that stays."""
+        if self.sizes.pp == 1:
+            return {}
+        schedule = SCHEDULES[self.layout.schedule]
+        blocks = self.system.model.stack.blocks
+        self.stages = self.sizes.pp * schedule.stages
+        costs, first, last = self.system.stage_costs()
+        names = list(blocks)
+        ranges = balanced(costs, self.stages, first, last)
+        own = held_stages(schedule, self.mesh.index("pp"), self.sizes.pp)
+        kept = {stage: [names[i] for i in ranges[stage]] for stage in own}
+        for name in names:
+            if not any(name in layers for layers in kept.values()):
+                del blocks[name]
+        if 0 not in kept and self.stages - 1 not in kept:
+            self.system.drop_ends()
+        return kept
+
+    def _make_pipeline(self) -> Pipeline | None:
+        if self.sizes.pp == 1:
+            return None
+        parts = {}
+        for stage, layers in self.stage_names.items():
+            last = stage == self.stages - 1
+            parts[stage] = Part(self.system.part(layers, first=stage == 0, last=last), last=last)
+        return Pipeline(parts, self.layout.schedule, self.stages, self.mesh.group("pp"), self.device)
+
+    def _spread_data(self, layout: Layout) -> nn.Module:
+        size, mesh = self.sizes, self.mesh
+        if size.dp_shard > 1:
+            blocks = list(self.system.model.stack.blocks.values())
+            if self.pipeline is None:
+                return data.shard(self.system, blocks, mesh, None)
+            if SCHEDULES[layout.schedule].v:
+                raise LayoutError(
+                    f"parallel.dp_shard: {size.dp_shard} does not go with schedule {layout.schedule}, whose first and "
+                    "last stage share a rank; use 1f1b, or dp_replicate"
+                )
+            for part in self.pipeline.parts.values():
+                data.shard(part, list(part.module.model.stack.blocks.values()), mesh, None)
+        elif mesh.size(*REPLICAS, "cp") > 1 and self.pipeline is None:
+            return data.replicate(self.system, mesh.group(*REPLICAS, "cp"), self.device)
+        return self.system
+
+    def _gradients(self) -> Gradients:
+        tied: list[str] = []
+        group, counts = None, True
+        if self.sizes.pp > 1:
+            ends = {0, self.stages - 1} & set(self.stage_names)
+            apart = not SCHEDULES[self.layout.schedule].v
+            group = self._ends_group() if apart else None
+            if ends and apart:
+                tied = [n for n in self.parameters if n.startswith("model.frontend.")]
+                counts = 0 in ends
+        reduced = self.sizes.dp_shard > 1 or self.pipeline is None
+        return Gradients(
+            self.parameters, self.cuts, self.mesh, tied=tied, tied_group=group if tied else None, counts_tied=counts,
+            reduced=reduced,
+        )  # fmt: skip
+
+    def _ends_group(self) -> dist.ProcessGroup:
+        """The ranks of the first and the last stage that this one shares everything else with."""
+        ranks = dist.get_process_group_ranks(self.mesh.group("pp"))
+        ends = [ranks[0], ranks[-1]]
+        every: list[Any] = [None] * self.sizes.world
+        dist.all_gather_object(every, ends)
+        own = None
+        for pair in sorted({tuple(pair) for pair in every}):
+            group = dist.new_group(list(pair))
+            if dist.get_rank() in pair:
+                own = group
+        return own  # pyright: ignore[reportReturnType]
+
+    # --- values ----------------------------------------------------------------------------------------------------
+
+    def _slice(self, name: str, whole: Tensor) -> Tensor:
+        """This rank's slice under tensor parallelism."""
+        dim = self.cuts[name].dim
+        return whole if dim is None else whole.chunk(self.sizes.tp, dim)[self.mesh.index("tp")]
+
+    def local(self, name: str, whole: Tensor) -> Tensor:
+        """What this rank stores of a whole tensor that is cut like the parameter of this name."""
+        part, like = self._slice(name, whole), self.parameters[name]
+        if isinstance(like, DTensor):
+            return distribute_tensor(part, like.device_mesh, like.placements, src_data_rank=None)
+        return part
+
+    def whole(self, name: str, value: Tensor) -> Tensor:
+        """The whole of a tensor that is cut like the parameter of this name; every rank that holds it must call."""
+        part = value.full_tensor() if isinstance(value, DTensor) else value
+        dim = self.cuts[name].dim
+        if dim is None:
+            return part
+        pieces = [torch.empty_like(part) for _ in range(self.sizes.tp)]
+        dist.all_gather(pieces, part.contiguous(), group=self.mesh.group("tp"))
+        return torch.cat(pieces, dim)
+
+    # --- a step ----------------------------------------------------------------------------------------------------
+
+    def run(self, batches: Sequence[Any], states: Sequence[Any], loss: Callable[[Any], Tensor]) -> list[Any]:
+        """Forward and backward of a step's micro-batches: the terms of each on the last stage, handovers elsewhere.
+
+        Afterwards every parameter's gradient is complete.
+        """
+        if self.sizes.cp > 1:
+            batches = [batch.slices(self.layout.cp_order, self.mesh.index("cp"), self.sizes.cp) for batch in batches]
+        if self.pipeline is not None:
+            self.pipeline.run(batches, states, loss, train=True)
+            last = max(self.pipeline.parts)
+            results = [self.pipeline.parts[last].results[i] for i in range(len(batches))]
+        else:
+            results = []
+            for index, batch in enumerate(batches):
+                with self._sync(last=index == len(batches) - 1):
+                    out = self.runner(batch, states[index])
+                    loss(out).backward()
+                results.append(out)
+        self.gradients.finish()
+        return results
+
+    @contextmanager
+    def _sync(self, *, last: bool) -> Iterator[None]:
+        """Communicate gradients only in the last micro-batch of a step."""
+        if isinstance(self.runner, FSDPModule):
+            self.runner.set_requires_gradient_sync(last)
+            self.runner.set_is_last_backward(last)
+            yield
+        elif isinstance(self.runner, DistributedDataParallel) and not last:
+            with self.runner.no_sync():
+                yield
+        else:
+            yield
 
 
-def data_ranks(layout: Layout, world: int) -> int:
-    """How many ways a global batch is cut; the world size as long as only replication exists."""
-    for axis in ("dp_shard", "tp", "pp", "cp", "ep"):
-        size = getattr(layout, axis)
-        if size not in (1, "all") or (size == "all" and layout.dp_replicate == "all"):
-            raise LayoutError(f"parallel.{axis}: {size} is not available in this version; set it to 1")
-    if layout.dp_shard == "all" and world > 1:
-        raise LayoutError("parallel.dp_shard: all is not available in this version; use dp_replicate: all")
-    if layout.dp_replicate not in ("all", world):
-        wrong = f"parallel.dp_replicate: {layout.dp_replicate} does not match {world} processes"
-        raise LayoutError(f"{wrong}; set it to {world} or to all")
+def apply(
+    system: nn.Module, layout: Layout, rank: int, world: int, device: torch.device, fill: Fill
+) -> Spread:
+    """Spread `system`, built on the meta device, over the processes of a run.
+
+    fill (system, slice, shapes) gives the parameters values: `shapes` has each one's whole shape by name, `slice` cuts a
+    whole value to what this rank holds. Raises LayoutError.
+    """
     if layout.engine != "native":
         raise LayoutError(f"parallel.engine: {layout.engine!r} is not available in this version; use native")
-    return world
-
-
-def apply(system: nn.Module, layout: Layout, rank: Rank, device: torch.device) -> nn.Module:
-    """``system`` as this rank runs it. Gradients come out *summed* over data ranks: losses are divided by global counts
-    before the backward, so an average would divide twice."""
-    if data_ranks(layout, rank.world) == 1:
-        return system
-    wrapped = DistributedDataParallel(
-        system,
-        device_ids=[device.index] if device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-    )
-    wrapped.register_comm_hook(None, _sum_bucket)
-    return wrapped
-
-
-def _sum_bucket(_, bucket):  # torch insists on its own annotations, as objects, or on none
-    work = dist.all_reduce(bucket.buffer(), async_op=True)
-    assert work is not None
-    return work.get_future().then(lambda future: future.value()[0])
-
-
-@contextmanager
-def gradient_sync(system: nn.Module, *, last: bool) -> Iterator[None]:
-    """Communicate gradients only in the last micro-batch of a step."""
-    if last or not isinstance(system, DistributedDataParallel):
-        yield
-    else:
-        with system.no_sync():
-            yield
+    if layout.ep != 1:
+        raise LayoutError(f"parallel.ep: {layout.ep} needs experts, and no layer of this model has any; set it to 1")
+    return Spread(system, layout, Mesh(sizes(layout, world), rank, device.type), device, fill)

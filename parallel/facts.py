@@ -72,14 +72,10 @@ class Axis:
         """Maximum over ranks, without gradient."""
         return x.detach()
 
-    def before(self, x: Tensor, count: int) -> Tensor:
-        """The last ``count`` entries of the last dimension on the previous sequence slice; zeros on the first one."""
-        return x.new_zeros(*x.shape[:-1], count)
-
-    def carry(self, end: Tensor, transition: Tensor) -> Tensor:
-        """The state at the start of this slice, from every slice's end state and transition; zeros on the first one."""
-        del transition
-        return end.new_zeros(end.shape)
+    def own(self, x: Tensor, dim: int = 1) -> Tensor:
+        """This rank's slice of what it holds whole, where hidden states between regions are slices; else all of it."""
+        del dim
+        return x
 
 
 IDENTITY = Axis()
@@ -97,6 +93,10 @@ class Layout:
     ep: int = 1
     schedule: str = "1f1b"
     engine: str = "native"
+    sequence_parallel: bool = True
+    """Between the regions of tensor parallelism, hidden states are slices of the row."""
+    cp_order: Literal["contiguous", "zigzag"] = "zigzag"
+    """How sequence slices are dealt; zigzag balances causal attention."""
 
 
 @dataclass(frozen=True)

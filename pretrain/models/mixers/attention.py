@@ -98,6 +98,7 @@ class Attention(Mixer):
             scale=1.0 / math.sqrt(self.head_dim),
             dropout=drop,
             dropout_key=seq.key("attention", self.layer) if drop > 0.0 else None,
+            head_offset=self.tp.rank * q.shape[1],
         )
         return Out(self.out(y.transpose(1, 2).flatten(2)), state=seen)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from potamos.pretrain.models import interfaces
@@ -40,6 +43,14 @@ class Plain(Stack):
         total.hidden = self.norm(total.hidden)
         total.state = carried or None
         return total
+
+    def part(self, layers: Sequence[str], *, first: bool, last: bool) -> Plain:
+        del first
+        made = copy.copy(self)
+        made._modules = {**self._modules, "blocks": nn.ModuleDict({name: self.blocks[name] for name in layers})}
+        if not last:
+            made._modules["norm"] = nn.Identity()
+        return made
 
     def segment_state(self, state: State) -> State:
         kept = {}
