@@ -46,7 +46,7 @@ class Spread:
         axis = TensorAxis(mesh.group("tp"), sequence=layout.sequence_parallel) if self.sizes.tp > 1 else None
         self.cuts = tensor.split(system, axis)
         if self.sizes.cp > 1:
-            connect_context(system, mesh.group("cp"), layout.cp_order)
+            self.slices = connect_context(system, mesh.group("cp"), layout.cp_order, layout.cp_kinds)
         fill(system, self._slice, {name: cut.shape for name, cut in self.cuts.items()})
         self.pipeline = self._make_pipeline()
         self.runner = self._spread_data(layout)
@@ -179,7 +179,7 @@ class Spread:
         Afterwards every parameter's gradient is complete.
         """
         if self.sizes.cp > 1:
-            batches = [batch.slices(self.layout.cp_order, self.mesh.index("cp"), self.sizes.cp) for batch in batches]
+            batches = [batch.slices(self.slices.held, self.slices.count) for batch in batches]
         if self.pipeline is not None:
             self.pipeline.run(batches, states, loss, train=True)
             last = max(self.pipeline.parts)

@@ -69,6 +69,11 @@ class Seq:
         return DropoutKey(seed=self.seed, purpose=purpose, step=self.step, layer=layer, samples=samples)
 
     @property
+    def row(self) -> Seq:
+        """The description of the whole row, where this one is of slices of it."""
+        return self if self.whole is None else self.whole
+
+    @property
     def all_columns(self) -> Tensor:
         """(1 or B, L) int64: ``columns``, spelled out."""
         if self.columns is None:

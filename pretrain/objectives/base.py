@@ -50,6 +50,30 @@ class Batch:
         """
         return self._map(Tensor.pin_memory) if torch.cuda.is_available() else self
 
+    def slices(self, held: Sequence[int], count: int) -> Batch:
+        """The places ``held`` of ``count`` equal slices of every row, side by side; ``seq.whole`` describes the row.
+
+        What has another second dimension than the row's length is kept as it is."""
+        length = self.seq.positions.shape[1]
+        if length % count:
+            raise ValueError(f"a row of {length} columns cannot be cut into {count} slices")
+        step = length // count
+        columns = torch.cat([torch.arange(g * step, (g + 1) * step) for g in held])
+        columns = columns.to(self.seq.positions.device)
+
+        def cut(x: Tensor) -> Tensor:
+            return x[:, columns] if x.dim() >= 2 and x.shape[1] == length else x
+
+        seq = replace(
+            self.seq,
+            positions=cut(self.seq.positions),
+            document_ids=None if self.seq.document_ids is None else cut(self.seq.document_ids),
+            columns=columns,
+            whole=self.seq,
+        )
+        inputs = {name: cut(value) for name, value in self.inputs.items()}
+        return replace(self, inputs=inputs, seq=seq, targets={n: cut(x) for n, x in self.targets.items()})
+
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         return replace(
             self,

@@ -74,6 +74,8 @@ class Attention(Mixer):
     def forward(self, x: Tensor, seq: Seq, state: State = None) -> Out:
         # Head counts are never stored: under a split by head a rank holds some of them.
         q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for linear in (self.q, self.k, self.v))
+        if self.cp.size > 1:
+            return Out(self.out(self._split(q, k, v, seq).transpose(1, 2).flatten(2)))
         positions = self.positions
         rotary = positions.rotary(seq.positions, seq.positions) if positions is not None else None
         if rotary is not None:  # keys are rotated once, before they are kept
@@ -101,6 +103,47 @@ class Attention(Mixer):
             head_offset=self.tp.rank * q.shape[1],
         )
         return Out(self.out(y.transpose(1, 2).flatten(2)), state=seen)
+
+    def _split(self, q: Tensor, k: Tensor, v: Tensor, seq: Seq) -> Tensor:
+        """A row whose slices lie on several ranks -> y like q. "a2a": whole rows of a share of the heads; "ring": this
+        rank's queries see the keys of all slices up to their own."""
+        row, axis, length = seq.row, self.cp, q.shape[2]
+        positions = self.positions
+        head = self.tp.rank * q.shape[1]
+        if axis.kind == "a2a":
+            q, k, v = (axis.to_units(x, 1, 2) for x in (q, k, v))
+            head += axis.rank * q.shape[1]
+            rotary = positions.rotary(row.positions, row.positions) if positions is not None else None
+            whole = self._attend(q, k, v, row, 0, rotary, head, range(axis.rank, axis.rank + 1))
+            return axis.to_slices(whole, 1, 2)
+        rotary = positions.rotary(seq.positions, seq.positions) if positions is not None else None
+        if rotary is not None:
+            q, k = rotary.rotate_query(q), rotary.rotate_key(k)
+        k, v = axis.whole(k, 2), axis.whole(v, 2)
+        step = length // len(axis.held)
+        parts = []
+        for part, place in zip(q.split(step, 2), axis.held, strict=True):
+            end = (place + 1) * step if self.traits.causal else k.shape[2]
+            parts.append(self._attend(part, k[:, :, :end], v[:, :, :end], row, place * step, None, head))
+        return torch.cat(parts, 2)
+
+    def _attend(self, q, k, v, row: Seq, offset: int, rotary, head: int, share: range | None = None) -> Tensor:
+        """Queries at columns `offset` and on against the row's first keys."""
+        ids = row.document_ids
+        mask = self.pattern.mask(
+            causal=self.traits.causal,
+            query_offset=offset,
+            query_documents=None if ids is None else ids[:, offset : offset + q.shape[2]],
+            key_documents=None if ids is None else ids[:, : k.shape[2]],
+        )
+        bias = self.positions.bias(offset) if self.positions is not None else None
+        if bias is not None and share is not None:
+            bias = bias.share(self.cp.rank, self.cp.size)
+        drop = self.dropout if self.training else 0.0
+        return attention(
+            q, k, v, mask=mask, bias=bias, rotary=rotary, scale=1.0 / math.sqrt(self.head_dim), dropout=drop,
+            dropout_key=row.key("attention", self.layer) if drop > 0.0 else None, head_offset=head,
+        )  # fmt: skip
 
     def _extend(self, state: AttentionState | None, k: Tensor, v: Tensor, seq: Seq) -> AttentionState:
         """The keys, values and documents of the past and of this call, joined."""
