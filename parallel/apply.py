@@ -7,7 +7,7 @@ axis, before anything starts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,12 +18,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from potamos.parallel import data, pipeline, tensor
+from potamos.parallel import data, tensor
 from potamos.parallel.axes import TensorAxis
 from potamos.parallel.context import connect_context
 from potamos.parallel.data import REPLICAS, SHARDS
-from potamos.parallel.facts import Layout
-from potamos.parallel.gradients import Gradients
+from potamos.parallel.facts import Layout, parameter_table
+from potamos.parallel.gradients import Gradients, local
 from potamos.parallel.mesh import LayoutError, Mesh, sizes
 from potamos.parallel.pipeline import SCHEDULES, Part, Pipeline, balanced, held_stages
 
@@ -36,12 +36,17 @@ class Spread:
     """A system as this rank runs it.
 
     parameters: what this rank holds, by the names of the one-process system; each a slice, a shard or the whole.
+    stored: the same as plain tensors that share the memory, for the optimizer; `hand_gradients` gives them theirs.
+    shapes, table: of every parameter of the one-process system.
     """
 
     def __init__(self, system: Any, layout: Layout, mesh: Mesh, device: torch.device, fill: Fill) -> None:
         self.system, self.layout, self.mesh, self.device = system, layout, mesh, device
         self.sizes = mesh.sizes
+        self._term_names: list[str] | None = None
         self._check(system)
+        self.shapes = {name: p.shape for name, p in system.named_parameters()}
+        self.table = parameter_table(system)
         self.stage_names = self._cut_pipeline()
         axis = TensorAxis(mesh.group("tp"), sequence=layout.sequence_parallel) if self.sizes.tp > 1 else None
         self.cuts = tensor.split(system, axis)
@@ -52,6 +57,8 @@ class Spread:
         self.runner = self._spread_data(layout)
         self.parameters: dict[str, nn.Parameter] = dict(system.named_parameters())
         self.gradients = self._gradients()
+        self.stored = {name: _stored(p) for name, p in self.parameters.items()}
+        self._names = {value: name for name, value in self.stored.items()}
 
     # --- building --------------------------------------------------------------------------------------------------
 
@@ -62,7 +69,9 @@ class Spread:
         if size.pp > 1:
             forbidden = [path for path, m in system.named_modules() if tensor.is_region(m) and not m.traits.pp]
             if forbidden:
-                raise LayoutError(f"parallel.pp: {forbidden[0]} does not allow stages (its trait pp is false); set it to 1")
+                raise LayoutError(
+                    f"parallel.pp: {forbidden[0]} does not allow stages (its trait pp is false); set it to 1"
+                )
             if self.layout.schedule not in SCHEDULES:
                 known = ", ".join(SCHEDULES)
                 raise LayoutError(f"parallel.schedule: {self.layout.schedule!r} is unknown; choose one of {known}")
@@ -155,14 +164,21 @@ class Spread:
         return whole if dim is None else whole.chunk(self.sizes.tp, dim)[self.mesh.index("tp")]
 
     def local(self, name: str, whole: Tensor) -> Tensor:
-        """What this rank stores of a whole tensor that is cut like the parameter of this name."""
+        """What this rank stores of a whole tensor that is cut like the parameter of this name, as a plain tensor."""
         part, like = self._slice(name, whole), self.parameters[name]
         if isinstance(like, DTensor):
-            return distribute_tensor(part, like.device_mesh, like.placements, src_data_rank=None)
+            part = part.to(like.device)
+            return distribute_tensor(part, like.device_mesh, like.placements, src_data_rank=None).to_local()
         return part
 
     def whole(self, name: str, value: Tensor) -> Tensor:
-        """The whole of a tensor that is cut like the parameter of this name; every rank that holds it must call."""
+        """The whole of a tensor that is stored like the parameter of this name (plain, or as FSDP's own type); every
+        rank of the same stage must call."""
+        like = self.parameters[name]
+        if isinstance(like, DTensor) and not isinstance(value, DTensor):
+            value = DTensor.from_local(
+                value, like.device_mesh, like.placements, shape=like.shape, stride=like.stride(), run_check=False
+            )
         part = value.full_tensor() if isinstance(value, DTensor) else value
         dim = self.cuts[name].dim
         if dim is None:
@@ -170,6 +186,91 @@ class Spread:
         pieces = [torch.empty_like(part) for _ in range(self.sizes.tp)]
         dist.all_gather(pieces, part.contiguous(), group=self.mesh.group("tp"))
         return torch.cat(pieces, dim)
+
+    def gathered(self, tensors: Mapping[str, Tensor], owner: Callable[[str], str]) -> dict[str, Tensor]:
+        """Whole tensors of every stage, in host memory, on the main rank; {} elsewhere. Every rank calls.
+
+        tensors: what this rank stores, each cut like the parameter `owner(name)` if it has that parameter's stored
+        shape, else (a step counter) the same on all ranks.
+        """
+        main = self.mesh.rank == 0
+        found: dict[str, Tensor] = {}
+        for stage, names in enumerate(self._names_by_stage(list(tensors))):
+            here = self.mesh.index("pp") == stage
+            for name in names:
+                value = self._whole_of(name, tensors[name], owner(name)) if here else None
+                if self.sizes.pp > 1:
+                    value = self._from_stage(stage, value)
+                if main and name not in found:
+                    assert value is not None
+                    found[name] = torch.empty(value.shape, dtype=value.dtype).copy_(value.detach())
+        return found
+
+    def _whole_of(self, name: str, value: Tensor, owner: str) -> Tensor:
+        like = self.stored[owner]
+        return self.whole(owner, value) if value.shape == like.shape and value.dim() else value
+
+    def _names_by_stage(self, own: list[str]) -> list[list[str]]:
+        if self.sizes.pp == 1:
+            return [own]
+        every: list[Any] = [None] * self.sizes.pp
+        dist.all_gather_object(every, own, group=self.mesh.group("pp"))
+        return every
+
+    def _from_stage(self, stage: int, value: Tensor | None) -> Tensor:
+        """A tensor of one stage on all of them."""
+        group = self.mesh.group("pp")
+        source = dist.get_process_group_ranks(group)[stage]
+        about = [None if value is None else (tuple(value.shape), value.dtype)]
+        dist.broadcast_object_list(about, source, group=group)
+        assert about[0] is not None
+        shape, dtype = about[0]
+        if value is None:
+            value = torch.empty(shape, dtype=dtype, device=self.device)
+        value = value.detach().to(self.device).contiguous()
+        dist.broadcast(value, source, group=group)
+        return value
+
+    @property
+    def matrices(self) -> StoredMatrices | None:
+        """For optimizers that update whole matrices; None where every rank has them."""
+        return StoredMatrices(self) if self.sizes.tp * self.sizes.dp_shard > 1 else None
+
+    def name_of(self, stored: Tensor) -> str:
+        """The name of one of `stored`."""
+        return self._names[stored]
+
+    @property
+    def data_index(self) -> int:
+        """Which of `sizes.data` parts of the global batch this rank reads."""
+        return self.sizes.data_rank(self.mesh.rank)
+
+    @property
+    def scores(self) -> bool:
+        """Whether this rank sees losses: it holds the last stage."""
+        return self.pipeline is None or self.stages - 1 in self.stage_names
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum of what the ranks that see losses found for their rows and slices, on every rank."""
+        axes = ("pp", *REPLICAS, *SHARDS)
+        if self.mesh.size(*axes) == 1:
+            return values.detach()
+        values = values.detach().clone() if self.scores else torch.zeros_like(values)
+        dist.all_reduce(values, group=self.mesh.group(*axes))
+        return values
+
+    def terms(self, results: Sequence[Any]) -> Sequence[str]:
+        """Names of the loss terms, on ranks that do not see them too; the same in every step of a run."""
+        if self._term_names is None:
+            own = [sorted({name for result in results for name in result.terms})] if self.scores else [None]
+            if self.sizes.pp > 1:
+                group = self.mesh.group("pp")
+                held = held_stages(SCHEDULES[self.layout.schedule], 0, self.sizes.pp)
+                last = 0 if self.stages - 1 in held else self.sizes.pp - 1
+                dist.broadcast_object_list(own, dist.get_process_group_ranks(group)[last], group=group)
+            self._term_names = own[0]
+        assert self._term_names is not None
+        return self._term_names
 
     # --- a step ----------------------------------------------------------------------------------------------------
 
@@ -192,7 +293,27 @@ class Spread:
                     loss(out).backward()
                 results.append(out)
         self.gradients.finish()
+        self._hand_gradients()
         return results
+
+    def _hand_gradients(self) -> None:
+        for name, parameter in self.parameters.items():
+            if self.stored[name] is not parameter:
+                self.stored[name].grad = None if parameter.grad is None else local(parameter.grad)
+
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+        for held in (*self.parameters.values(), *self.stored.values()):
+            held.grad = None
+
+    def score(self, batch: Any) -> Any:
+        """Forward alone, of one micro-batch: its terms, or None on ranks that do not see losses. Every rank that shares
+        the batch calls."""
+        if self.sizes.cp > 1:
+            batch = batch.slices(self.slices.held, self.slices.count)
+        if self.pipeline is None:
+            return self.runner(batch)
+        return self.pipeline.score(batch)
 
     @contextmanager
     def _sync(self, *, last: bool) -> Iterator[None]:
@@ -208,13 +329,43 @@ class Spread:
             yield
 
 
-def apply(
-    system: nn.Module, layout: Layout, rank: int, world: int, device: torch.device, fill: Fill
-) -> Spread:
+class StoredMatrices:
+    """Stored slices and shards of matrices, made whole and cut again. Every rank of a stage asks in the same order."""
+
+    def __init__(self, spread: Spread) -> None:
+        self.spread = spread
+
+    def kind(self, stored: Tensor) -> Hashable:
+        """Equal for matrices of one whole shape that are cut alike."""
+        cut = self.spread.cuts[self.spread.name_of(stored)]
+        return cut.shape, cut.dim
+
+    def whole(self, stored: Tensor, value: Tensor) -> Tensor:
+        """The whole of a value like `stored`."""
+        return self.spread.whole(self.spread.name_of(stored), value)
+
+    def local(self, stored: Tensor, whole: Tensor) -> Tensor:
+        """The inverse of `whole`."""
+        return self.spread.local(self.spread.name_of(stored), whole)
+
+
+def _stored(parameter: nn.Parameter) -> Tensor:
+    """The plain tensor behind a parameter: itself, or what FSDP keeps of it here."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    return parameter.detach().to_local().requires_grad_(parameter.requires_grad)
+
+
+def data_ranks(layout: Layout, world: int) -> int:
+    """How many ways a global batch is cut. Raises LayoutError."""
+    return sizes(layout, world).data
+
+
+def apply(system: nn.Module, layout: Layout, rank: int, world: int, device: torch.device, fill: Fill) -> Spread:
     """Spread `system`, built on the meta device, over the processes of a run.
 
-    fill (system, slice, shapes) gives the parameters values: `shapes` has each one's whole shape by name, `slice` cuts a
-    whole value to what this rank holds. Raises LayoutError.
+    fill (system, slice, shapes) gives the parameters values: `shapes` has each one's whole shape by name, `slice` cuts
+    a whole value to what this rank holds. Raises LayoutError.
     """
     if layout.engine != "native":
         raise LayoutError(f"parallel.engine: {layout.engine!r} is not available in this version; use native")

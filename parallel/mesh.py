@@ -1,7 +1,7 @@
 """The mesh: which axis of parallelism each process of a run serves, from a layout and the number of processes.
 
-The order of the axes, slowest first, is pipeline, replicas, shards, sequence slices, tensor slices: what talks most sits
-closest together, inside a node.
+The order of the axes, slowest first, is pipeline, replicas, shards, sequence slices, tensor slices: what talks most
+sits closest together, inside a node.
 """
 
 from __future__ import annotations

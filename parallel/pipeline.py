@@ -125,6 +125,28 @@ class Pipeline:
         target = micro if self.stages - 1 in self.parts else None
         (schedule.step if train else schedule.eval)(micro=micro, **({"target": target} if train else {}))
 
+    @torch.no_grad()
+    def score(self, batch: Any) -> Any:
+        """One micro-batch forward through all stages: the terms where the last stage is, None elsewhere."""
+        ranks = dist.get_process_group_ranks(self.group)
+        me, schedule = dist.get_rank(self.group), SCHEDULES[self.name]
+        holder = {stage: r for r in range(len(ranks)) for stage in held_stages(schedule, r, len(ranks))}
+        sent: tuple[Tensor, ...] = ()
+        found = None
+        for stage in range(self.stages):
+            if holder[stage] != me:
+                continue
+            if stage and holder[stage - 1] != me:
+                sent = _receive(ranks[holder[stage - 1]], self.group, self.device)
+            out = self.parts[stage].module(batch, sent, None)
+            if stage == self.stages - 1:
+                found = out
+            else:
+                sent = out.sent
+                if holder[stage + 1] != me:
+                    _send(sent, ranks[holder[stage + 1]], self.group)
+        return found
+
     def _schedule(self, count: int) -> Any:
         if (count, True) not in self._made:
             made = [
@@ -137,3 +159,18 @@ class Pipeline:
                 made[0] if single else made, count, loss_fn=lambda output, _: output.sum(), scale_grads=False
             )
         return self._made[count, True]
+
+
+def _send(tensors: tuple[Tensor, ...], to: int, group: dist.ProcessGroup) -> None:
+    dist.send_object_list([[(tuple(x.shape), x.dtype) for x in tensors]], to, group=group)
+    for x in tensors:
+        dist.send(x.contiguous(), to, group=group)
+
+
+def _receive(source: int, group: dist.ProcessGroup, device: torch.device) -> tuple[Tensor, ...]:
+    about: list[Any] = [None]
+    dist.recv_object_list(about, source, group=group)
+    received = tuple(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in about[0])
+    for x in received:
+        dist.recv(x, source, group=group)
+    return received

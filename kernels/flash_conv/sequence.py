@@ -15,10 +15,32 @@ from torch import Tensor
 from ..backend import Backend
 from ..diag_ssm import Diagonal
 from ..diag_ssm.parameters import compute_dtype
-from ..diag_ssm.sequence import Exchange, by_row, by_slice, combine, fold, halos, reached, transition, unfold, zero_input_response
+from ..diag_ssm.sequence import (
+    Exchange,
+    by_row,
+    by_slice,
+    combine,
+    fold,
+    halos,
+    reached,
+    transition,
+    unfold,
+    zero_input_response,
+)
 from . import H3State, h3_mix
 
-__all__ = ["by_row", "by_slice", "combine", "fold", "h3_mix_correct", "h3_mix_local", "h3_mix_over", "halo_tail", "halos", "unfold"]
+__all__ = [
+    "by_row",
+    "by_slice",
+    "combine",
+    "fold",
+    "h3_mix_correct",
+    "h3_mix_local",
+    "h3_mix_over",
+    "halo_tail",
+    "halos",
+    "unfold",
+]
 
 
 def halo_tail(x: Tensor, taps: int) -> Tensor:

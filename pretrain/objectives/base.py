@@ -191,7 +191,8 @@ class SystemPart(nn.Module):
             return self.objective(self.model, batch, state)
         out = self.model(batch.inputs, batch.seq, state)
         if out.aux:
-            raise ValueError(f"pipeline stages cannot hand on the auxiliary losses {sorted(out.aux)}; set parallel.pp to 1")
+            found = sorted(out.aux)
+            raise ValueError(f"pipeline stages cannot hand on the auxiliary losses {found}; set parallel.pp to 1")
         return Handover((out.hidden, *(out.streams[name] for name in names)), out.state)
 
 
