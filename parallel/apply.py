@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from potamos.parallel import data, tensor
 from potamos.parallel.axes import TensorAxis
+from potamos.parallel.check import check_layout
 from potamos.parallel.context import connect_context
 from potamos.parallel.data import REPLICAS, SHARDS
 from potamos.parallel.facts import Layout, parameter_table
@@ -44,7 +45,7 @@ class Spread:
         self.system, self.layout, self.mesh, self.device = system, layout, mesh, device
         self.sizes = mesh.sizes
         self._term_names: list[str] | None = None
-        self._check(system)
+        check_layout(system, layout, mesh.sizes)
         self.shapes = {name: p.shape for name, p in system.named_parameters()}
         self.table = parameter_table(system)
         self.stage_names = self._cut_pipeline()
@@ -61,26 +62,6 @@ class Spread:
         self._names = {value: name for name, value in self.stored.items()}
 
     # --- building --------------------------------------------------------------------------------------------------
-
-    def _check(self, system: Any) -> None:
-        size = self.sizes
-        if size.tp > 1:
-            tensor.check_units(system, size.tp)
-        if size.pp > 1:
-            forbidden = [path for path, m in system.named_modules() if tensor.is_region(m) and not m.traits.pp]
-            if forbidden:
-                raise LayoutError(
-                    f"parallel.pp: {forbidden[0]} does not allow stages (its trait pp is false); set it to 1"
-                )
-            if self.layout.schedule not in SCHEDULES:
-                known = ", ".join(SCHEDULES)
-                raise LayoutError(f"parallel.schedule: {self.layout.schedule!r} is unknown; choose one of {known}")
-        if size.cp > 1:
-            for path, module in system.named_modules():
-                if tensor.is_region(module) and not module.traits.cp:
-                    raise LayoutError(
-                        f"parallel.cp: {path} does not allow a split sequence (its trait cp is empty); set it to 1"
-                    )
 
     def _cut_pipeline(self) -> dict[int, list[str]]:
         """Drop the layers of other stages; returns the layers of each stage that stays."""
@@ -116,11 +97,6 @@ class Spread:
             blocks = list(self.system.model.stack.blocks.values())
             if self.pipeline is None:
                 return data.shard(self.system, blocks, mesh, None)
-            if SCHEDULES[layout.schedule].v:
-                raise LayoutError(
-                    f"parallel.dp_shard: {size.dp_shard} does not go with schedule {layout.schedule}, whose first and "
-                    "last stage share a rank; use 1f1b, or dp_replicate"
-                )
             for part in self.pipeline.parts.values():
                 data.shard(part, list(part.module.model.stack.blocks.values()), mesh, None)
         elif mesh.size(*REPLICAS, "cp") > 1 and self.pipeline is None:
@@ -356,19 +332,10 @@ def _stored(parameter: nn.Parameter) -> Tensor:
     return parameter.detach().to_local().requires_grad_(parameter.requires_grad)
 
 
-def data_ranks(layout: Layout, world: int) -> int:
-    """How many ways a global batch is cut. Raises LayoutError."""
-    return sizes(layout, world).data
-
-
 def apply(system: nn.Module, layout: Layout, rank: int, world: int, device: torch.device, fill: Fill) -> Spread:
     """Spread `system`, built on the meta device, over the processes of a run.
 
     fill (system, slice, shapes) gives the parameters values: `shapes` has each one's whole shape by name, `slice` cuts
     a whole value to what this rank holds. Raises LayoutError.
     """
-    if layout.engine != "native":
-        raise LayoutError(f"parallel.engine: {layout.engine!r} is not available in this version; use native")
-    if layout.ep != 1:
-        raise LayoutError(f"parallel.ep: {layout.ep} needs experts, and no layer of this model has any; set it to 1")
     return Spread(system, layout, Mesh(sizes(layout, world), rank, device.type), device, fill)

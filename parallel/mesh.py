@@ -60,6 +60,10 @@ class Sizes:
 
 def sizes(layout: Layout, world: int) -> Sizes:
     """The sizes of a layout's axes among `world` processes. Raises LayoutError where they do not multiply to it."""
+    if layout.engine != "native":
+        raise LayoutError(f"parallel.engine: {layout.engine!r} is not available in this version; use native")
+    if layout.ep != 1:
+        raise LayoutError(f"parallel.ep: {layout.ep} needs experts, and no layer of this model has any; set it to 1")
     given = {f.name: getattr(layout, f.name) for f in fields(Sizes)}
     open_axes = [axis for axis, size in given.items() if size == "all"]
     fixed = math.prod(size for size in given.values() if size != "all")
@@ -69,8 +73,8 @@ def sizes(layout: Layout, world: int) -> Sizes:
         spelled = " x ".join(f"{axis} {size}" for axis, size in given.items() if size not in (1, "all")) or "1"
         near = _nearest(fixed, world) if open_axes else [fixed]
         raise LayoutError(
-            f"parallel: {spelled} = {fixed} processes do not make up the {world} of this run; start "
-            f"{' or '.join(map(str, near))}, or change an axis (dp_replicate: all takes what the others leave)"
+            f"parallel: {spelled} needs {' or '.join(map(str, near))} processes, and this run has {world}; start as "
+            "many, or change an axis (dp_replicate: all takes what the others leave)"
         )
     given |= dict.fromkeys(open_axes, world // fixed)
     return Sizes(**given)
@@ -88,9 +92,12 @@ class Mesh:
         self.sizes, self.rank = sizes, rank
         self.place = sizes.coordinates(rank)
         self._devices: DeviceMesh | None = None
-        if sizes.world > 1:
-            shape = tuple(getattr(sizes, axis) for axis in AXES)
-            self._devices = init_device_mesh(device, shape, mesh_dim_names=AXES)
+        self._flat: dict[tuple[str, ...], DeviceMesh] = {}
+        active = tuple(self.active())
+        if active:  # an axis of one process needs no group, and a group costs threads
+            self._devices = init_device_mesh(
+                device, tuple(getattr(sizes, axis) for axis in active), mesh_dim_names=active
+            )
 
     def size(self, *axes: str) -> int:
         """Processes along the axes together."""
@@ -104,16 +111,17 @@ class Mesh:
     def devices(self, *axes: str) -> DeviceMesh:
         """The same as a one-dimensional mesh."""
         assert self._devices is not None, "one process has no groups"
-        mesh = self._devices[axes if len(axes) > 1 else axes[0]]
-        return mesh if len(axes) == 1 else mesh._flatten("_".join(axes))
+        active = tuple(axis for axis in axes if getattr(self.sizes, axis) > 1)
+        if len(active) == 1:
+            return self._devices[active[0]]
+        if active not in self._flat:
+            self._flat[active] = self._devices[active]._flatten("_".join(active))
+        return self._flat[active]
 
     def grid(self, outer: tuple[str, ...], inner: tuple[str, ...]) -> DeviceMesh:
         """A two-dimensional mesh of two groups of axes: replicas of shards."""
         assert self._devices is not None, "one process has no groups"
-        names = [a[0] if len(a) == 1 else "_".join(a) for a in (outer, inner)]
-        for axes in (outer, inner):
-            if len(axes) > 1:
-                self.devices(*axes)
+        names = [name for axes in (outer, inner) for name in self.devices(*axes).mesh_dim_names or ()]
         return self._devices[tuple(names)]
 
     def index(self, *axes: str) -> int:
