@@ -56,7 +56,7 @@ class Spread:
         fill(system, self._slice, {name: cut.shape for name, cut in self.cuts.items()})
         self.pipeline = self._make_pipeline()
         self.runner = self._spread_data(layout)
-        self.parameters: dict[str, nn.Parameter] = dict(system.named_parameters())
+        self.parameters = self._own_parameters()
         self.gradients = self._gradients()
         self.stored = {name: _stored(p) for name, p in self.parameters.items()}
         self._names = {value: name for name, value in self.stored.items()}
@@ -90,6 +90,15 @@ class Spread:
             last = stage == self.stages - 1
             parts[stage] = Part(self.system.part(layers, first=stage == 0, last=last), last=last)
         return Pipeline(parts, self.layout.schedule, self.stages, self.mesh.group("pp"), self.device)
+
+    def _own_parameters(self) -> dict[str, nn.Parameter]:
+        """What this rank's stages use. A module that is no layer (a final norm, an objective's head) belongs to some of
+        the stages only, and a copy elsewhere would never see a gradient."""
+        every = dict(self.system.named_parameters())
+        if self.pipeline is None:
+            return every
+        used = {id(p) for part in self.pipeline.parts.values() for p in part.parameters()}
+        return {name: p for name, p in every.items() if id(p) in used}
 
     def _spread_data(self, layout: Layout) -> nn.Module:
         size, mesh = self.sizes, self.mesh
@@ -220,6 +229,11 @@ class Spread:
     def data_index(self) -> int:
         """Which of `sizes.data` parts of the global batch this rank reads."""
         return self.sizes.data_rank(self.mesh.rank)
+
+    @property
+    def first_slices(self) -> bool:
+        """Whether this rank holds the beginning of its rows."""
+        return self.mesh.index("cp") == 0
 
     @property
     def scores(self) -> bool:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from potamos.data.loader import Windows
 from potamos.parallel.apply import Spread
 from potamos.parallel.launch import Rank, all_sum, any_rank, fail_together
-from potamos.parallel.launch import world_size as rank_count
 from potamos.pretrain.agreement import blank_rows
 from potamos.pretrain.objectives.base import System
 
@@ -90,26 +89,24 @@ def score(
     with evaluating(system):
         for begin, size, counted in _shares(count, rows_per_batch, index, shares):
             try:
-                rows = windows.read(begin, size) if failure is None else blank_rows(1, windows.sequence_length)
+                rows = windows.read(begin, size) if failure is None else blank_rows(size, windows.sequence_length)
             except Exception as error:  # kept until all ranks can be told; until then this one goes on beside them
-                failure, rows = error, blank_rows(1, windows.sequence_length)
+                failure, rows = error, blank_rows(size, windows.sequence_length)
             batch = system.objective.prepare(rows, seed=seed, step=0).to(device)
             out = system(batch) if spread is None else spread.score(batch)
             term = None if out is None else out.terms.get(system.objective.options.kind)
             if out is not None and term is None:
                 raise EvaluationError(f"objective {system.objective.options.kind!r} has no term of its name to measure")
-            if counted and failure is None:
-                if term is not None:
-                    nats += term.sum.double()  # added on the device: no wait for each batch
+            if term is not None and counted and failure is None:
+                nats += term.sum.double()  # added on the device: no wait for each batch
                 targets += batch.counts[term.count]
                 scored_bytes += int(token_bytes[batch.scored[batch.scored >= 0]].sum())
     if any_rank(failure is not None):
         fail_together(failure)
-    # Ranks that share rows count them alike, and all counts are whole numbers: the quotient is exact.
-    alike = 1 if spread is None else rank_count() // shares
-    own = torch.stack([_scalar(value, nats) for value in (targets, scored_bytes)])
-    total = [*(all_sum(nats[None]) if spread is None else spread.total(nats[None])), *(all_sum(own) / alike)]
-    total = torch.stack(total).tolist()
+    if spread is not None and not spread.first_slices:
+        targets = scored_bytes = 0  # of the whole row, which the rank with its first slices counts
+    own = torch.stack([nats, *(_scalar(value, nats) for value in (targets, scored_bytes))])
+    total = (all_sum(own) if spread is None else spread.total(own)).tolist()
     if not total[1]:
         raise EvaluationError(
             f"{windows.dataset.path}: the first {count} windows of {windows.sequence_length} tokens hold no target: "

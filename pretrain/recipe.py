@@ -231,8 +231,11 @@ class Parallel(Section):
     pp: int = Field(1, gt=0)
     cp: int = Field(1, gt=0)
     ep: int = Field(1, gt=0)
-    schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "zero_bubble"] = "1f1b"
+    schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "looped_bfs", "zero_bubble", "zbv", "dualpipe_v"] = "1f1b"
     engine: Literal["native"] = "native"
+    sequence_parallel: bool = True
+    cp_order: Literal["contiguous", "zigzag"] = "zigzag"
+    cp_kinds: tuple[Literal["state", "a2a", "ring"], ...] = ()
 
     def layout(self) -> Layout:
         """The same sizes, as `potamos.parallel` takes them."""
