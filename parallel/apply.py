@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from potamos.parallel import data, tensor
 from potamos.parallel.axes import TensorAxis
+from potamos.parallel.checkpointing import checkpoint_blocks, compile_blocks
 from potamos.parallel.check import check_layout
 from potamos.parallel.context import connect_context
 from potamos.parallel.data import REPLICAS, SHARDS
@@ -54,8 +55,11 @@ class Spread:
         if self.sizes.cp > 1:
             self.slices = connect_context(system, mesh.group("cp"), layout.cp_order, layout.cp_kinds)
         fill(system, self._slice, {name: cut.shape for name, cut in self.cuts.items()})
+        blocks = list(system.model.stack.blocks.values())
+        checkpoint_blocks(blocks, layout.checkpointing)
+        compile_blocks(blocks, layout.compile)
         self.pipeline = self._make_pipeline()
-        self.runner = self._spread_data(layout)
+        self.runner = self._spread_data(layout, compute)
         self.parameters = self._own_parameters()
         self.gradients = self._gradients()
         self.stored = {name: _stored(p) for name, p in self.parameters.items()}
@@ -100,14 +104,14 @@ class Spread:
         used = {id(p) for part in self.pipeline.parts.values() for p in part.parameters()}
         return {name: p for name, p in every.items() if id(p) in used}
 
-    def _spread_data(self, layout: Layout) -> nn.Module:
+    def _spread_data(self, layout: Layout, compute: torch.dtype | None) -> nn.Module:
         size, mesh = self.sizes, self.mesh
         if size.dp_shard > 1:
             blocks = list(self.system.model.stack.blocks.values())
             if self.pipeline is None:
-                return data.shard(self.system, blocks, mesh, None)
+                return data.shard(self.system, blocks, mesh, compute)
             for part in self.pipeline.parts.values():
-                data.shard(part, list(part.module.model.stack.blocks.values()), mesh, None)
+                data.shard(part, list(part.module.model.stack.blocks.values()), mesh, compute)
         elif mesh.size(*REPLICAS, "cp") > 1 and self.pipeline is None:
             return data.replicate(self.system, mesh.group(*REPLICAS, "cp"), self.device)
         return self.system

@@ -65,6 +65,10 @@ class Gradients:
         for parameter in self.parameters.values():
             if parameter.grad is None and parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
+            elif parameter.grad is not None and parameter.grad.stride() != parameter.stride():
+                # Schedules that split the backward set gradients as autograd made them, of any strides, and a fused
+                # optimizer takes the memory of parameter and gradient as it lies.
+                parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
         gradients = {n: local(p.grad) for n, p in self.parameters.items() if p.grad is not None}
         if not self.reduced and mesh.size(*REPLICAS, "cp") > 1:
             sum_flat(gradients.values(), mesh.group(*REPLICAS, "cp"))

@@ -114,7 +114,7 @@ def train_alone(rank: int, world: int, recipe: Recipe, dtype: torch.dtype) -> Re
         if recipe.optimizer.clip is not None:
             for g in gradients.values():
                 g.mul_((recipe.optimizer.clip / (norm + 1e-6)).clamp(max=1.0))
-        optimizer.step(1.0, torch.zeros(()))
+        optimizer.step(1.0, torch.zeros((), dtype=torch.float32))
         optimizer.zero_grad()
         if step + 1 == UPDATES:
             record.updates = {name: _wide(p) - before[name] for name, p in parameters.items()}
