@@ -20,8 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from potamos.parallel import data, tensor
 from potamos.parallel.axes import TensorAxis
-from potamos.parallel.checkpointing import checkpoint_blocks, compile_blocks
 from potamos.parallel.check import check_layout
+from potamos.parallel.checkpointing import checkpoint_blocks, compile_blocks
 from potamos.parallel.context import connect_context
 from potamos.parallel.data import REPLICAS, SHARDS
 from potamos.parallel.facts import Layout, parameter_table
@@ -42,7 +42,15 @@ class Spread:
     shapes, table: of every parameter of the one-process system.
     """
 
-    def __init__(self, system: Any, layout: Layout, mesh: Mesh, device: torch.device, fill: Fill) -> None:
+    def __init__(
+        self,
+        system: Any,
+        layout: Layout,
+        mesh: Mesh,
+        device: torch.device,
+        fill: Fill,
+        compute: torch.dtype | None = None,
+    ) -> None:
         self.system, self.layout, self.mesh, self.device = system, layout, mesh, device
         self.sizes = mesh.sizes
         self._term_names: list[str] | None = None
@@ -350,10 +358,19 @@ def _stored(parameter: nn.Parameter) -> Tensor:
     return parameter.detach().to_local().requires_grad_(parameter.requires_grad)
 
 
-def apply(system: nn.Module, layout: Layout, rank: int, world: int, device: torch.device, fill: Fill) -> Spread:
+def apply(
+    system: nn.Module,
+    layout: Layout,
+    rank: int,
+    world: int,
+    device: torch.device,
+    fill: Fill,
+    compute: torch.dtype | None = None,
+) -> Spread:
     """Spread `system`, built on the meta device, over the processes of a run.
 
     fill (system, slice, shapes) gives the parameters values: `shapes` has each one's whole shape by name, `slice` cuts
-    a whole value to what this rank holds. Raises LayoutError.
+    a whole value to what this rank holds. compute: the dtype that blocks multiply in, in which sharded parameters are
+    gathered; None for their own. Raises LayoutError.
     """
-    return Spread(system, layout, Mesh(sizes(layout, world), rank, device.type), device, fill)
+    return Spread(system, layout, Mesh(sizes(layout, world), rank, device.type), device, fill, compute)

@@ -6,6 +6,7 @@ Sequence slices count as data here: what they share are parameters, so shards li
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -37,23 +38,25 @@ def _sum_bucket(group, bucket):  # torch insists on its own annotations, as obje
     return work.get_future().then(lambda future: future.value()[0])
 
 
-def shard(root: nn.Module, units: Sequence[nn.Module], mesh: Mesh, compute: torch.dtype | None) -> nn.Module:
-    """Shard `root` in place: each of `units` (blocks) is gathered for its own forward and backward, the rest with root.
+def shard(root: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, compute: torch.dtype | None) -> nn.Module:
+    """Shard `root` in place: each block is gathered for its own forward and backward, the rest with root.
 
-    compute: the dtype in which parameters are gathered, None for their own. Modules that declare fp32 keep it: they are
-    a group of their own within their unit.
+    compute: the dtype in which a block's parameters are gathered, None for their own. What declares fp32 keeps it, in a
+    group of its own, and so does what is outside the blocks. Gradients are summed in fp32 or better.
     """
-    where = mesh.devices(*SHARDS)
-    if mesh.size(*REPLICAS) > 1:
-        where = mesh.grid(REPLICAS, SHARDS)
+    where = mesh.grid(REPLICAS, SHARDS) if mesh.size(*REPLICAS) > 1 else mesh.devices(*SHARDS)
     keep = MixedPrecisionPolicy(cast_forward_inputs=False)
-    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    policy = keep if compute is None else policy
-    for unit in [*units, root]:
+    # A block hands on a view where a state is one; nothing here changes it in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
+    for block in blocks:
+        policy = keep
         if compute is not None:
-            for module in _fp32_modules(unit):
-                fully_shard(module, mesh=where, mp_policy=keep)
-        fully_shard(unit, mesh=where, mp_policy=policy)
+            policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+            wide = _fp32_modules(block)
+            if wide:
+                fully_shard(wide, mesh=where, mp_policy=keep)
+        fully_shard(block, mesh=where, mp_policy=policy)
+    fully_shard(root, mesh=where, mp_policy=keep)
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -62,13 +65,11 @@ def shard(root: nn.Module, units: Sequence[nn.Module], mesh: Mesh, compute: torc
 
 
 def _fp32_modules(unit: nn.Module) -> list[nn.Module]:
-    """The outermost modules in `unit` that declare fp32, not yet sharded."""
+    """The outermost modules in `unit` that declare fp32."""
     found: list[nn.Module] = []
 
     def visit(module: nn.Module) -> None:
         for child in module.children():
-            if isinstance(child, FSDPModule):
-                continue
             if getattr(child, "precision", None) == "float32":
                 if next(child.parameters(), None) is not None:
                     found.append(child)

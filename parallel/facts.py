@@ -140,6 +140,10 @@ class Layout:
     """How sequence slices are dealt; zigzag balances causal attention."""
     cp_kinds: tuple[str, ...] = ()
     """Ways of joining slices to take where a region allows them, before its own preference."""
+    checkpointing: Literal["none", "full", "selective"] = "none"
+    """What a block computes again in the backward."""
+    compile: str | None = None
+    """The backend of torch.compile for each block."""
 
 
 @dataclass(frozen=True)

@@ -236,6 +236,8 @@ class Parallel(Section):
     sequence_parallel: bool = True
     cp_order: Literal["contiguous", "zigzag"] = "zigzag"
     cp_kinds: tuple[Literal["state", "a2a", "ring"], ...] = ()
+    checkpointing: Literal["none", "full", "selective"] = "none"
+    compile: Literal["inductor", "aot_eager"] | None = None
 
     def layout(self) -> Layout:
         """The same sizes, as `potamos.parallel` takes them."""

@@ -89,7 +89,16 @@ class Trainer:
 
         draft, layout = setup.draft_system(recipe), recipe.parallel.layout()
         self.flops_per_token = 3.0 * draft.model.flops_per_token(recipe.data.sequence_length)
-        self.spread = apply(draft, layout, rank.rank, rank.world, self.device, setup.filler(recipe, self.device))
+        dtype = setup.DTYPES[recipe.train.precision]
+        self.spread = apply(
+            draft,
+            layout,
+            rank.rank,
+            rank.world,
+            self.device,
+            setup.filler(recipe, self.device),
+            None if dtype == torch.float32 else dtype,
+        )
         self.system = self.spread.system
         self.model, self.objective = self.system.model, self.system.objective
         self.parameters = self.spread.stored
