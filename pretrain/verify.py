@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -21,37 +21,43 @@ import numpy as np
 
 from potamos.parallel.facts import Layout
 from potamos.parallel.local import run_ranks
-from potamos.parallel.mesh import sizes
+from potamos.parallel.mesh import LayoutError, sizes
 from potamos.pretrain.config import fingerprint
 from potamos.pretrain.recipe import Recipe
-from potamos.pretrain.verify_layouts import spell, world_of
-from potamos.pretrain.verify_small import Reductions, make_small
+from potamos.pretrain.verify_layouts import PLAIN, matrix, spell, world_of
+from potamos.pretrain.verify_small import Reductions, cp_kinds, make_small
 
 Precision = Literal["fp32", "fp64"]
 
 
 @dataclass(frozen=True)
 class Tolerances:
-    """Largest relative errors that pass. gradient: also of norms and losses; update: of two optimizer steps."""
+    """Largest relative errors that pass. gradient: also of norms and losses; update: of two optimizer steps. zero: of a
+    gradient that is zero but for rounding, against the whole gradient's norm."""
 
     gradient: float
     update: float
+    zero: float
     floor: float = 1e-6
     """A gradient's error is measured against its own norm, or this share of the whole gradient's if that is larger."""
 
 
-TOLERANCES: dict[Precision, Tolerances] = {"fp32": Tolerances(1e-5, 1e-3), "fp64": Tolerances(1e-10, 1e-9)}
+TOLERANCES: dict[Precision, Tolerances] = {
+    "fp32": Tolerances(1e-5, 1e-3, float(np.finfo(np.float32).eps)),
+    "fp64": Tolerances(1e-10, 1e-9, float(np.finfo(np.float64).eps)),
+}
 
 ZERO_GRADIENTS = {
-    "mixer.k.bias": "a key bias adds one number to all scores of a query, which a softmax does not see: its gradient is "
-    "zero but for rounding, and Adam makes steps of any size of rounding",
+    "mixer.k.bias": "adds one number to all scores of a query, which a softmax does not see: its gradient is zero but "
+    "for rounding, and of rounding Adam makes steps of any size",
 }
-"""Parameters, by the end of their names, whose updates may differ where their gradient is in fact zero, and why."""
+"""Parameters, by the end of their names, that are judged otherwise where their gradient is in fact zero, and why: it
+must be zero to rounding, and its update may differ."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One parameter. exempt: why its update is not judged, or None. note: what is wrong beside the errors."""
+    """One parameter. exempt: why it is judged as a gradient of zero, or None. note: what is wrong beside the errors."""
 
     name: str
     gradient_norm: float
@@ -101,12 +107,15 @@ class Certificate:
 
     @property
     def worst_gradient(self) -> Line:
-        return max(self.lines, key=lambda line: _order(line.gradient_error))
+        return max(self._judged, key=lambda line: _order(line.gradient_error))
 
     @property
     def worst_update(self) -> Line:
-        judged = [line for line in self.lines if line.exempt is None]
-        return max(judged or self.lines, key=lambda line: _order(line.update_error))
+        return max(self._judged, key=lambda line: _order(line.update_error))
+
+    @property
+    def _judged(self) -> Sequence[Line]:
+        return [line for line in self.lines if line.exempt is None] or self.lines
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; numbers that JSON does not have (NaN, infinities) as text."""
@@ -194,12 +203,34 @@ def definition(recipe: Recipe, dtype: Precision, timeout: float = 120.0) -> Any:
     return _definition(to_yaml(recipe), dtype, timeout)
 
 
+def verify_all(
+    recipe: Recipe,
+    base: Layout = PLAIN,
+    *,
+    ranks: int = 8,
+    dtype: Precision = "fp32",
+    reductions: Reductions | None = None,
+    timeout: float = 120.0,
+) -> Iterator[Certificate | tuple[str, str]]:
+    """A certificate for each layout of the matrix, or (layout, why the recipe cannot have it)."""
+    for layout in matrix(cp_kinds(recipe), ranks, base):
+        try:
+            yield verify(recipe, layout, dtype=dtype, reductions=reductions, timeout=timeout)
+        except LayoutError as error:
+            yield spell(layout), str(error)
+
+
+def precision(name: str) -> Precision:
+    """The name of a precision, checked."""
+    if name not in TOLERANCES:
+        raise ValueError(f"--dtype {name}: choose one of {', '.join(TOLERANCES)}")
+    return name
+
+
 # --- comparing -------------------------------------------------------------------------------------------------------
 
 
-def compare(
-    alone: Any, found: Sequence[Any], tolerances: Tolerances
-) -> tuple[list[Line], Scalars, Scalars, list[str]]:
+def compare(alone: Any, found: Sequence[Any], tolerances: Tolerances) -> tuple[list[Line], Scalars, Scalars, list[str]]:
     """One process's record against those of all ranks: lines, norms, losses, and what failed in words."""
     total = math.sqrt(sum(float(np.square(g).sum()) for g in alone.gradients.values()))
     lines = [_line(name, alone, found, total, tolerances) for name in alone.gradients]
@@ -233,12 +264,13 @@ def _line(name: str, alone: Any, found: Sequence[Any], total: float, tolerances:
     error, change = _largest(errors), _largest(changes)
     reason = next((why for end, why in ZERO_GRADIENTS.items() if name.endswith(end)), None)
     exempt = reason if size <= tolerances.floor * total else None
+    allowed = tolerances.gradient * scale if exempt is None else tolerances.zero * total
     return Line(
         name=name,
         gradient_norm=size,
         gradient_error=_ratio(error, scale),
         update_error=_ratio(change, moved),
-        gradient_passed=bool(error <= tolerances.gradient * scale),  # so written that NaN does not pass
+        gradient_passed=bool(error <= allowed),  # so written that NaN does not pass
         update_passed=exempt is not None or bool(change <= tolerances.update * moved),
         exempt=exempt,
         note=_note(name, alone, found, holders),

@@ -73,6 +73,15 @@ def spell(layout: Layout) -> str:
     return " ".join(shown) or "one process"
 
 
+def recipe_layout(layout: Layout, most: int) -> Layout:
+    """A recipe's own layout on ``most`` ranks at most: 2 for what takes all that are left, and 2 for every larger axis
+    where the sizes come to more."""
+    given = {axis: 2 if (size := getattr(layout, axis)) == "all" else size for axis in AXES}
+    if math.prod(given.values()) > most:
+        given = {axis: min(size, 2) for axis, size in given.items()}
+    return replace(layout, **given)
+
+
 def matrix(kinds: Iterable[str], ranks: int = 8, base: Layout = PLAIN) -> Iterator[Layout]:
     """Layouts of up to ``ranks`` processes: every axis alone at 2 and at 4, then pairs and triples at 2 each.
 

@@ -1,8 +1,8 @@
 """Rows made to find mistakes: what a loader could hand out at its worst, from (recipe, step) alone.
 
 Documents have random lengths and cross every border at which a layout cuts a row. Rows, micro-batches, data ranks and
-slices have unequal numbers of targets, so that a mean of means differs from the mean, and some have none at all, so that
-a division by an own count is a division by zero.
+slices have unequal numbers of targets, so that a mean of means differs from the mean, and some have none at all: there
+a division by an own count divides by zero.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class RowSource:
     """Rows of ``STEPS`` steps, ``count`` each, of ``length`` tokens and one more.
 
     Step 0: the first half of the rows, and so the first data rank, has no target. Step 1: no row has one outside its
-    second quarter, so that a rank of a split sequence has none. Step 2: row 0 has none. In ``contiguous`` order each row
-    goes on in the next step; with ``isolate`` False documents are not told apart.
+    second quarter, so that a rank of a split sequence has none. Step 2: row 0 has none. In ``contiguous`` order each
+    row goes on in the next step; with ``isolate`` False documents are not told apart.
     """
 
     count: int

@@ -6,7 +6,6 @@ recipe cannot be spread over at its full size is refused at its full size.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -211,16 +210,3 @@ def _said(full: Recipe, small: Recipe) -> Iterator[str]:
 def cp_kinds(recipe: Recipe) -> set[str]:
     """Ways of joining slices that some region of the recipe allows."""
     return {kind for region in setup.draft_system(recipe).model.regions() for kind in region.traits.cp}
-
-
-def least_ranks(layout: Layout, most: int) -> Layout:
-    """A recipe's own layout with axes of ``most`` at most, and 2 for what takes all the ranks there are."""
-    from dataclasses import replace
-
-    given = {}
-    for axis in ("dp_replicate", "dp_shard", "tp", "pp", "cp"):
-        value = getattr(layout, axis)
-        given[axis] = 2 if value == "all" else value
-    if math.prod(given.values()) > most:
-        given = {axis: min(value, 2) for axis, value in given.items()}
-    return replace(layout, **given)

@@ -132,9 +132,7 @@ class Rehearsal(Trainer):
         self.recipe, self.rank, self.device, self.reader = recipe, rank, CPU, None
         self.sizes = sizes(layout, rank.world)
         self.micro_batches = recipe.train.sequences // (self.sizes.data * recipe.train.micro_sequences)
-        self.spread = apply(
-            setup.draft_system(recipe), layout, rank.rank, rank.world, CPU, setup.filler(recipe, CPU)
-        )
+        self.spread = apply(setup.draft_system(recipe), layout, rank.rank, rank.world, CPU, setup.filler(recipe, CPU))
         self.system = self.spread.system
         self.model, self.objective = self.system.model, self.system.objective
         self.parameters = self.spread.stored
