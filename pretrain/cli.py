@@ -57,6 +57,7 @@ def train(
     recipe: RecipeName,
     overrides: Overrides = None,
     run: Annotated[Path | None, typer.Option(help="The run folder; runs/NAME by default.")] = None,
+    nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine, one per GPU.")] = 1,
 ) -> None:
     """Train a model, or go on where its run folder stopped.
 
@@ -64,8 +65,11 @@ def train(
 
     Example: potamos train h3_hybrid_tiny train.steps=200 --run runs/trial
 
-    On several processes (mind the --): torchrun --no-python --nproc-per-node 2 -- potamos train h3_hybrid_tiny
+    On several processes: potamos train h3_hybrid_tiny parallel.tp=2 --nproc 4. Under srun, or torchrun (mind the --):
+    torchrun --no-python --nproc-per-node 2 -- potamos train h3_hybrid_tiny
     """
+    if nproc > 1:
+        raise typer.Exit(_train_on(nproc, recipe, overrides or [], run))
     from potamos.pretrain.guard import install_signal_handlers
 
     install_signal_handlers()
@@ -74,6 +78,19 @@ def train(
 
     loaded = load_recipe(recipe, overrides or [])
     raise typer.Exit(run_training(loaded, run or Path("runs") / loaded.name))
+
+
+def _train_on(nproc: int, recipe: str, overrides: list[str], run: Path | None) -> int:
+    """The same command in `nproc` processes; its exit status."""
+    from potamos.parallel.mesh import sizes
+    from potamos.parallel.processes import run_processes
+    from potamos.pretrain.config import load_recipe
+
+    if "RANK" in os.environ:
+        raise ValueError("--nproc starts processes by itself: leave it out under torchrun, or torchrun out")
+    sizes(load_recipe(recipe, overrides).parallel.layout(), nproc)  # what is wrong is said once
+    command = [sys.executable, "-m", "potamos.pretrain.cli", "train", recipe, *overrides]
+    return run_processes([*command, *(["--run", str(run)] if run is not None else [])], nproc)
 
 
 @app.command()
@@ -207,3 +224,7 @@ def describe(error: ValueError | OSError) -> str:
         place = f"{error.filename}: " if error.filename is not None else ""
         return f"{place}{error.strerror}"
     return str(error) or type(error).__name__
+
+
+if __name__ == "__main__":
+    main()

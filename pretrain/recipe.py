@@ -288,10 +288,11 @@ class Samples(Section):
 
 
 class Telemetry(Section):
-    """Log ``every`` steps."""
+    """Log ``every`` steps. A rank without progress for ``watchdog`` seconds is reported and ended; null: never."""
 
     every: int = Field(10, gt=0)
     samples: Samples = _defaults()
+    watchdog: float | None = Field(1800.0, gt=0)
 
 
 class Slurm(Section):

@@ -22,6 +22,7 @@ from potamos.data.loader import Loader, Rows
 from potamos.data.skips import SkipList
 from potamos.parallel import launch
 from potamos.parallel.apply import LayoutError, apply, sizes
+from potamos.parallel.watchdog import Watchdog
 from potamos.pretrain import carried, resume, setup
 from potamos.pretrain.agreement import Reader, check_same_data
 from potamos.pretrain.checkpoint import CheckpointError, Checkpoints, CheckpointWriteError, Loaded, Snapshot
@@ -148,17 +149,24 @@ class Trainer:
         recipe, stop = self.recipe, None
         if self.step >= recipe.train.steps:
             return self._already_finished()
-        with Loader(
-            self.stream,
-            sequences=recipe.train.sequences,
-            rank=self.spread.data_index,
-            world=self.sizes.data,
-            next_sample=self.next_sample,
-            allow_repeat=recipe.data.allow_repeat,
-        ) as loader:
+        watchdog = Watchdog(
+            self.folder.path / "logs", self.rank.rank, self.rank.world, seconds=recipe.telemetry.watchdog
+        )
+        with (
+            watchdog,
+            Loader(
+                self.stream,
+                sequences=recipe.train.sequences,
+                rank=self.spread.data_index,
+                world=self.sizes.data,
+                next_sample=self.next_sample,
+                allow_repeat=recipe.data.allow_repeat,
+            ) as loader,
+        ):
             self.reader = Reader(loader, recipe.data.sequence_length)
             self.system.train()
             while self.step < recipe.train.steps and stop is None:
+                watchdog.beat(f"step {self.step + 1}")
                 result = self.train_step(self.reader.rows())
                 self.step += 1
                 first = int(self.stream.samples(self.next_sample, 1)[0])
@@ -166,6 +174,7 @@ class Trainer:
                 self.next_sample = loader.next_sample
                 self.observe(result, loader.data_wait)
                 if self._due(recipe.validation.every):
+                    watchdog.beat(f"validation after step {self.step}")
                     self.validate()
                 if self._due(recipe.telemetry.samples.every):
                     self.write_samples()
