@@ -22,7 +22,8 @@ def run(tmp_path, program: str, count: int) -> tuple[int, str, str]:
     """`program` in `count` ranks, from a process of its own, so that its terminal can be read."""
     script = tmp_path / "rank.py"
     script.write_text(f"import os, signal, sys, time\nrank = int(os.environ['RANK'])\n{program}\n")
-    starter = f"import sys; from potamos.parallel.processes import *; sys.exit(run_processes([sys.executable, {str(script)!r}], {count}))"
+    call = f"run_processes([sys.executable, {str(script)!r}], {count})"
+    starter = f"import sys; from potamos.parallel.processes import run_processes; sys.exit({call})"
     done = subprocess.run([sys.executable, "-c", starter], capture_output=True, text=True, timeout=60, cwd=tmp_path)
     return done.returncode, done.stdout, done.stderr
 

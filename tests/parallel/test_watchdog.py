@@ -80,7 +80,8 @@ def test_progress_keeps_it_quiet_and_the_end_restores_torch(tmp_path):
             dog.beat(str(step))
             time.sleep(0.08)
     assert dist.all_reduce is original
-    assert ended == [] and list(tmp_path.iterdir()) == []
+    assert ended == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_a_limit_it_does_nothing(tmp_path):
