@@ -119,7 +119,8 @@ class Spread:
             if self.pipeline is None:
                 return data.shard(self.system, blocks, mesh, compute)
             for part in self.pipeline.parts.values():
-                data.shard(part, list(part.module.model.stack.blocks.values()), mesh, compute)
+                held: Any = part.module
+                data.shard(part, list(held.model.stack.blocks.values()), mesh, compute)
         elif mesh.size(*REPLICAS, "cp") > 1 and self.pipeline is None:
             return data.replicate(self.system, mesh.group(*REPLICAS, "cp"), self.device)
         return self.system
@@ -355,7 +356,7 @@ def _stored(parameter: nn.Parameter) -> Tensor:
     """The plain tensor behind a parameter: itself, or what FSDP keeps of it here."""
     if not isinstance(parameter, DTensor):
         return parameter
-    return parameter.detach().to_local().requires_grad_(parameter.requires_grad)
+    return local(parameter.detach()).requires_grad_(parameter.requires_grad)
 
 
 def apply(

@@ -156,7 +156,7 @@ def connect_context(system: nn.Module, group: dist.ProcessGroup, order: Any, kin
     for region in system.modules():
         if getattr(region, "room", None) in ("mixer", "channel"):
             kind = choose_kind(region.traits, region.tp.size, ranks, kinds)  # pyright: ignore
-            region.cp = SequenceAxis(slices, kind)  # pyright: ignore[reportAttributeAccessIssue]
+            region.cp = SequenceAxis(slices, kind)  # pyright: ignore[reportArgumentType]
     return slices
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from potamos.parallel.axes import TensorAxis
-from potamos.parallel.facts import Axis
+from potamos.parallel.facts import Axis, Traits
 from potamos.parallel.mesh import LayoutError
 
 
@@ -40,6 +40,11 @@ def is_region(module: nn.Module) -> bool:
     return getattr(module, "room", None) in ("mixer", "channel")
 
 
+def traits_of(region: nn.Module) -> Traits:
+    """What a region allows."""
+    return region.traits  # pyright: ignore[reportReturnType]
+
+
 def is_frontend(module: nn.Module) -> bool:
     """What embeds and scores."""
     return getattr(module, "room", None) == "frontend"
@@ -48,9 +53,9 @@ def is_frontend(module: nn.Module) -> bool:
 def check_units(system: nn.Module, ranks: int) -> None:
     """Refuse a size that does not divide the heads or channels of a region, before anything is built."""
     for path, region in system.named_modules():
-        units = region.traits.units if is_region(region) and region.traits.shard != "none" else None
+        units = traits_of(region).units if is_region(region) and traits_of(region).shard != "none" else None
         if units is not None and units % ranks:
-            what = {"head": "key-value heads", "ff": "inner channels"}.get(region.traits.shard, "channels")
+            what = {"head": "key-value heads", "ff": "inner channels"}.get(traits_of(region).shard, "channels")
             fits = [n for n in range(1, units + 1) if units % n == 0]
             near = {max(n for n in fits if n < ranks), *(n for n in fits if n > ranks)}
             raise LayoutError(
@@ -71,7 +76,7 @@ def split(system: nn.Module, axis: TensorAxis | None) -> dict[str, Cut]:
     cuts: dict[str, Cut] = {}
     seen: dict[int, nn.Parameter] = {}
     for path, module, region in _with_regions(system):
-        inside = region is not None and (is_frontend(region) or region.traits.shard != "none")
+        inside = region is not None and (is_frontend(region) or traits_of(region).shard != "none")
         if axis is not None:
             _connect(module, region, inside, axis)
         tags: dict[str, int] = getattr(module, "tags", {}) if inside else {}
@@ -106,10 +111,10 @@ def _connect(module: nn.Module, region: nn.Module | None, inside: bool, axis: Te
     """Give the axis to whom it concerns: split regions and their row layers, frontends, and what lies between."""
     if region is None or is_frontend(region):
         if hasattr(module, "tp"):
-            module.tp = axis  # pyright: ignore[reportAttributeAccessIssue]
+            module.tp = axis  # pyright: ignore[reportArgumentType]
         return
     if inside and hasattr(module, "tp"):
-        module.tp = axis  # pyright: ignore[reportAttributeAccessIssue]
+        module.tp = axis  # pyright: ignore[reportArgumentType]
     if module is region and (inside or axis.sequence):
         module.register_forward_pre_hook(lambda _, inputs: (axis.enter(inputs[0]), *inputs[1:]))
         if not inside:  # whole on every rank: hand on this rank's slice

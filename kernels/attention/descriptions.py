@@ -4,8 +4,10 @@ All positions are global indices in a row: query i is at `query_offset + i`, key
 cache and a sequence shard are served by the same descriptions.
 """
 
+from __future__ import annotations
+
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -81,6 +83,14 @@ class Toeplitz:
     slopes: Tensor
     query_offset: int = 0
     key_offset: int = 0
+
+    def share(self, rank: int, ranks: int) -> Toeplitz:
+        """That of one of `ranks` equal shares of the heads."""
+        return replace(self, slopes=self.slopes.chunk(ranks)[rank])
+
+    def share(self, rank: int, ranks: int) -> Toeplitz:
+        """Of one of ``ranks`` equal parts of the heads."""
+        return replace(self, slopes=self.slopes.chunk(ranks)[rank])
 
     def values(self, queries: int, keys: int, dtype: torch.dtype) -> Tensor:
         """(1, head, queries, keys) in dtype. Distances are exact integers: never in half precision."""

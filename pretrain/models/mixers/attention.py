@@ -114,7 +114,7 @@ class Attention(Mixer):
             q, k, v = (axis.to_units(x, 1, 2) for x in (q, k, v))
             head += axis.rank * q.shape[1]
             rotary = positions.rotary(row.positions, row.positions) if positions is not None else None
-            whole = self._attend(q, k, v, row, 0, rotary, head, range(axis.rank, axis.rank + 1))
+            whole = self._attend(q, k, v, row, 0, rotary, head, share=True)
             return axis.to_slices(whole, 1, 2)
         rotary = positions.rotary(seq.positions, seq.positions) if positions is not None else None
         if rotary is not None:
@@ -127,7 +127,7 @@ class Attention(Mixer):
             parts.append(self._attend(part, k[:, :, :end], v[:, :, :end], row, place * step, None, head))
         return torch.cat(parts, 2)
 
-    def _attend(self, q, k, v, row: Seq, offset: int, rotary, head: int, share: range | None = None) -> Tensor:
+    def _attend(self, q, k, v, row: Seq, offset: int, rotary, head: int, share: bool = False) -> Tensor:
         """Queries at columns `offset` and on against the row's first keys."""
         ids = row.document_ids
         mask = self.pattern.mask(
@@ -137,7 +137,7 @@ class Attention(Mixer):
             key_documents=None if ids is None else ids[:, : k.shape[2]],
         )
         bias = self.positions.bias(offset) if self.positions is not None else None
-        if bias is not None and share is not None:
+        if bias is not None and share:
             bias = bias.share(self.cp.rank, self.cp.size)
         drop = self.dropout if self.training else 0.0
         return attention(
