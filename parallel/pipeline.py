@@ -99,7 +99,7 @@ class Part(nn.Module):
         self.results[index] = out
         if self.last:
             return self.loss(out).reshape(1)
-        return out.sent
+        return tuple(x.contiguous() for x in out.sent)  # what is sent must lie as it is received
 
 
 class Pipeline:

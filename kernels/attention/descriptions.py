@@ -88,10 +88,6 @@ class Toeplitz:
         """That of one of `ranks` equal shares of the heads."""
         return replace(self, slopes=self.slopes.chunk(ranks)[rank])
 
-    def share(self, rank: int, ranks: int) -> Toeplitz:
-        """Of one of ``ranks`` equal parts of the heads."""
-        return replace(self, slopes=self.slopes.chunk(ranks)[rank])
-
     def values(self, queries: int, keys: int, dtype: torch.dtype) -> Tensor:
         """(1, head, queries, keys) in dtype. Distances are exact integers: never in half precision."""
         device = self.slopes.device

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from potamos.pretrain.models.registry import register
 class LinearBias(AttentionPositions):
     """bias_h(i, j) = -slope_h * (i - j)."""
 
+    tags: ClassVar[dict[str, int]] = {"slopes": 0}
     slopes: Tensor
 
     def __init__(self, heads: int) -> None:
