@@ -151,6 +151,23 @@ def evaluate(
 
 
 @app.command()
+def weights(
+    run: RunPath,
+    out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
+    step: Step = None,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+) -> None:
+    """Write a checkpoint's parameters into one safetensors file, whatever layout trained them.
+
+    Example: potamos weights runs/h3_hybrid_tiny --out h3_hybrid_tiny.safetensors --dtype bf16
+    """
+    from potamos.pretrain.weights import write_weights
+
+    count = write_weights(run, out, step=step, dtype=dtype)
+    show.note(f"{out}: {count:,} parameters in {dtype}")
+
+
+@app.command()
 def recipes() -> None:
     """List the packaged recipes with their families and sizes.
 
