@@ -95,11 +95,38 @@ class Part(nn.Module):
 
     def forward(self, *received: Tensor, micro: Tensor) -> Tensor | tuple[Tensor, ...]:
         index = int(micro)
+        received = tuple(_received(x) for x in received)
         out = self.module(self.batches[index], received, self.states[index])
         self.results[index] = out
         if self.last:
             return self.loss(out).reshape(1)
-        return tuple(x.contiguous() for x in out.sent)  # what is sent must lie as it is received
+        return tuple(_sent(x) for x in out.sent)
+
+
+class _StraightGradient(torch.autograd.Function):
+    """The identity, whose gradient is contiguous: it is received into memory of the same strides, and no backend
+    receives into other than contiguous memory."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        del ctx
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        del ctx
+        return gradient.contiguous()
+
+
+def _received(x: Tensor) -> Tensor:
+    result = _StraightGradient.apply(x)
+    assert isinstance(result, Tensor)
+    return result
+
+
+def _sent(x: Tensor) -> Tensor:
+    """Contiguous, as its gradient; and no view, which schedules cannot detach."""
+    return x.contiguous() if not x.is_contiguous() else x.clone() if x._is_view() else x
 
 
 class Pipeline:
