@@ -27,7 +27,7 @@ class Plain(Stack):
         self.norm = Norm(context.width, norm) if norm.place == "pre" else nn.Identity()
 
     def forward(self, hidden: Tensor, seq: Seq, state: State = None, *, step: bool = False) -> Out:
-        total = Out(hidden)
+        total = Out(hidden, streams={name: seq.streams[name] for name in self.streams})
         carried = {}
         for layer, block in self.blocks.items():
             out = block(total.hidden, seq, None if state is None else state.get(layer), step=step)
