@@ -20,6 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 Role = Literal["column", "row", "replicated"]
@@ -72,17 +73,57 @@ class Axis:
         """Maximum over ranks, without gradient."""
         return x.detach()
 
-    def before(self, x: Tensor, count: int) -> Tensor:
-        """The last ``count`` entries of the last dimension on the previous sequence slice; zeros on the first one."""
-        return x.new_zeros(*x.shape[:-1], count)
+    kind: str = ""
+    """Of a split sequence: how the region joins its slices ("state", "a2a", "ring", "pointwise")."""
 
-    def carry(self, end: Tensor, transition: Tensor) -> Tensor:
-        """The state at the start of this slice, from every slice's end state and transition; zeros on the first one."""
-        del transition
-        return end.new_zeros(end.shape)
+    @property
+    def held(self) -> list[int]:
+        """Of a split sequence: the places of this rank's slices in the row, in order."""
+        return [0]
+
+    def gather(self, *states: Tensor) -> tuple[Tensor, ...]:
+        """Of a split sequence: (held, ...) of this rank's slices -> (slices, ...) of all, in the row's order."""
+        return states
+
+    def whole(self, x: Tensor, dim: int) -> Tensor:
+        """Of a split sequence: the whole row along `dim` from every rank's slices."""
+        del dim
+        return x
+
+    def to_units(self, x: Tensor, unit_dim: int, length_dim: int) -> Tensor:
+        """Of a split sequence: slices of all heads (channels) -> the whole row of this rank's share of them."""
+        del unit_dim, length_dim
+        return x
+
+    def to_slices(self, x: Tensor, unit_dim: int, length_dim: int) -> Tensor:
+        """The inverse of `to_units`."""
+        del unit_dim, length_dim
+        return x
+
+    def ring(self, *arguments: Any) -> Tensor:
+        """Of a split sequence: attention of this rank's queries over the whole row, `parallel.ring.split_attention`."""
+        raise AssertionError("only a split row has a ring")
+
+    def own(self, x: Tensor, dim: int = 1) -> Tensor:
+        """This rank's slice of what it holds whole, where hidden states between regions are slices; else all of it."""
+        del dim
+        return x
 
 
 IDENTITY = Axis()
+
+
+def on_share(core: nn.Module, axis: Axis, *arguments: Any) -> Any:
+    """`core(*arguments)` with this rank's share of every parameter that it tags: what a rank computes that holds whole
+    rows of a share of the channels. Gradients fall on the share; the sum over ranks makes them whole."""
+    shares = {}
+    for path, module in core.named_modules():
+        tags: dict[str, int] = getattr(module, "tags", {})
+        for name, parameter in module.named_parameters(recurse=False):
+            if name in tags:
+                share = parameter.chunk(axis.size, tags[name])[axis.rank]
+                shares[f"{path}.{name}" if path else name] = share
+    return torch.func.functional_call(core, shares, arguments)
 
 
 @dataclass(frozen=True)
@@ -97,6 +138,16 @@ class Layout:
     ep: int = 1
     schedule: str = "1f1b"
     engine: str = "native"
+    sequence_parallel: bool = True
+    """Between the regions of tensor parallelism, hidden states are slices of the row."""
+    cp_order: Literal["contiguous", "zigzag"] = "zigzag"
+    """How sequence slices are dealt; zigzag balances causal attention."""
+    cp_kinds: tuple[str, ...] = ()
+    """Ways of joining slices to take where a region allows them, before its own preference."""
+    checkpointing: Literal["none", "full", "selective"] = "none"
+    """What a block computes again in the backward."""
+    compile: str | None = None
+    """The backend of torch.compile for each block."""
 
 
 @dataclass(frozen=True)

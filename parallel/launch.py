@@ -70,10 +70,13 @@ class Rank:
         With none of the first three set, this is the single process. LOCAL_WORLD_SIZE defaults to WORLD_SIZE (one
         node) and GROUP_RANK, torchrun's name for the node, to RANK // LOCAL_WORLD_SIZE.
 
+        Without them, in a Slurm step of several tasks, they are what `from_slurm` makes of its variables.
+
         Raises:
             LaunchError: some of RANK, WORLD_SIZE, LOCAL_RANK are set and others not; a value is no integer or out of
                 range; more than one process without MASTER_ADDR and MASTER_PORT to meet at.
         """
+        environment = {**from_slurm(environment), **environment}
         required = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         given = [name for name in required if name in environment]
         if not given:
@@ -100,6 +103,33 @@ class Rank:
         return cls(rank, world, local_rank, local_world, node)
 
 
+def from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
+    """torchrun's variables for a task of a Slurm step (one task per GPU); {} outside of one, or where any is set.
+
+    On one node the ranks meet at this machine, at a port from the job's number and its restarts, so that a requeued job
+    does not meet the old one. On several nodes MASTER_ADDR and MASTER_PORT must be given: node names need not resolve.
+    """
+    step = environment.get("SLURM_STEP_ID") or environment.get("SLURM_STEPID")
+    tasks = environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS", "1")
+    if step is None or "SLURM_PROCID" not in environment or tasks == "1":
+        return {}
+    if any(name in environment for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
+        return {}
+    found = {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": tasks,
+        "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
+        "GROUP_RANK": environment.get("SLURM_NODEID", "0"),
+    }
+    nodes = environment.get("SLURM_STEP_NUM_NODES") or environment.get("SLURM_NNODES", "1")
+    if nodes == "1":
+        job, restart = (int(environment.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"))
+        found |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + (7 * job + restart) % 20000)}
+    elif tasks.isdigit() and nodes.isdigit() and int(tasks) % int(nodes) == 0:
+        found["LOCAL_WORLD_SIZE"] = str(int(tasks) // int(nodes))
+    return found
+
+
 def start(device: str | torch.device = "cpu", *, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> Rank:
     """Join the process group that the environment describes and return this process's place in it.
 
@@ -120,6 +150,8 @@ def start(device: str | torch.device = "cpu", *, timeout: float = DEFAULT_TIMEOU
     if kind not in ("cpu", "cuda"):
         raise LaunchError(f"device {str(device)!r} is not supported: choose 'cpu' or 'cuda'")
     rank = Rank.from_environment()
+    for name, value in from_slurm(os.environ).items():
+        os.environ.setdefault(name, value)  # torch reads where to meet from there
     if kind == "cuda":
         _select_gpu(rank)
     if dist.is_initialized():

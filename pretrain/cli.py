@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from potamos.pretrain import cli_data, cli_kernels, show
+from potamos.pretrain import cli_data, cli_kernels, cli_verify, show
 from potamos.pretrain.arguments import Device, Overrides, RecipeName, RunPath, Step
 
 TRACEBACK = "POTAMOS_TRACEBACK"
@@ -32,6 +32,7 @@ recipe_app = typer.Typer(help="Look at one recipe.", no_args_is_help=True)
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_kernels.app, name="kernels")
+app.command()(cli_verify.verify)
 
 
 def _version(wanted: bool) -> None:
@@ -56,6 +57,7 @@ def train(
     recipe: RecipeName,
     overrides: Overrides = None,
     run: Annotated[Path | None, typer.Option(help="The run folder; runs/NAME by default.")] = None,
+    nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine, one per GPU.")] = 1,
 ) -> None:
     """Train a model, or go on where its run folder stopped.
 
@@ -63,8 +65,11 @@ def train(
 
     Example: potamos train h3_hybrid_tiny train.steps=200 --run runs/trial
 
-    On several processes (mind the --): torchrun --no-python --nproc-per-node 2 -- potamos train h3_hybrid_tiny
+    On several processes: potamos train h3_hybrid_tiny parallel.tp=2 --nproc 4. Under srun, or torchrun (mind the --):
+    torchrun --no-python --nproc-per-node 2 -- potamos train h3_hybrid_tiny
     """
+    if nproc > 1:
+        raise typer.Exit(_train_on(nproc, recipe, overrides or [], run))
     from potamos.pretrain.guard import install_signal_handlers
 
     install_signal_handlers()
@@ -73,6 +78,19 @@ def train(
 
     loaded = load_recipe(recipe, overrides or [])
     raise typer.Exit(run_training(loaded, run or Path("runs") / loaded.name))
+
+
+def _train_on(nproc: int, recipe: str, overrides: list[str], run: Path | None) -> int:
+    """The same command in `nproc` processes; its exit status."""
+    from potamos.parallel.mesh import sizes
+    from potamos.parallel.processes import run_processes
+    from potamos.pretrain.config import load_recipe
+
+    if "RANK" in os.environ:
+        raise ValueError("--nproc starts processes by itself: leave it out under torchrun, or torchrun out")
+    sizes(load_recipe(recipe, overrides).parallel.layout(), nproc)  # what is wrong is said once
+    command = [sys.executable, "-m", "potamos.pretrain.cli", "train", recipe, *overrides]
+    return run_processes([*command, *(["--run", str(run)] if run is not None else [])], nproc)
 
 
 @app.command()
@@ -138,6 +156,23 @@ def evaluate(
     scores = score_run(opened, data, length=length)
     show.note(f"{run} at step {opened.step}")
     show.scores(scores)
+
+
+@app.command()
+def weights(
+    run: RunPath,
+    out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
+    step: Step = None,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+) -> None:
+    """Write a checkpoint's parameters into one safetensors file, whatever layout trained them.
+
+    Example: potamos weights runs/h3_hybrid_tiny --out h3_hybrid_tiny.safetensors --dtype bf16
+    """
+    from potamos.pretrain.weights import write_weights
+
+    count = write_weights(run, out, step=step, dtype=dtype)
+    show.note(f"{out}: {count:,} parameters in {dtype}")
 
 
 @app.command()
@@ -214,3 +249,7 @@ def describe(error: ValueError | OSError) -> str:
         place = f"{error.filename}: " if error.filename is not None else ""
         return f"{place}{error.strerror}"
     return str(error) or type(error).__name__
+
+
+if __name__ == "__main__":
+    main()

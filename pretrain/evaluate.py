@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from potamos.data.loader import Windows
-from potamos.parallel.launch import Rank, all_sum, fail_together
+from potamos.parallel.apply import Spread
+from potamos.parallel.launch import Rank, all_sum, any_rank, fail_together
 from potamos.pretrain.agreement import blank_rows
 from potamos.pretrain.objectives.base import System
 
@@ -61,6 +62,7 @@ def score(
     limit: int | None = None,
     rank: Rank = SINGLE,
     seed: int = 0,
+    spread: Spread | None = None,
 ) -> Score:
     """Score the first ``limit`` windows (None: all) without dropout and without gradients.
 
@@ -70,7 +72,9 @@ def score(
     Args:
         token_bytes: (vocabulary,) bytes of each id, as `Tokenizer.token_bytes` gives them.
         device: where the system's parameters are.
+        rank: which share of the batches is this one's, of ranks that have the whole system each.
         seed: keys what an objective draws at random, such as masks; the same at every step of a run.
+        spread: the system as a layout has spread it, instead of `rank`.
 
     Raises:
         EvaluationError: nothing to score, or the objective has no likelihood.
@@ -81,24 +85,28 @@ def score(
     nats = torch.zeros((), dtype=torch.float64, device=device)
     targets = scored_bytes = 0
     failure: Exception | None = None
+    index, shares = (rank.rank, rank.world) if spread is None else (spread.data_index, spread.sizes.data)
     with evaluating(system):
-        for begin, size, counted in _shares(count, rows_per_batch, rank):
+        for begin, size, counted in _shares(count, rows_per_batch, index, shares):
             try:
-                rows = windows.read(begin, size) if failure is None else blank_rows(1, windows.sequence_length)
+                rows = windows.read(begin, size) if failure is None else blank_rows(size, windows.sequence_length)
             except Exception as error:  # kept until all ranks can be told; until then this one goes on beside them
-                failure, rows = error, blank_rows(1, windows.sequence_length)
+                failure, rows = error, blank_rows(size, windows.sequence_length)
             batch = system.objective.prepare(rows, seed=seed, step=0).to(device)
-            term = system(batch).terms.get(system.objective.options.kind)
-            if term is None:
+            out = system(batch) if spread is None else spread.score(batch)
+            term = None if out is None else out.terms.get(system.objective.options.kind)
+            if out is not None and term is None:
                 raise EvaluationError(f"objective {system.objective.options.kind!r} has no term of its name to measure")
-            if counted and failure is None:
+            if term is not None and counted and failure is None:
                 nats += term.sum.double()  # added on the device: no wait for each batch
                 targets += batch.counts[term.count]
                 scored_bytes += int(token_bytes[batch.scored[batch.scored >= 0]].sum())
-    own = [nats, *(_scalar(value, nats) for value in (targets, scored_bytes, 0 if failure is None else 1))]
-    total = all_sum(torch.stack(own)).tolist()
-    if total[3]:
+    if any_rank(failure is not None):
         fail_together(failure)
+    if spread is not None and not spread.first_slices:
+        targets = scored_bytes = 0  # of the whole row, which the rank with its first slices counts
+    own = torch.stack([nats, *(_scalar(value, nats) for value in (targets, scored_bytes))])
+    total = (all_sum(own) if spread is None else spread.total(own)).tolist()
     if not total[1]:
         raise EvaluationError(
             f"{windows.dataset.path}: the first {count} windows of {windows.sequence_length} tokens hold no target: "
@@ -107,7 +115,7 @@ def score(
     return Score(total[0], int(total[1]), int(total[2]))
 
 
-def _shares(count: int, rows_per_batch: int, rank: Rank) -> Iterator[tuple[int, int, bool]]:
+def _shares(count: int, rows_per_batch: int, index: int, shares: int) -> Iterator[tuple[int, int, bool]]:
     """(first window, windows, whether they count) of each of this rank's batches.
 
     A rank that has run out reads the first window once more without counting it: where parameters are sharded, every
@@ -115,8 +123,8 @@ def _shares(count: int, rows_per_batch: int, rank: Rank) -> Iterator[tuple[int, 
     """
     if rows_per_batch < 1 or count < 1:
         raise EvaluationError(f"{rows_per_batch} rows a batch, {count} windows: both must be at least 1")
-    for first in range(0, count, rows_per_batch * rank.world):
-        begin = first + rank.rank * rows_per_batch
+    for first in range(0, count, rows_per_batch * shares):
+        begin = first + index * rows_per_batch
         if begin < count:
             yield begin, min(rows_per_batch, count - begin), True
         else:

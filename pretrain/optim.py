@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from potamos.parallel.facts import ParameterFacts
+from potamos.parallel.gradients import Gradients
 
 # Newton-Schulz quintic that drives every singular value into about [0.7, 1.2] (Jordan et al. 2024, "Muon").
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -44,8 +45,10 @@ class Muon(torch.optim.Optimizer):
     iterated as one stack.
     """
 
-    def __init__(self, groups: Iterable[dict[str, Any]], lr: float, momentum: float) -> None:
+    def __init__(self, groups: Iterable[dict[str, Any]], lr: float, momentum: float, cuts: Cuts | None = None) -> None:
+        """cuts: how to make a cut matrix whole and to cut it again, where a layout has cut some."""
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
+        self.cuts = cuts
         self.found_inf: Tensor | None = None
 
     @torch.no_grad()
@@ -53,11 +56,11 @@ class Muon(torch.optim.Optimizer):
         """Update every matrix, unless ``found_inf`` is one."""
         del closure
         for group in self.param_groups:
-            shapes: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
+            alike: dict[Hashable, list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    shapes[tuple(parameter.shape)].append(parameter)
-            for parameters in shapes.values():
+                    alike[parameter.shape if self.cuts is None else self.cuts.kind(parameter)].append(parameter)
+            for parameters in alike.values():
                 self._step_shape(parameters, group)
 
     def _step_shape(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
@@ -73,13 +76,33 @@ class Muon(torch.optim.Optimizer):
             # lerp(a, a, w) is a to the bit.
             gradient = torch.where(self.found_inf > 0, previous, gradient)
         momentum = torch.lerp(gradient, previous, group["momentum"])
-        update = orthogonalize(torch.lerp(gradient, momentum, group["momentum"]))
+        update, sides = self._orthogonalize(parameters, torch.lerp(gradient, momentum, group["momentum"]))
         rate = group["lr"] * accept
-        scale = 0.2 * math.sqrt(max(parameters[0].shape))
+        scale = 0.2 * math.sqrt(max(sides))
         for parameter, buffer, new, direction in zip(parameters, buffers, momentum, update, strict=True):
             buffer.copy_(new)
             parameter.mul_(1.0 - rate * group["weight_decay"])
             parameter.sub_(direction * (rate * scale))
+
+    def _orthogonalize(self, parameters: list[Tensor], moments: Tensor) -> tuple[Tensor, Sequence[int]]:
+        """The updates of a stack of matrices, and the sides of each whole one: a slice has other singular values."""
+        if self.cuts is None:
+            return orthogonalize(moments), parameters[0].shape
+        whole = [self.cuts.whole(p, moment) for p, moment in zip(parameters, moments, strict=True)]
+        directions = orthogonalize(torch.stack(whole))
+        own = [self.cuts.local(p, direction) for p, direction in zip(parameters, directions, strict=True)]
+        return torch.stack(own), whole[0].shape
+
+
+class Cuts(Protocol):
+    """How parameters are cut over ranks; every rank asks in the same order."""
+
+    def kind(self, stored: Tensor, /) -> Hashable:
+        """Equal for parameters of one whole shape that are cut alike."""
+        ...
+
+    def whole(self, stored: Tensor, value: Tensor, /) -> Tensor: ...
+    def local(self, stored: Tensor, whole: Tensor, /) -> Tensor: ...
 
 
 class Optimizer:
@@ -89,7 +112,13 @@ class Optimizer:
     that a checkpoint does not depend on how groups were formed.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], table: Mapping[str, ParameterFacts], options: Any) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        table: Mapping[str, ParameterFacts],
+        options: Any,
+        cuts: Cuts | None = None,
+    ) -> None:
         self.options = options
         self.parameters = {name: p for name, p in parameters.items() if p.requires_grad}
         self.names = {p: name for name, p in self.parameters.items()}
@@ -102,7 +131,7 @@ class Optimizer:
             )
         if matrices:
             groups = self._groups(matrices, table, options.matrix_lr or options.lr)
-            self.optimizers.append(Muon(groups, lr=options.lr, momentum=options.momentum))
+            self.optimizers.append(Muon(groups, lr=options.lr, momentum=options.momentum, cuts=cuts))
 
     def _groups(self, names: set[str], table: Mapping[str, ParameterFacts], lr: float) -> list[dict[str, Any]]:
         groups: dict[tuple[float, float], list[Tensor]] = defaultdict(list)
@@ -173,10 +202,18 @@ def schedule_factor(options: Any, step: int, steps: int) -> float:
 class GradientNorm:
     """The gradient's norm, in all and per kind of module, on the device; and clipping by it."""
 
-    def __init__(self, parameters: Mapping[str, Tensor], table: Mapping[str, ParameterFacts]) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        table: Mapping[str, ParameterFacts],
+        gradients: Gradients | None = None,
+    ) -> None:
+        """gradients: where the parameters are spread over ranks; kinds must be those of the whole model then."""
+        self.gradients = gradients
         self.parameters = [p for p in parameters.values() if p.requires_grad]
         names = [n for n, p in parameters.items() if p.requires_grad]
-        self.kinds = sorted({table[n].kind for n in names})
+        self.kinds = sorted({facts.kind for facts in table.values()})
+        self.by_name = {n: self.kinds.index(table[n].kind) for n in names}
         device = self.parameters[0].device
         self.dtype = torch.float64 if any(p.dtype == torch.float64 for p in self.parameters) else torch.float32
         self.kind = torch.tensor([self.kinds.index(table[n].kind) for n in names], device=device)
@@ -184,6 +221,9 @@ class GradientNorm:
     @torch.no_grad()
     def measure(self) -> tuple[Tensor, Tensor]:
         """(total (), per kind (len(kinds))) 2-norms; a parameter without a gradient counts as zero."""
+        if self.gradients is not None:
+            squares = self.gradients.squares(self.by_name, len(self.kinds))
+            return squares.sum().sqrt(), squares.sqrt()
         zero = torch.zeros((), device=self.kind.device)
         present = [zero if p.grad is None else p.grad for p in self.parameters]
         every = torch._foreach_norm(present)  # pyright: ignore[reportPrivateImportUsage]
@@ -194,5 +234,7 @@ class GradientNorm:
     @torch.no_grad()
     def clip(self, total: Tensor, limit: float | None) -> None:
         """Scale gradients by min(1, limit / total); no limit leaves them."""
-        if limit is not None:
+        if limit is not None and self.gradients is not None:
+            self.gradients.clip(total, limit)
+        elif limit is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, limit, total)

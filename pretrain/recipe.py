@@ -231,8 +231,13 @@ class Parallel(Section):
     pp: int = Field(1, gt=0)
     cp: int = Field(1, gt=0)
     ep: int = Field(1, gt=0)
-    schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "zero_bubble"] = "1f1b"
+    schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "looped_bfs", "zero_bubble", "zbv", "dualpipe_v"] = "1f1b"
     engine: Literal["native"] = "native"
+    sequence_parallel: bool = True
+    cp_order: Literal["contiguous", "zigzag"] = "zigzag"
+    cp_kinds: tuple[Literal["state", "a2a", "ring"], ...] = ()
+    checkpointing: Literal["none", "full", "selective"] = "none"
+    compile: Literal["inductor", "aot_eager"] | None = None
 
     def layout(self) -> Layout:
         """The same sizes, as `potamos.parallel` takes them."""
@@ -283,10 +288,11 @@ class Samples(Section):
 
 
 class Telemetry(Section):
-    """Log ``every`` steps."""
+    """Log ``every`` steps. A rank without progress for ``watchdog`` seconds is reported and ended; null: never."""
 
     every: int = Field(10, gt=0)
     samples: Samples = _defaults()
+    watchdog: float | None = Field(1800.0, gt=0)
 
 
 class Slurm(Section):

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
+import torch
 from torch import Tensor
 
 from potamos.parallel import launch
@@ -69,14 +70,14 @@ def newest(checkpoints: Checkpoints, rank: launch.Rank) -> Loaded | None:
     return launch.together(lambda: chosen or checkpoints.at(step))
 
 
-def check_parameters(model: Mapping[str, Tensor], stored: Mapping[str, Tensor], place: Path) -> None:
-    """Refuse a checkpoint of another model, naming every difference."""
+def check_parameters(model: Mapping[str, torch.Size], stored: Mapping[str, Tensor], place: Path) -> None:
+    """Refuse a checkpoint of another model than the one with these shapes, naming every difference."""
     wrong = [f"{name}: only in the model" for name in model.keys() - stored.keys()]
     wrong += [f"{name}: only in the checkpoint" for name in stored.keys() - model.keys()]
     wrong += [
-        f"{name}: {tuple(stored[name].shape)} stored, {tuple(model[name].shape)} in the model"
+        f"{name}: {tuple(stored[name].shape)} stored, {tuple(model[name])} in the model"
         for name in model.keys() & stored.keys()
-        if model[name].shape != stored[name].shape
+        if model[name] != stored[name].shape
     ]
     if wrong:
         raise ValueError(f"{place} holds another model's parameters:\n  " + "\n  ".join(sorted(wrong)))

@@ -78,6 +78,11 @@ def open_run(
     return Run(folder, recipe, system.eval(), tokenizer, place, loaded.step, loaded.next_sample)
 
 
+def load_run(run: str | os.PathLike[str], step: int | None = None) -> Loaded:
+    """A run's checkpoint as it is on the disk: the newest that is sound, or that of one step. Raises as `open_run`."""
+    return _load(RunFolder.of(run), step)
+
+
 def score_run(
     run: Run, data: str | os.PathLike[str] | None = None, *, length: int | str | None = None
 ) -> dict[str, Score]:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from potamos.data.loader import SourceSpec, StageSpec, TokenStream, Windows
 from potamos.data.mixtures import published
 from potamos.data.tokenizer import FILE_NAMES, Tokenizer, load_tokenizer
+from potamos.parallel.apply import Fill
 from potamos.pretrain.models import registry
-from potamos.pretrain.models.build import initializer, materialize
+from potamos.pretrain.models.build import build, initializer
 from potamos.pretrain.models.initialize import initialize
 from potamos.pretrain.models.linear import set_compute_dtype
 from potamos.pretrain.models.trunk import Model
@@ -56,16 +59,41 @@ def keep_freed_memory() -> None:
 
 def build_system(recipe: Recipe, device: torch.device) -> System:
     """Model and objective, filled from the recipe's seed, computing in the recipe's precision."""
-    seed, length = recipe.train.seed, recipe.data.sequence_length
-    model: Model = materialize(recipe.model, seed, sequence_length=length, device=device)
+    system = draft_system(recipe)
+    filler(recipe, device)(system, lambda _, whole: whole, {name: p.shape for name, p in system.named_parameters()})
+    return system
+
+
+def draft_system(recipe: Recipe) -> System:
+    """Model and objective without memory for their parameters, computing in the recipe's precision."""
+    length = recipe.data.sequence_length
     objective: Objective = registry.lookup("objective", recipe.objective.kind)(recipe.objective)
     with torch.device("meta"):
+        model: Model = build(recipe.model, sequence_length=length)
         objective.build(recipe.model, length)
-    initialize(objective, initializer(recipe.model), seed, device)
     system = System(model, objective)
     dtype = DTYPES[recipe.train.precision]
     set_compute_dtype(system, None if dtype == torch.float32 else dtype)
     return system
+
+
+def filler(recipe: Recipe, device: torch.device) -> Fill:
+    """What gives a drafted system its initial values, from the recipe's seed, however it has been cut."""
+
+    def fill(system: nn.Module, cut: Callable[[str, Tensor], Tensor], shapes: Mapping[str, torch.Size]) -> None:
+        for part, module in system.named_children():
+            prefix = f"{part}."
+            own = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+            initialize(
+                module,
+                initializer(recipe.model),
+                recipe.train.seed,
+                device,
+                shapes=own,
+                cut=lambda name, whole, prefix=prefix: cut(prefix + name, whole),
+            )
+
+    return fill
 
 
 def open_tokenizer(recipe: Recipe) -> Tokenizer:

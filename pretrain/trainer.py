@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,8 +21,8 @@ from potamos.data.files import write_atomically
 from potamos.data.loader import Loader, Rows
 from potamos.data.skips import SkipList
 from potamos.parallel import launch
-from potamos.parallel.apply import apply, data_ranks, gradient_sync
-from potamos.parallel.facts import parameter_table
+from potamos.parallel.apply import LayoutError, apply, sizes
+from potamos.parallel.watchdog import Watchdog
 from potamos.pretrain import carried, resume, setup
 from potamos.pretrain.agreement import Reader, check_same_data
 from potamos.pretrain.checkpoint import CheckpointError, Checkpoints, CheckpointWriteError, Loaded, Snapshot
@@ -32,7 +32,7 @@ from potamos.pretrain.evaluate import score
 from potamos.pretrain.generate import GenerationError, generate
 from potamos.pretrain.guard import Stop, remove_done, stop_requested, write_done, write_stop
 from potamos.pretrain.models.interfaces import State
-from potamos.pretrain.objectives.base import Batch
+from potamos.pretrain.objectives.base import Batch, Terms
 from potamos.pretrain.optim import GradientNorm, Optimizer, schedule_factor
 from potamos.pretrain.recipe import Recipe
 from potamos.pretrain.records import attempt_number
@@ -80,19 +80,31 @@ class Trainer:
             setup.keep_freed_memory()
         if recipe.train.threads is not None:
             torch.set_num_threads(recipe.train.threads)
-        self.micro_batches = micro_batches(recipe, data_ranks(recipe.parallel.layout(), rank.world))
+        self.sizes = sizes(recipe.parallel.layout(), rank.world)
+        self.micro_batches = micro_batches(recipe, self.sizes.data)
         self.tokenizer = launch.together(lambda: setup.open_tokenizer(recipe))
         self.token_bytes = self.tokenizer.token_bytes()
         self.stream = launch.together(lambda: setup.open_stream(recipe, self.tokenizer))
         self.validation = launch.together(lambda: setup.open_validation(recipe, self.tokenizer))
         check_same_data(self.stream, self.validation)
 
-        self.system = setup.build_system(recipe, self.device)
+        draft, layout = setup.draft_system(recipe), recipe.parallel.layout()
+        self.flops_per_token = 3.0 * draft.model.flops_per_token(recipe.data.sequence_length)
+        dtype = setup.DTYPES[recipe.train.precision]
+        self.spread = apply(
+            draft,
+            layout,
+            rank.rank,
+            rank.world,
+            self.device,
+            setup.filler(recipe, self.device),
+            None if dtype == torch.float32 else dtype,
+        )
+        self.system = self.spread.system
         self.model, self.objective = self.system.model, self.system.objective
-        self.parameters = dict(self.system.named_parameters())
-        table = parameter_table(self.system)
-        self.norm = GradientNorm(self.parameters, table)
-        self.optimizer = Optimizer(self.parameters, table, recipe.optimizer)
+        self.parameters = self.spread.stored
+        self.norm = GradientNorm(self.parameters, self.spread.table, self.spread.gradients)
+        self.optimizer = Optimizer(self.parameters, self.spread.table, recipe.optimizer, self.spread.matrices)
         self.guard = SpikeGuard(recipe.optimizer.window, recipe.optimizer.spike, self.device)
         self.carries = recipe.data.order == "contiguous"
         if self.carries and not self.model.carries:
@@ -104,6 +116,11 @@ class Trainer:
             raise ValueError(
                 "data.order: contiguous gives a token its place in the whole document, but model.positions has only "
                 f"{self.model.frontend.max_positions}; choose positions without an end, or data.order: shuffled"
+            )
+        if self.carries and self.sizes.data != rank.world:
+            raise LayoutError(
+                f"parallel: {self.sizes}: data.order: contiguous carries states that only data parallelism deals yet; "
+                "set tp, pp and cp to 1, or data.order: shuffled"
             )
         self.carried: list[State] = [None] * self.micro_batches
         self.step = self.next_sample = 0
@@ -121,8 +138,6 @@ class Trainer:
         loaded = resume.newest(self.checkpoints, rank)
         if loaded is not None:
             launch.together(lambda: self.restore(loaded))
-        self.parallel = apply(self.system, recipe.parallel.layout(), rank, self.device)
-        self.flops_per_token = 3.0 * self.model.flops_per_token(recipe.data.sequence_length)
         self.peak = peak_flops(self.device, setup.DTYPES[recipe.train.precision])
         self.telemetry = self._open_telemetry()
         self.window = Window(began=time.perf_counter())
@@ -134,17 +149,24 @@ class Trainer:
         recipe, stop = self.recipe, None
         if self.step >= recipe.train.steps:
             return self._already_finished()
-        with Loader(
-            self.stream,
-            sequences=recipe.train.sequences,
-            rank=self.rank.rank,
-            world=self.rank.world,
-            next_sample=self.next_sample,
-            allow_repeat=recipe.data.allow_repeat,
-        ) as loader:
+        watchdog = Watchdog(
+            self.folder.path / "logs", self.rank.rank, self.rank.world, seconds=recipe.telemetry.watchdog
+        )
+        with (
+            watchdog,
+            Loader(
+                self.stream,
+                sequences=recipe.train.sequences,
+                rank=self.spread.data_index,
+                world=self.sizes.data,
+                next_sample=self.next_sample,
+                allow_repeat=recipe.data.allow_repeat,
+            ) as loader,
+        ):
             self.reader = Reader(loader, recipe.data.sequence_length)
             self.system.train()
             while self.step < recipe.train.steps and stop is None:
+                watchdog.beat(f"step {self.step + 1}")
                 result = self.train_step(self.reader.rows())
                 self.step += 1
                 first = int(self.stream.samples(self.next_sample, 1)[0])
@@ -152,6 +174,7 @@ class Trainer:
                 self.next_sample = loader.next_sample
                 self.observe(result, loader.data_wait)
                 if self._due(recipe.validation.every):
+                    watchdog.beat(f"validation after step {self.step}")
                     self.validate()
                 if self._due(recipe.telemetry.samples.every):
                     self.write_samples()
@@ -164,27 +187,19 @@ class Trainer:
         """One optimizer step on this rank's rows of a global batch. Nothing here waits for the device."""
         batches = self.prepare(rows)
         counts, text = self.total_counts(batches)
-        terms: dict[str, Tensor] = {}
-        loss = torch.zeros((), device=self.device)
-        for index, batch in enumerate(batches):
-            with gradient_sync(self.parallel, last=index == len(batches) - 1):
-                out = self.parallel(batch.to(self.device), self.carried[index])
-                parts = {name: term.sum / counts[term.count] for name, term in out.terms.items()}
-                part = torch.stack([out.terms[name].weight * value for name, value in parts.items()]).sum()
-                part.backward()
-            loss = loss + part.detach()
-            for name, value in parts.items():
-                terms[name] = terms.get(name, 0.0) + value.detach()
-            if self.carries:
-                self.carried[index] = carried.detach(self.model.stack.segment_state(out.state))
 
-        summed = launch.all_sum(torch.stack([loss, *terms.values()]))
-        loss, terms = summed[0], dict(zip(terms, summed[1:], strict=True))
+        def weigh(out: Terms) -> Tensor:
+            return torch.stack([t.weight * (t.sum / counts[t.count]) for t in out.terms.values()]).sum()
+
+        results = self.spread.run([batch.to(self.device) for batch in batches], self.carried, weigh)
+        if self.carries:
+            self.carried = [carried.detach(self.model.stack.segment_state(out.state)) for out in results]
+        loss, terms = self._losses(results, counts, weigh)
         norm, norms = self.norm.measure()
         refused = 1.0 - self.guard.accept(norm, loss).to(torch.float32)
         self.norm.clip(norm, self.recipe.optimizer.clip)
         self.optimizer.step(schedule_factor(self.recipe.schedule, self.step, self.recipe.train.steps), refused)
-        self.optimizer.zero_grad()
+        self.spread.zero_grad()
         return StepResult(
             loss=loss,
             terms=terms,
@@ -193,6 +208,18 @@ class Trainer:
             refused=refused,
             tokens_per_byte=text,
         )
+
+    def _losses(
+        self, results: Sequence[Terms], counts: dict[str, float], weigh: Callable[[Terms], Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The step's loss and each of its terms, of all ranks, on every rank."""
+        names = self.spread.terms(results)
+        sums = torch.zeros(1 + len(names), device=self.device)
+        for out in results if self.spread.scores else ():
+            terms = [out.terms[name].sum.detach() / counts[out.terms[name].count] for name in names]
+            sums = sums + torch.stack([weigh(out).detach(), *terms])
+        total = self.spread.total(sums)
+        return total[0], dict(zip(names, total[1:], strict=True))
 
     def prepare(self, rows: Rows) -> list[Batch]:
         """This rank's rows as micro-batches, in order."""
@@ -216,7 +243,9 @@ class Trainer:
         own.append(sum(setup.scored_bytes(batch.scored, self.token_bytes) for batch in batches))
         failure = None if self.reader is None else self.reader.failure
         own.append(0 if failure is None else 1)
-        *totals, scored, text_bytes, failed = launch.all_sum(torch.tensor(own, dtype=torch.float64)).tolist()
+        # Ranks that share rows count them alike, and all counts are whole numbers: the quotient is exact.
+        total = launch.all_sum(torch.tensor(own, dtype=torch.float64)) / (self.rank.world // self.sizes.data)
+        *totals, scored, text_bytes, failed = total.tolist()
         if failed:
             launch.fail_together(failure)
         return {name: max(1.0, count) for name, count in zip(names, totals, strict=True)}, scored / max(1.0, text_bytes)
@@ -275,8 +304,8 @@ class Trainer:
                 device=self.device,
                 rows_per_batch=self.recipe.train.micro_sequences,
                 limit=self.recipe.validation.sequences,
-                rank=self.rank,
                 seed=self.recipe.train.seed,
+                spread=self.spread,
             )
             self.telemetry.validation(
                 self.step,
@@ -293,7 +322,7 @@ class Trainer:
         """Continue the recipe's prompts and write the text down."""
         began = time.perf_counter()
         samples = self.recipe.telemetry.samples
-        if self.rank.is_main and self.model.causal:
+        if self.rank.is_main and self.model.causal and self.sizes.dp_replicate == self.rank.world:
             try:
                 for number, prompt in enumerate(samples.prompts):
                     self.telemetry.text(f"sample/{number}", self.step, prompt + "".join(self._continue(prompt)))
@@ -327,8 +356,8 @@ class Trainer:
         snapshot = Snapshot(
             step=self.step,
             next_sample=self.next_sample,
-            model={name: p.detach() for name, p in self.parameters.items()},
-            optimizer=self.optimizer.state_tensors()
+            model=self.spread.gathered({name: p.detach() for name, p in self.parameters.items()}, lambda name: name),
+            optimizer=self.spread.gathered(self.optimizer.state_tensors(), lambda name: name.rpartition(".")[0])
             | {f"guard.{name}": t for name, t in self.guard.state_tensors().items()},
             carried=carried.gather(self.carried, self.rank) if self.carries else {},
             trainer={"data": self.stream.state_dict(self.next_sample), "tokenizer": self.tokenizer.sha256},
@@ -364,15 +393,26 @@ class Trainer:
                 f"{loaded.path / 'trainer.json'} says that sample {loaded.next_sample} comes next, and that the data "
                 f"go on at {loaded.trainer['data']['next_sample']}; restore it from a copy, or move {loaded.path} away"
             )
-        resume.check_parameters(self.parameters, loaded.model, loaded.path)
+        resume.check_parameters(self.spread.shapes, loaded.model, loaded.path)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(loaded.model[name])
+                parameter.copy_(self.spread.local(name, loaded.model[name]))
         guard = {n.removeprefix("guard."): t for n, t in loaded.optimizer.items() if n.startswith("guard.")}
         self.guard.load_tensors(guard)
-        self.optimizer.load_tensors({n: t for n, t in loaded.optimizer.items() if not n.startswith("guard.")})
+        self.optimizer.load_tensors(self._own_moments(loaded.optimizer))
         self.step, self.next_sample = loaded.step, loaded.next_sample
         self.carried = carried.scatter(loaded.carried, self._example_state, self.micro_batches, self.rank, self.device)
+
+    def _own_moments(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What this rank stores of a checkpoint's optimizer state."""
+        own = {}
+        for full, tensor in stored.items():
+            name = full.rpartition(".")[0]
+            if full.startswith("guard.") or (name in self.spread.shapes and name not in self.parameters):
+                continue  # not the optimizer's; another stage's
+            cut = name in self.parameters and tensor.shape == self.spread.shapes[name]
+            own[full] = self.spread.local(name, tensor) if cut else tensor
+        return own
 
     @torch.no_grad()
     def _example_state(self) -> State:
@@ -419,7 +459,7 @@ class Trainer:
             if self.step < recipe.train.steps:
                 remove_done(folder.path)
             telemetry.text("recipe", self.step, to_yaml(recipe))
-        parameters = sum(p.numel() for p in self.parameters.values())
+        parameters = sum(shape.numel() for shape in self.spread.shapes.values())
         telemetry.note(
             f"{recipe.name}: {parameters:,} parameters, step {self.step} of {recipe.train.steps}, {folder.path}"
         )

@@ -9,6 +9,7 @@ from ..backend import Backend, own_precision
 from ..dropout import DropoutKey
 from .biases import (
     Bias,
+    BiasTerms,
     Disentangled,
     Toeplitz,
     alibi_slopes,
@@ -19,7 +20,7 @@ from .biases import (
     t5_bucket,
 )
 from .dispatch import Decision, announce, decide, form_of, run_fused
-from .function import Drop, attend
+from .function import Drop, Form, attend
 from .library import traced_attend
 from .masks import BlockLayout, Blocks, Mask, documents_from_lengths, padding_documents
 from .merge import merge
@@ -28,10 +29,14 @@ from .rotary import Rotary, rotary_angles, rotary_frequencies, rotate, xpos_log_
 
 __all__ = [
     "Bias",
+    "BiasTerms",
     "BlockLayout",
     "Blocks",
     "Decision",
     "Disentangled",
+    "Drop",
+    "DropoutKey",
+    "Form",
     "Mask",
     "Rotary",
     "Toeplitz",
@@ -39,9 +44,12 @@ __all__ = [
     "attention",
     "attention_reference",
     "deberta_rows",
+    "decide",
     "documents_from_lengths",
+    "form_of",
     "merge",
     "padding_documents",
+    "resolve_bias",
     "rotary_angles",
     "rotary_frequencies",
     "rotate",

@@ -7,7 +7,7 @@ document it is the difference of their positions too.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -37,6 +37,10 @@ class Toeplitz:
         """How many heads it has."""
         return len(self.slopes if self.slopes is not None else self.table)  # type: ignore[arg-type]
 
+    def share(self, rank: int, ranks: int) -> Toeplitz:
+        """That of one of `ranks` equal shares of the heads."""
+        return replace(self, slopes=_share(self.slopes, rank, ranks), table=_share(self.table, rank, ranks))
+
 
 @dataclass(frozen=True)
 class Disentangled:
@@ -59,6 +63,15 @@ class Disentangled:
         given = self.position_keys if self.position_keys is not None else self.position_queries
         assert given is not None
         return len(given)
+
+    def share(self, rank: int, ranks: int) -> Disentangled:
+        """That of one of `ranks` equal shares of the heads."""
+        keys, queries = (_share(x, rank, ranks) for x in (self.position_keys, self.position_queries))
+        return replace(self, position_keys=keys, position_queries=queries)
+
+
+def _share(x: Tensor | None, rank: int, ranks: int) -> Tensor | None:
+    return None if x is None else x.chunk(ranks)[rank]
 
 
 Bias = Toeplitz | Disentangled

@@ -6,7 +6,7 @@ j`, so a key-value cache and a sequence shard are served by the same description
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -123,6 +123,22 @@ class Mask:
             and not self.banded
             and self.prefix is None
             and self.layout is None
+        )
+
+    def part(self, queries: range, keys: range) -> Mask:
+        """The mask of some of the queries and some of the keys, ranges of this one's own."""
+
+        def cut(x: Tensor | None, of: range) -> Tensor | None:
+            return None if x is None else x[:, of.start : of.stop]
+
+        return replace(
+            self,
+            query_offset=self.query_offset + queries.start,
+            key_offset=self.key_offset + keys.start,
+            query_documents=cut(self.query_documents, queries),
+            key_documents=cut(self.key_documents, keys),
+            query_positions=cut(self.query_positions, queries),
+            key_positions=cut(self.key_positions, keys),
         )
 
     def visible(self, queries: int, keys: int, device: torch.device) -> Tensor:

@@ -14,6 +14,8 @@ A holder of several slices of one length (zigzag order) turns them into rows of 
 Source: the state-passing algorithm of H3 (Fu et al. 2022, section 4), between devices instead of chunks.
 """
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,20 @@ from ..backend import Backend, own_precision
 from . import diag_ssm
 from .parameters import Diagonal, compute_dtype, discretise
 from .segments import CHUNK
+
+
+class Exchange(Protocol):
+    """Who holds which slices of a row, and the one exchange that its holders need."""
+
+    @property
+    def held(self) -> list[int]:
+        """Places in the row of this holder's slices, in order."""
+        ...
+
+    def gather(self, *states: Tensor) -> tuple[Tensor, ...]:
+        """States of this holder's slices, (held, ...) each -> those of all slices in the row's order; differentiable,
+        and the same on every holder."""
+        ...
 
 
 def fold(x: Tensor, count: int) -> Tensor:
@@ -192,3 +208,20 @@ def _power(base: Tensor, exponent: int) -> Tensor:
             result = result * base
         base, exponent = base * base, exponent >> 1
     return result
+
+
+def diag_ssm_over(
+    slices: Exchange, u: Tensor, diag: Diagonal, *, d: Tensor | None, document_ids: Tensor | None = None
+) -> Tensor:
+    """`diag_ssm` of a row that is cut over several holders: u (batch, channel, own length) is this holder's slices side
+    by side, in order; so are the document_ids, and the output."""
+    held, count = slices.held, len(slices.held)
+    u = fold(u, count)
+    ids = before = None
+    if document_ids is not None:
+        ids = fold(document_ids, count)
+        (tails,) = slices.gather(by_slice(ids[:, -1:], count))
+        before = by_row(halos(tails, ids.new_full((len(document_ids), 1), -1))[held])[:, -1]
+    y, end, passed = diag_ssm_local(u, diag, d=d, document_ids=ids, before=before)
+    states = combine(*slices.gather(by_slice(end, count), by_slice(passed, count)))
+    return unfold(diag_ssm_correct(y, diag, by_row(states[held]), document_ids=ids, before=before), count)

@@ -15,10 +15,32 @@ from torch import Tensor
 from ..backend import Backend, own_precision
 from ..diag_ssm import Diagonal
 from ..diag_ssm.parameters import compute_dtype
-from ..diag_ssm.sequence import by_row, by_slice, combine, fold, halos, reached, transition, unfold, zero_input_response
+from ..diag_ssm.sequence import (
+    Exchange,
+    by_row,
+    by_slice,
+    combine,
+    fold,
+    halos,
+    reached,
+    transition,
+    unfold,
+    zero_input_response,
+)
 from . import H3State, h3_mix
 
-__all__ = ["by_row", "by_slice", "combine", "fold", "h3_mix_correct", "h3_mix_local", "halo_tail", "halos", "unfold"]
+__all__ = [
+    "by_row",
+    "by_slice",
+    "combine",
+    "fold",
+    "h3_mix_correct",
+    "h3_mix_local",
+    "h3_mix_over",
+    "halo_tail",
+    "halos",
+    "unfold",
+]
 
 
 def halo_tail(x: Tensor, taps: int) -> Tensor:
@@ -114,3 +136,39 @@ def _response(q: Tensor, diag: Diagonal, incoming: Tensor, head_dim: int) -> Ten
     query = query.unflatten(0, (-1, head_dim)).transpose(1, 2)  # (H, batch, d1, L)
     response = response.unflatten(2, (head_dim, head_dim))  # (H, batch, d1, d2, L)
     return (query[:, :, :, None] * response).sum(2).transpose(1, 2).flatten(0, 1)
+
+
+def h3_mix_over(
+    slices: Exchange,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shift: Tensor,
+    diag: Diagonal,
+    *,
+    d_k: Tensor,
+    d: Tensor,
+    head_dim: int = 1,
+    document_ids: Tensor | None = None,
+) -> Tensor:
+    """`h3_mix` of a row that is cut over several holders: q, k, v (batch, channel, own length) are this holder's slices
+    side by side, in order; so are the document_ids, and the output. Two exchanges: the halo's and the states'."""
+    held, count = slices.held, len(slices.held)
+    q, k, v = (fold(x, count) for x in (q, k, v))
+    reach = max(1, shift.shape[1] - 1)
+    (tails,) = slices.gather(by_slice(halo_tail(k, shift.shape[1]), count))
+    before_k = by_row(halos(tails, k.new_zeros(len(k) // count, k.shape[1], reach))[held])
+    ids = before_ids = None
+    if document_ids is not None:
+        ids = fold(document_ids, count)
+        (tails,) = slices.gather(by_slice(halo_tail(ids, shift.shape[1]), count))
+        before_ids = by_row(halos(tails, ids.new_full((len(document_ids), reach), -1))[held])
+    y, end, passed = h3_mix_local(
+        q, k, v, shift, diag, d_k=d_k, d=d, head_dim=head_dim, before_k=before_k, document_ids=ids,
+        before_ids=before_ids,
+    )  # fmt: skip
+    states = combine(*slices.gather(by_slice(end, count), by_slice(passed, count)))
+    y = h3_mix_correct(
+        y, q, diag, by_row(states[held]), head_dim=head_dim, document_ids=ids, before_ids=before_ids
+    )  # fmt: skip
+    return unfold(y, count)

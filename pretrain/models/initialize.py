@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Mapping
 
 import torch
 from pydantic import Field
@@ -30,11 +31,22 @@ class Gpt2(Initializer):
         module.draw(name, parameter, generator, self.std, self.layers)  # pyright: ignore[reportCallIssue]
 
 
-def initialize(model: nn.Module, initializer: Initializer, seed: int, device: torch.device | str = "cpu") -> None:
+def initialize(
+    model: nn.Module,
+    initializer: Initializer,
+    seed: int,
+    device: torch.device | str = "cpu",
+    *,
+    shapes: Mapping[str, torch.Size] | None = None,
+    cut: Callable[[str, Tensor], Tensor] = lambda name, whole: whole,
+) -> None:
     """Materialize a model built on the meta device and fill every parameter.
 
     Values are drawn on the CPU in fp32 by a generator keyed by (seed, name), so they depend neither on the device nor
     on which other parameters this process holds. A shared parameter is drawn once, under its first name.
+
+    Where a layout has cut parameters: shapes gives each one's whole shape by name, and ``cut`` (name, whole value) what
+    of it this process holds. The whole is drawn and cut, so that every layout begins with the same values.
     """
     _allocate(model, device)
     done: set[int] = set()
@@ -44,9 +56,10 @@ def initialize(model: nn.Module, initializer: Initializer, seed: int, device: to
                 if id(parameter) in done:
                     continue
                 done.add(id(parameter))
-                value = torch.empty(parameter.shape, dtype=torch.float32)
-                initializer.fill(module, name, value, generator(seed, f"{path}.{name}"))
-                parameter.copy_(value)
+                full = f"{path}.{name}"
+                value = torch.empty(parameter.shape if shapes is None else shapes[full], dtype=torch.float32)
+                initializer.fill(module, name, value, generator(seed, full))
+                parameter.copy_(cut(full, value))
 
 
 def generator(seed: int, name: str) -> torch.Generator:

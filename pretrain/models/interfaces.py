@@ -8,7 +8,7 @@ Shapes: B rows, L columns (tokens of a row), D model width. Positions restart wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
@@ -67,6 +67,18 @@ class Seq:
         if samples is None:
             samples = torch.arange(self.positions.shape[0], device=self.positions.device)
         return DropoutKey(seed=self.seed, purpose=purpose, step=self.step, layer=layer, samples=samples)
+
+    @property
+    def row(self) -> Seq:
+        """The description of the whole row, where this one is of slices of it."""
+        return self if self.whole is None else self.whole
+
+    @property
+    def all_columns(self) -> Tensor:
+        """(1 or B, L) int64: ``columns``, spelled out."""
+        if self.columns is None:
+            return torch.arange(self.positions.shape[1], device=self.positions.device)[None]
+        return self.columns if self.columns.dim() == 2 else self.columns[None]
 
     def with_streams(self, streams: Mapping[str, Tensor]) -> Seq:
         """A copy in which ``streams`` replace or join the present ones."""
@@ -274,6 +286,16 @@ class Stack(nn.Module):
     def segment_state(self, state: State) -> State:
         """What of a training segment's state goes on to the next segment, by default all of it."""
         return state
+
+    streams: ClassVar[tuple[str, ...]] = ()
+    """Names of the streams that travel beside the hidden states from layer to layer."""
+
+    def part(self, layers: Sequence[str], *, first: bool, last: bool) -> Stack:
+        """A stack with these of the blocks, for one stage of a pipeline; ``first`` begins and ``last`` ends the depth.
+
+        Raises ValueError where the stack cannot be cut; the default cannot.
+        """
+        raise ValueError(f"a {type(self).__name__} stack cannot be cut into pipeline stages; set parallel.pp to 1")
 
 
 class Frontend(Region):

@@ -76,6 +76,7 @@ class Embedding(nn.Module):
     """A table of vectors, (entries, width). Not decayed: a row that is never read must not shrink."""
 
     opt: ClassVar[dict[str, dict[str, Any]]] = {"weight": {"decay": False}}
+    tp: Axis = IDENTITY
 
     def __init__(self, entries: int, width: int, *, tags: dict[str, int] | None = None) -> None:
         super().__init__()
@@ -88,7 +89,13 @@ class Embedding(nn.Module):
         parameter.normal_(0.0, std, generator=generator)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.weight)
+        if not self.tags or self.tp.size == 1:
+            return F.embedding(ids, self.weight)
+        # The table's rows are divided: each rank looks up what it has, and the sum over ranks is the vector.
+        local = ids - self.tp.rank * len(self.weight)
+        has = (local >= 0) & (local < len(self.weight))
+        found = F.embedding(local.clamp(0, len(self.weight) - 1), self.weight)
+        return self.tp.leave(torch.where(has[..., None], found, 0))
 
 
 class NormOptions(Options):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
 from potamos.kernels.dropout import dropout
+from potamos.parallel.facts import IDENTITY, Axis
 from potamos.pretrain.models.interfaces import ChannelMixer, Frontend, Mixer, Out, Region, Seq, Stack, State
 from potamos.pretrain.models.linear import Linear, Norm, NormOptions
 
@@ -16,6 +17,8 @@ class Block(nn.Module):
 
     ``channel`` is None where the mixer replaces it. Dropout acts on what each sub-layer adds.
     """
+
+    tp: Axis = IDENTITY
 
     def __init__(
         self,
@@ -50,7 +53,7 @@ class Block(nn.Module):
     def _add(self, hidden: Tensor, update: Tensor, seq: Seq, purpose: str, norm: nn.Module) -> Tensor:
         if self.training and self.residual_dropout > 0.0:
             key = seq.key(f"residual.{purpose}", self.layer)
-            update = dropout(update, self.residual_dropout, key=key, positions=seq.columns)
+            update = dropout(update, self.residual_dropout, key=key, positions=self.tp.own(seq.all_columns))
         hidden = hidden + update
         return hidden if self.pre else norm(hidden)
 
@@ -74,6 +77,10 @@ class Model(nn.Module):
         entered = self.frontend.embed(inputs, seq)
         return self.stack(entered.hidden, seq.with_streams(entered.streams), state, step=True)
 
+    def part(self, layers: Sequence[str], *, first: bool, last: bool) -> ModelPart:
+        """The model's part with these layers, sharing its modules: one stage of a pipeline."""
+        return ModelPart(self.frontend, self.stack.part(layers, first=first, last=last), first)
+
     @property
     def causal(self) -> bool:
         """Whether every region is causal, so that text can be generated left to right."""
@@ -96,3 +103,18 @@ class Model(nn.Module):
         """
         linears = sum(2.0 * m.weight.numel() for m in self.modules() if isinstance(m, Linear))
         return linears + sum(r.mixing_flops(length) for r in self.modules() if isinstance(r, Region))
+
+
+class ModelPart(Model):
+    """A model between two cuts. All but the first begin with what the part before them sent (`received`)."""
+
+    def __init__(self, frontend: Frontend, stack: Stack, first: bool) -> None:
+        super().__init__(frontend, stack)
+        self.first = first
+        self.received: Out | None = None
+
+    def forward(self, inputs: Mapping[str, Tensor], seq: Seq, state: State = None) -> Out:
+        if self.first:
+            return super().forward(inputs, seq, state)
+        assert self.received is not None, "a later part needs what the part before it sent"
+        return self.stack(self.received.hidden, seq.with_streams(self.received.streams), state)

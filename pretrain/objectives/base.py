@@ -7,7 +7,7 @@ uneven numbers of targets cannot change a gradient. There is no mean of means an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from potamos.data.loader import Rows
 from potamos.pretrain.models.build import ModelSettings
-from potamos.pretrain.models.interfaces import Options, Seq, State
-from potamos.pretrain.models.trunk import Model
+from potamos.pretrain.models.interfaces import Options, Out, Seq, State
+from potamos.pretrain.models.trunk import Model, ModelPart
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,30 @@ class Batch:
         The memory is torch's to reuse: it keeps a pinned tensor until the copies from it are done.
         """
         return self._map(Tensor.pin_memory) if torch.cuda.is_available() else self
+
+    def slices(self, held: Sequence[int], count: int) -> Batch:
+        """The places ``held`` of ``count`` equal slices of every row, side by side; ``seq.whole`` describes the row.
+
+        What has another second dimension than the row's length is kept as it is."""
+        length = self.seq.positions.shape[1]
+        if length % count:
+            raise ValueError(f"a row of {length} columns cannot be cut into {count} slices")
+        step = length // count
+        columns = torch.cat([torch.arange(g * step, (g + 1) * step) for g in held])
+        columns = columns.to(self.seq.positions.device)
+
+        def cut(x: Tensor) -> Tensor:
+            return x[:, columns] if x.dim() >= 2 and x.shape[1] == length else x
+
+        seq = replace(
+            self.seq,
+            positions=cut(self.seq.positions),
+            document_ids=None if self.seq.document_ids is None else cut(self.seq.document_ids),
+            columns=columns,
+            whole=self.seq,
+        )
+        inputs = {name: cut(value) for name, value in self.inputs.items()}
+        return replace(self, inputs=inputs, seq=seq, targets={n: cut(x) for n, x in self.targets.items()})
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         return replace(
@@ -125,6 +149,51 @@ class System(nn.Module):
 
     def forward(self, batch: Batch, state: State = None) -> Terms:
         return self.objective(self.model, batch, state)
+
+    def stage_costs(self) -> tuple[list[float], float, float]:
+        """Forward cost of each layer, of embedding and of scoring, to balance stages by: weights of linear layers."""
+        model = self.model
+        layers = [float(sum(p.numel() for p in block.parameters())) for block in model.stack.blocks.values()]
+        return layers, 0.0, model.frontend.mixing_flops(0) / 2.0
+
+    def drop_ends(self) -> None:
+        """Forget what only the first and the last stage of a pipeline need."""
+        self.model.frontend = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
+        self.model.stack.norm = nn.Identity()  # pyright: ignore[reportArgumentType]
+
+    def part(self, layers: Sequence[str], *, first: bool, last: bool) -> SystemPart:
+        """The system's part with these layers: one stage of a pipeline. The objective is the last part's."""
+        return SystemPart(self.model.part(layers, first=first, last=last), self.objective if last else None)
+
+
+@dataclass
+class Handover:
+    """What a part sends to the next one, and the state that its rows go on with."""
+
+    sent: tuple[Tensor, ...]
+    state: State = None
+
+
+class SystemPart(nn.Module):
+    """A system between two cuts of a pipeline."""
+
+    def __init__(self, model: ModelPart, objective: Objective | None) -> None:
+        super().__init__()
+        self.model, self.objective = model, objective
+
+    def forward(self, batch: Batch, received: tuple[Tensor, ...], state: State = None) -> Handover | Terms:
+        """``received``: the hidden states and the streams, in the order of the stack's ``streams``."""
+        names = self.model.stack.streams
+        if not self.model.first:
+            hidden, *streams = received
+            self.model.received = Out(hidden, streams=dict(zip(names, streams, strict=True)))
+        if self.objective is not None:
+            return self.objective(self.model, batch, state)
+        out = self.model(batch.inputs, batch.seq, state)
+        if out.aux:
+            found = sorted(out.aux)
+            raise ValueError(f"pipeline stages cannot hand on the auxiliary losses {found}; set parallel.pp to 1")
+        return Handover((out.hidden, *(out.streams[name] for name in names)), out.state)
 
 
 def with_auxiliary(terms: Terms, aux: Mapping[str, tuple[Tensor, str]], weights: Mapping[str, float]) -> Terms:

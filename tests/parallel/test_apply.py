@@ -21,9 +21,9 @@ import pytest
 import torch
 
 from potamos.data.loader import Loader
-from potamos.parallel import apply as layout_module
+from potamos.parallel import data as data_module
 from potamos.parallel import launch
-from potamos.parallel.apply import LayoutError, apply, data_ranks
+from potamos.parallel.apply import LayoutError, Spread, sizes
 from potamos.parallel.facts import Layout
 from potamos.parallel.launch import Rank
 from potamos.pretrain import guard, setup, trainer
@@ -80,9 +80,14 @@ def few_targets(rows):
 
 def one_step(trial, run, rank, *changes, steps=1):
     """Gradients and losses of a step in fp64, as the optimizer meets them: summed over ranks, not yet clipped."""
-    build = setup.build_system
+    filler = setup.filler
+
+    def double(*arguments):
+        fill = filler(*arguments)
+        return lambda system, cut, shapes: (fill(system, cut, shapes), system.double())
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "build_system", lambda *arguments: build(*arguments).double())
+        patch.setattr(setup, "filler", double)
         made = trial.trainer(run, *changes, "optimizer.clip=null", rank=rank)
     made.system.train()
     found = []
@@ -165,12 +170,12 @@ def test_ranks_equal_one_process(trial, tmp_path, run_ranks, alone, world, micro
 
 def average(patch):
     """What DDP does by itself: divide the sum of the ranks' gradients by their number."""
-    add = layout_module._sum_bucket
+    add = data_module._sum_bucket
 
     def hook(group, bucket):
         return add(group, bucket).then(lambda future: future.value() / launch.world_size())
 
-    patch.setattr(layout_module, "_sum_bucket", hook)
+    patch.setattr(data_module, "_sum_bucket", hook)
 
 
 def mean_of_means(patch):
@@ -184,8 +189,8 @@ def mean_of_means(patch):
 
 
 def never_sync(patch):
-    gradient_sync = trainer.gradient_sync
-    patch.setattr(trainer, "gradient_sync", lambda system, last: gradient_sync(system, last=False))
+    sync = Spread._sync
+    patch.setattr(Spread, "_sync", lambda self, last: sync(self, last=False))
 
 
 def key_dropout_by_place(patch):
@@ -435,24 +440,26 @@ def test_losing_the_carried_state_on_the_way_is_seen(trial, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("layout", "world", "message"),
     [
-        (Layout(dp_replicate=2), 4, r"parallel.dp_replicate: 2 does not match 4 processes; set it to 4 or to all"),
-        (Layout(dp_replicate=1, dp_shard="all"), 2, r"parallel.dp_shard: all is not available .* dp_replicate: all"),
-        (Layout(tp=2), 2, r"parallel.tp: 2 is not available in this version; set it to 1"),
-        (Layout(pp=2), 2, r"parallel.pp: 2"),
-        (Layout(cp=2), 2, r"parallel.cp: 2"),
-        (Layout(ep=2), 2, r"parallel.ep: 2"),
+        (Layout(dp_replicate=2), 4, r"dp_replicate 2 needs 2 processes, and this run has 4; .*dp_replicate: all"),
+        (Layout(dp_replicate="all", dp_shard="all"), 2, r"parallel.dp_shard: only one axis can take what"),
+        (Layout(tp=3), 4, r"tp 3 needs 3 or 6 processes, and this run has 4"),
+        (Layout(dp_replicate=1, tp=2, pp=2), 8, r"pp 2 x tp 2 needs 4 processes, and this run has 8"),
+        (Layout(ep=2), 2, r"parallel.ep: 2 needs experts"),
         (Layout(engine="other"), 1, r"parallel.engine: 'other'"),
     ],
 )
 def test_layouts_that_cannot_run_are_refused_by_name(layout, world, message):
     with pytest.raises(LayoutError, match=message):
-        data_ranks(layout, world)
+        sizes(layout, world)
 
 
-def test_one_process_is_not_wrapped():
-    system = torch.nn.Linear(2, 2)
-    assert apply(system, Layout(), Rank(), torch.device("cpu")) is system
-    assert data_ranks(Layout(), 4) == data_ranks(Layout(dp_replicate=4), 4) == 4
+def test_one_process_is_not_wrapped(trial, tmp_path):
+    made = trial.trainer(tmp_path / "run")
+    made.telemetry.close("built only")
+    assert made.spread.runner is made.system
+    assert all(made.spread.stored[name] is p for name, p in made.system.named_parameters())
+    assert sizes(Layout(), 4).data == sizes(Layout(dp_replicate=4), 4).data == 4
+    assert sizes(Layout(dp_shard=2, tp=2), 8).data == 4
 
 
 # --- leaving --------------------------------------------------------------------------------------------------------
@@ -474,7 +481,7 @@ def test_the_threads_of_the_last_collectives_end_with_the_run(run_ranks):
     def work(rank, world, wrapped):
         launch.start()
         if wrapped:
-            system = apply(torch.nn.Linear(2, 2), Layout(), Rank(rank, world), torch.device("cpu"))
+            system = data_module.replicate(torch.nn.Linear(2, 2), torch.distributed.group.WORLD, torch.device("cpu"))
             system(torch.ones(1, 2)).sum().backward()
         launch.barrier()
         running = threads(4)

@@ -6,7 +6,7 @@ Loaded by path from test_stubs.py, since tests are no package; nothing is regist
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -101,7 +101,10 @@ class Masked(Objective):
 
 
 class LunaStack(Plain):
-    """Creates the stream ``luna``: (B, slots, D), the same at the start of every row."""
+    """Creates the stream ``luna``: (B, slots, D), the same at the start of every row. Of a cut stack the first part does,
+    and hands it on."""
+
+    streams = ("luna",)
 
     class Options(interfaces.Options):
         kind: str = "luna"
@@ -112,8 +115,15 @@ class LunaStack(Plain):
         self.memory = Embedding(options.slots, context.width)
 
     def forward(self, hidden: Tensor, seq: Seq, state: State = None, *, step: bool = False) -> Out:
-        memory = self.memory.weight.expand(len(hidden), -1, -1)
-        return super().forward(hidden, seq.with_streams({"luna": memory}), state, step=step)
+        if self.memory is not None:
+            seq = seq.with_streams({"luna": self.memory.weight.expand(len(hidden), -1, -1)})
+        return super().forward(hidden, seq, state, step=step)
+
+    def part(self, layers: Sequence[str], *, first: bool, last: bool) -> Plain:
+        made = super().part(layers, first=first, last=last)
+        if not first:
+            made._modules["memory"] = None
+        return made
 
 
 class LunaMixer(Mixer):

@@ -236,5 +236,5 @@ def test_a_last_save_that_fails_is_an_error(trial, finished, run, tmp_path, monk
 
 
 def test_a_rank_alone_may_not_be_asked_for_more(trial, run):
-    with pytest.raises(ValueError, match=r"parallel.dp_replicate: 2 does not match 1 processes"):
+    with pytest.raises(ValueError, match=r"dp_replicate 2 needs 2 processes, and this run has 1"):
         trial.trainer(run, "parallel.dp_replicate=2", rank=None)

@@ -38,18 +38,18 @@ class Tokens(Frontend):
     def embed(self, inputs: Mapping[str, Tensor], seq: Seq) -> Out:
         hidden = self.tokens(inputs["tokens"])
         if self.positions is not None:
-            hidden = hidden + self.positions(seq.positions)
+            hidden = hidden + self.positions(self.tp.own(seq.positions))
         if self.training and self.embedding_dropout > 0.0:
             key = seq.key("embedding", 0)
-            hidden = dropout(hidden, self.embedding_dropout, key=key, positions=seq.columns)
+            hidden = dropout(hidden, self.embedding_dropout, key=key, positions=self.tp.own(seq.all_columns))
         return Out(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return F.linear(*self._scoring(hidden))
 
     def nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        hidden, weight = self._scoring(hidden)
-        return linear_cross_entropy(hidden.flatten(0, -2), weight, targets.flatten())
+        hidden, weight = self._scoring(self.tp.enter(hidden))
+        return linear_cross_entropy(hidden.flatten(0, -2), weight, targets.flatten(), vocabulary=self.tp)
 
     def _scoring(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         weight = (self.tokens if self.head is None else self.head).weight

@@ -91,6 +91,8 @@ class Attention(Mixer):
 
     def forward(self, x: Tensor, seq: Seq, state: State = None) -> Out:
         q, k, v = self._query(x), self._key(x), self._heads(self.v(x))
+        if self.cp.size > 1:
+            return Out(self.out(self._split(q, k, v, seq).transpose(1, 2).flatten(2)))
         positions = self.positions
         rotary = positions.rotary(seq.positions, seq.positions) if positions is not None else None
         if rotary is not None:  # keys are rotated once, before they are kept
@@ -139,6 +141,50 @@ class Attention(Mixer):
         call = replace(call, query_documents=seen.documents[:, own], key_documents=seen.documents)
         if isinstance(seen, PlacedState):
             call = replace(call, query_positions=seen.positions[:, own], key_positions=seen.positions)
+        return call
+
+    def _split(self, q: Tensor, k: Tensor, v: Tensor, seq: Seq) -> Tensor:
+        """A row whose slices lie on several ranks -> y like q. "a2a": whole rows of a share of the heads; "ring": keys
+        and values of all slices come by."""
+        row, axis, positions = seq.row, self.cp, self.positions
+        if positions is not None:
+            rotary = positions.rotary(seq.positions, seq.positions)
+            if rotary is not None:
+                q, k = rotary.rotate_query(q), rotary.rotate_key(k)
+        call = self._row_call(row, self.tp.rank * q.shape[1], q.shape[1], q.device)
+        bias = positions.bias(call, self._query, self._key) if positions is not None else None
+        drop = self.dropout if self.training else 0.0
+        key = row.key("attention", self.layer) if drop > 0.0 else None
+        if axis.kind == "ring":
+            return axis.ring(
+                q, k, v, self.pattern.mask(call), bias, self.scale, drop, key, call.heads.start
+            )  # fmt: skip
+        share = len(call.heads) // axis.size
+        call = replace(call, heads=call.heads[axis.rank * share :][:share])
+        q, k, v = (axis.to_units(x, 1, 2) for x in (q, k, v))
+        y = attention(
+            q, k, v, mask=self.pattern.mask(call), bias=None if bias is None else bias.share(axis.rank, axis.size),
+            scale=self.scale, dropout=drop, dropout_key=key, head_offset=call.heads.start,
+        )  # fmt: skip
+        return axis.to_slices(y, 1, 2)
+
+    def _row_call(self, row: Seq, first: int, heads: int, device: torch.device) -> AttentionCall:
+        """The call of a whole row by itself."""
+        length, ids = row.positions.shape[1], row.document_ids
+        call = AttentionCall(
+            layer=self.layer,
+            causal=self.traits.causal,
+            heads=range(first, first + heads),
+            queries=length,
+            keys=length,
+            device=device,
+        )
+        if ids is None:
+            return call
+        call = replace(call, query_documents=ids, key_documents=ids)
+        if self.pattern.counts == "positions":
+            places = row.positions.int().expand(len(ids), -1)
+            call = replace(call, query_positions=places, key_positions=places)
         return call
 
     def _extend(self, state: AttentionState | None, k: Tensor, v: Tensor, seq: Seq) -> AttentionState:

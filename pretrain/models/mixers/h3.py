@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from potamos.kernels.diag_ssm import Diagonal
 from potamos.kernels.flash_conv import H3State, h3_mix, h3_mix_step
-from potamos.parallel.facts import Traits
+from potamos.kernels.flash_conv.sequence import h3_mix_over
+from potamos.parallel.facts import Axis, Traits, on_share
 from potamos.pretrain.models import interfaces
 from potamos.pretrain.models.interfaces import Context, Mixer, Out, Seq, State
 from potamos.pretrain.models.linear import Linear
@@ -69,6 +70,11 @@ class H3Core(nn.Module):
         taps, diagonal, rest = self.arguments()
         return h3_mix(q, k, v, taps, diagonal, **rest, document_ids=documents, state=state)
 
+    def over(self, axis: Axis, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
+        """The same for this rank's slices of a split row, q, k, v (B, D, own L) -> y like them."""
+        taps, diagonal, rest = self.arguments()
+        return h3_mix_over(axis, q, k, v, taps, diagonal, **rest, document_ids=documents)
+
     def step(self, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, state: H3State) -> Any:
         """q, k, v (B, D) -> (y (B, D), state)."""
         taps, diagonal, rest = self.arguments()
@@ -114,8 +120,19 @@ class H3(Mixer):
 
     def forward(self, x: Tensor, seq: Seq, state: State = None) -> Out:
         q, k, v = (linear.channel_major(x) for linear in (self.q, self.k, self.v))
+        if self.cp.size > 1:
+            return Out(self.out(self._split(q, k, v, seq).transpose(1, 2)))
         y, state = self.core(q, k, v, seq.document_ids, state)
         return Out(self.out(y.transpose(1, 2)), state=state)
+
+    def _split(self, q: Tensor, k: Tensor, v: Tensor, seq: Seq) -> Tensor:
+        """A row whose slices lie on several ranks: by its carried states, or by channels on whole rows."""
+        if self.cp.kind == "state":
+            return self.core.over(self.cp, q, k, v, seq.document_ids)
+        documents = seq.row.document_ids
+        q, k, v = (self.cp.to_units(x, 1, 2) for x in (q, k, v))
+        y, _ = on_share(self.core, self.cp, q, k, v, documents, None)
+        return self.cp.to_slices(y, 1, 2)
 
     def step(self, x: Tensor, seq: Seq, state: State) -> Out:
         q, k, v = (linear(x)[:, 0] for linear in (self.q, self.k, self.v))

@@ -36,7 +36,7 @@ class LinearAttention(Mixer):
     Quadratic inside chunks of ``chunk`` tokens, and sums carried from one to the next: O(L) time and memory.
     """
 
-    traits = Traits(shard="head", cp=("a2a", "state"), carries=True)
+    traits = Traits(shard="head", cp=("a2a",), carries=True)
 
     class Options(interfaces.Options):
         kind: str = "linear_attention"
@@ -65,10 +65,24 @@ class LinearAttention(Mixer):
             linear(x).to(wide).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for linear in (self.q, self.k, self.v)
         )
         q, k = F.elu(q) + 1, F.elu(k) + 1
+        if self.cp.size > 1:  # whole rows of a share of the heads
+            q, k, v = (self.cp.to_units(t, 1, 2) for t in (q, k, v))
+            y = self.cp.to_slices(self._mix(q, k, v, seq.row, None)[0], 1, 2)
+            return Out(self._leave(y, x))
+        y, state = self._mix(q, k, v, seq, state)
+        return Out(self._leave(y, x), state=state)
+
+    def _leave(self, y: Tensor, x: Tensor) -> Tensor:
+        return self.out(y.transpose(1, 2).flatten(2).to(x.dtype))
+
+    def _mix(
+        self, q: Tensor, k: Tensor, v: Tensor, seq: Seq, state: LinearAttentionState | None
+    ) -> tuple[Tensor, LinearAttentionState]:
+        """Whole rows of some heads, (B, heads, L, d) each, -> (y like v, the state after them)."""
         documents = seq.document_ids
         if documents is None:  # one document: the carried one, if there is one
             first = torch.zeros_like(seq.positions[:, 0], dtype=torch.int32) if state is None else state.document
-            documents = first[:, None].expand(-1, x.shape[1])
+            documents = first[:, None].expand(-1, q.shape[2])
         if state is None:
             sums = k.new_zeros(*k.shape[:2], self.head_dim, self.head_dim)
             state = LinearAttentionState(sums, k.new_zeros(*k.shape[:2], self.head_dim), documents[:, 0])
@@ -78,7 +92,7 @@ class LinearAttention(Mixer):
         ):
             y, state = self._chunk(qc, kc, vc, dc, state)
             parts.append(y)
-        return Out(self.out(torch.cat(parts, 2).transpose(1, 2).flatten(2).to(x.dtype)), state=state)
+        return torch.cat(parts, 2), state
 
     def _chunk(
         self, q: Tensor, k: Tensor, v: Tensor, documents: Tensor, state: LinearAttentionState

@@ -11,7 +11,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from potamos.kernels.diag_ssm import DiagState, diag_ssm, diag_ssm_step
-from potamos.parallel.facts import Traits
+from potamos.kernels.diag_ssm.sequence import diag_ssm_over
+from potamos.parallel.facts import Axis, Traits, on_share
 from potamos.pretrain.models import interfaces
 from potamos.pretrain.models.interfaces import Context, Mixer, Out, Seq, State
 from potamos.pretrain.models.linear import Linear
@@ -38,6 +39,10 @@ class S4DCore(nn.Module):
     def forward(self, u: Tensor, documents: Tensor | None, state: DiagState | None) -> Any:
         """u (B, D, L) -> (y (B, D, L), state)."""
         return diag_ssm(u, self.diagonal(), d=self.d, document_ids=documents, state=state)
+
+    def over(self, axis: Axis, u: Tensor, documents: Tensor | None) -> Tensor:
+        """The same for this rank's slices of a split row, u (B, D, own L) -> y like it."""
+        return diag_ssm_over(axis, u, self.diagonal(), d=self.d, document_ids=documents)
 
     def step(self, u: Tensor, documents: Tensor | None, state: DiagState) -> Any:
         """u (B, D) -> (y (B, D), state)."""
@@ -78,8 +83,18 @@ class S4D(Mixer):
         self.out = Linear(width, 2 * width, role="row")
 
     def forward(self, x: Tensor, seq: Seq, state: State = None) -> Out:
-        y, state = self.core(self.inputs.channel_major(x), seq.document_ids, state)
+        u = self.inputs.channel_major(x)
+        if self.cp.size > 1:
+            return Out(self._leave(self._split(u, seq).transpose(1, 2)))
+        y, state = self.core(u, seq.document_ids, state)
         return Out(self._leave(y.transpose(1, 2)), state=state)
+
+    def _split(self, u: Tensor, seq: Seq) -> Tensor:
+        """A row whose slices lie on several ranks: by its carried states, or by channels on whole rows."""
+        if self.cp.kind == "state":
+            return self.core.over(self.cp, u, seq.document_ids)
+        y, _ = on_share(self.core, self.cp, self.cp.to_units(u, 1, 2), seq.row.document_ids, None)
+        return self.cp.to_slices(y, 1, 2)
 
     def step(self, x: Tensor, seq: Seq, state: State) -> Out:
         documents = None if seq.document_ids is None else seq.document_ids[:, 0]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from potamos.pretrain.models import interfaces
@@ -24,7 +27,7 @@ class Plain(Stack):
         self.norm = Norm(context.width, norm) if norm.place == "pre" else nn.Identity()
 
     def forward(self, hidden: Tensor, seq: Seq, state: State = None, *, step: bool = False) -> Out:
-        total = Out(hidden)
+        total = Out(hidden, streams={name: seq.streams[name] for name in self.streams})
         carried = {}
         for layer, block in self.blocks.items():
             out = block(total.hidden, seq, None if state is None else state.get(layer), step=step)
@@ -40,6 +43,14 @@ class Plain(Stack):
         total.hidden = self.norm(total.hidden)
         total.state = carried or None
         return total
+
+    def part(self, layers: Sequence[str], *, first: bool, last: bool) -> Plain:
+        del first
+        made = copy.copy(self)
+        made._modules = {**self._modules, "blocks": nn.ModuleDict({name: self.blocks[name] for name in layers})}
+        if not last:
+            made._modules["norm"] = nn.Identity()
+        return made
 
     def segment_state(self, state: State) -> State:
         kept = {}

@@ -1,0 +1,68 @@
+"""What a layout is refused for: facts that modules declare, asked before anything starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from potamos.parallel import tensor
+from potamos.parallel.context import choose_kind, held_slices
+from potamos.parallel.facts import Layout
+from potamos.parallel.mesh import LayoutError, Sizes
+from potamos.parallel.pipeline import SCHEDULES, balanced
+
+
+def check_layout(system: Any, layout: Layout, size: Sizes, length: int | None = None) -> None:
+    """Refuse a layout that a system cannot have. The system may be on the meta device.
+
+    length: of its rows, where it is known. Raises LayoutError, which names the axis and what to change.
+    """
+    if size.tp > 1:
+        tensor.check_units(system, size.tp)
+    if size.pp > 1:
+        _check_pipeline(system, layout, size)
+    if size.cp > 1:
+        _check_context(system, layout, size)
+    if length is not None:
+        _check_length(layout, size, length)
+
+
+def _check_pipeline(system: Any, layout: Layout, size: Sizes) -> None:
+    forbidden = [path for path, m in system.named_modules() if tensor.is_region(m) and not m.traits.pp]
+    if forbidden:
+        raise LayoutError(f"parallel.pp: {forbidden[0]} does not allow stages (its trait pp is false); set it to 1")
+    if layout.schedule not in SCHEDULES:
+        known = ", ".join(SCHEDULES)
+        raise LayoutError(f"parallel.schedule: {layout.schedule!r} is unknown; choose one of {known}")
+    schedule = SCHEDULES[layout.schedule]
+    if size.dp_shard > 1 and schedule.v:
+        raise LayoutError(
+            f"parallel.dp_shard: {size.dp_shard} does not go with schedule {layout.schedule}, whose first and last "
+            "stage share a rank; use 1f1b, or dp_replicate"
+        )
+    costs, first, last = system.stage_costs()
+    balanced(costs, size.pp * schedule.stages, first, last)
+
+
+def _check_context(system: nn.Module, layout: Layout, size: Sizes) -> None:
+    for path, module in system.named_modules():
+        if tensor.is_region(module):
+            traits: Any = module.traits
+            if not traits.cp:
+                raise LayoutError(
+                    f"parallel.cp: {path} does not allow a split sequence (its trait cp is empty); set it to 1"
+                )
+            choose_kind(traits, size.tp if traits.shard != "none" else 1, size.cp, layout.cp_kinds)
+
+
+def _check_length(layout: Layout, size: Sizes, length: int) -> None:
+    slices = size.cp * len(held_slices(layout.cp_order, 0, size.cp)) if size.cp > 1 else 1
+    unit = slices * (size.tp if layout.sequence_parallel else 1)
+    if length % unit:
+        near = [n for n in (length // unit * unit, -(-length // unit) * unit) if n]
+        cuts = [f"{slices} slices for cp {size.cp}"] if slices > 1 else []
+        cuts += [f"{size.tp} for tp"] if unit > slices else []
+        raise LayoutError(
+            f"data.sequence_length: {length} cannot be cut into {' and '.join(cuts)}; use {' or '.join(map(str, near))}"
+        )

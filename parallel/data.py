@@ -1,0 +1,80 @@
+"""Data parallelism: parameters replicated (DDP), sharded (FSDP2), or sharded in replicas (HSDP). Gradients are summed,
+never averaged: each loss is divided by global counts before its backward.
+
+Sequence slices count as data here: what they share are parameters, so shards lie over data shards and slices together.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from potamos.parallel.mesh import Mesh
+
+REPLICAS, SHARDS = ("dp_replicate",), ("dp_shard", "cp")
+
+
+def replicate(system: nn.Module, group: dist.ProcessGroup, device: torch.device) -> DistributedDataParallel:
+    """One copy per rank of `group`; gradients are summed while the backward runs."""
+    wrapped = DistributedDataParallel(
+        system,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        process_group=group,
+    )
+    wrapped.register_comm_hook(group, _sum_bucket)
+    return wrapped
+
+
+def _sum_bucket(group, bucket):  # torch insists on its own annotations, as objects, or on none
+    work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
+    assert work is not None
+    return work.get_future().then(lambda future: future.value()[0])
+
+
+def shard(root: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, compute: torch.dtype | None) -> nn.Module:
+    """Shard `root` in place: each block is gathered for its own forward and backward, the rest with root.
+
+    compute: the dtype in which a block's parameters are gathered, None for their own. What declares fp32 keeps it, in a
+    group of its own, and so does what is outside the blocks. Gradients are summed in fp32 or better.
+    """
+    where = mesh.grid(REPLICAS, SHARDS) if mesh.size(*REPLICAS) > 1 else mesh.devices(*SHARDS)
+    keep = MixedPrecisionPolicy(cast_forward_inputs=False)
+    # A block hands on a view where a state is one; nothing here changes it in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
+    for block in blocks:
+        policy = keep
+        if compute is not None:
+            policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+            wide = _fp32_modules(block)
+            if wide:
+                fully_shard(wide, mesh=where, mp_policy=keep)
+        fully_shard(block, mesh=where, mp_policy=policy)
+    fully_shard(root, mesh=where, mp_policy=keep)
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    return root
+
+
+def _fp32_modules(unit: nn.Module) -> list[nn.Module]:
+    """The outermost modules in `unit` that declare fp32."""
+    found: list[nn.Module] = []
+
+    def visit(module: nn.Module) -> None:
+        for child in module.children():
+            if getattr(child, "precision", None) == "float32":
+                if next(child.parameters(), None) is not None:
+                    found.append(child)
+            else:
+                visit(child)
+
+    visit(unit)
+    return found

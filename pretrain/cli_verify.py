@@ -1,0 +1,135 @@
+"""``potamos verify``: whether a layout leaves the gradients as they are. Imports nothing heavy; see ``cli.py``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from potamos.pretrain import show
+from potamos.pretrain.arguments import RecipeName
+
+if TYPE_CHECKING:
+    from potamos.pretrain.verify import Certificate
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[AXIS=SIZE]...",
+        help="The layout, as in dp_shard=2 tp=2 schedule=zbv; the recipe's own by default. Settings with a dot change "
+        "the recipe, as in model.residual_dropout=0.1.",
+    ),
+]
+
+
+def verify(
+    recipe: RecipeName,
+    settings: Settings = None,
+    dtype: Annotated[str, typer.Option(help="fp32 (errors up to 1e-5) or fp64 (up to 1e-10).")] = "fp32",
+    every: Annotated[bool, typer.Option("--all", help="All layouts of up to --ranks ranks; a line each.")] = False,
+    ranks: Annotated[int, typer.Option(help="The most ranks to start.", min=1)] = 8,
+    json: Annotated[Path | None, typer.Option(help="Write all figures to this file.")] = None,
+    width: Annotated[int | None, typer.Option(help="Width of the small model.", min=1)] = None,
+    layers: Annotated[int | None, typer.Option(help="Its layers.", min=1)] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of a row.", min=1)] = None,
+    vocabulary: Annotated[int | None, typer.Option(help="Its vocabulary.", min=2)] = None,
+    rows: Annotated[int | None, typer.Option(help="Rows of a step, about.", min=1)] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds for the ranks of one layout.", min=1)] = 120.0,
+) -> None:
+    """Prove that a layout changes nothing: gradients, their norm, updates and losses against one process.
+
+    A small copy of the recipe's model trains three steps on CPU ranks of this machine, each parameter compared. Exit
+    status 1 where a comparison fails.
+
+    Example: potamos verify h3_hybrid_125m dp_shard=2 tp=2 pp=2
+
+    Every layout that the model allows: potamos verify h3_hybrid_125m --all --json certificates.json
+    """
+    from potamos.pretrain.config import load_recipe
+    from potamos.pretrain.verify import Reductions, precision, verify, verify_all, write_certificates
+    from potamos.pretrain.verify_layouts import PLAIN, parse_layout, recipe_layout
+
+    words = settings or []
+    loaded = load_recipe(recipe, [word for word in words if "." in word.partition("=")[0]])
+    axes = [word for word in words if "." not in word.partition("=")[0]]
+    own = loaded.parallel.layout()
+    sizes = {axis: getattr(PLAIN, axis) for axis in ("dp_replicate", "dp_shard", "tp", "pp", "cp", "ep")}
+    base = replace(own, **sizes) if axes or every else recipe_layout(own, ranks)
+    layout = parse_layout(axes, base)
+    reductions = Reductions(width=width, layers=layers, length=length, vocabulary=vocabulary, rows=rows)
+    kind = precision(dtype)
+    certificates: list[Certificate] = []
+    refused: dict[str, str] = {}
+    if every:
+        for result in verify_all(loaded, layout, ranks=ranks, dtype=kind, reductions=reductions, timeout=timeout):
+            if isinstance(result, tuple):
+                refused[result[0]] = result[1]
+                show.line(f"{result[0]}: not possible ({result[1]})", style="dim")
+            else:
+                certificates.append(result)
+                _line(result)
+    else:
+        certificates.append(verify(loaded, layout, dtype=kind, reductions=reductions, timeout=timeout))
+        _table(certificates[0])
+    if json is not None:
+        write_certificates(json, certificates, refused)
+    passed = bool(certificates) and all(certificate.passed for certificate in certificates)
+    show.line(_verdict(certificates, refused), style="green" if passed else "bold red")
+    raise typer.Exit(0 if passed else 1)
+
+
+def _verdict(certificates: list[Certificate], refused: dict[str, str]) -> str:
+    bad = [certificate for certificate in certificates if not certificate.passed]
+    seconds = sum(certificate.seconds for certificate in certificates)
+    if len(certificates) == 1 and not refused:
+        return f"{'FAIL' if bad else 'PASS'}: {certificates[0].layout} in {seconds:.1f} s"
+    counted = f"{len(certificates) - len(bad)} of {len(certificates)} layouts pass, {len(refused)} are not possible"
+    return f"{'FAIL' if bad or not certificates else 'PASS'}: {counted}; {seconds:.0f} s"
+
+
+def _line(certificate: Certificate) -> None:
+    """One layout in a line, and what failed beneath it."""
+    gradient, update = certificate.worst_gradient.gradient_error, certificate.worst_update.update_error
+    show.line(
+        f"{'pass' if certificate.passed else 'FAIL'}  {certificate.layout:<52}  gradient {gradient:.1e}  "
+        f"update {update:.1e}  norm {certificate.norms.error:.1e}  loss {certificate.losses.error:.1e}  "
+        f"{certificate.seconds:4.1f} s",
+        style="" if certificate.passed else "red",
+    )
+    for failure in certificate.failures:
+        show.line(f"      {failure}", style="red")
+
+
+def _table(certificate: Certificate) -> None:
+    """Every parameter of one layout."""
+    from rich.table import Table
+
+    for reduction in certificate.reductions:
+        show.line(reduction, style="dim")
+    table = Table(box=None, pad_edge=False)
+    table.add_column("parameter", no_wrap=True)
+    for name in ("gradient", "gradient error", "update error"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("")
+    for line in certificate.lines:
+        verdict = "" if line.passed else f"FAIL {line.note or ''}".strip()
+        table.add_row(
+            line.name,
+            f"{line.gradient_norm:.3e}",
+            f"{line.gradient_error:.1e}",
+            f"{line.update_error:.1e}" if line.exempt is None else "exempt",
+            verdict,
+            style="" if line.passed else "red",
+        )
+    show.out.print(table)
+    for name, values in (("norm before clipping", certificate.norms), ("loss", certificate.losses)):
+        alone, spread = (", ".join(f"{value:.9g}" for value in found) for found in (values.alone, values.spread))
+        mark = "" if values.passed else "FAIL  "
+        show.line(f"{mark}{name}: alone {alone}; spread {spread}; error {values.error:.1e}")
+    for reason in sorted({line.exempt for line in certificate.lines if line.exempt is not None}):
+        names = ", ".join(line.name for line in certificate.lines if line.exempt == reason)
+        show.line(f"exempt: {names}: {reason}", style="dim")
+    for failure in certificate.failures:
+        show.line(failure, style="red")

@@ -1,0 +1,127 @@
+"""Ranks as processes of one machine: their environment, their failures, their signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from potamos.parallel.launch import LaunchError, Rank, from_slurm
+from potamos.parallel.processes import run_processes
+
+pytestmark = pytest.mark.distributed
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(tmp_path, program: str, count: int) -> tuple[int, str, str]:
+    """`program` in `count` ranks, from a process of its own, so that its terminal can be read."""
+    script = tmp_path / "rank.py"
+    script.write_text(f"import os, signal, sys, time\nrank = int(os.environ['RANK'])\n{program}\n")
+    call = f"run_processes([sys.executable, {str(script)!r}], {count})"
+    starter = f"import sys; from potamos.parallel.processes import run_processes; sys.exit({call})"
+    done = subprocess.run([sys.executable, "-c", starter], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_every_rank_gets_its_place(tmp_path):
+    program = f"""
+names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "GROUP_RANK")
+open(f"{tmp_path}/place-{{rank}}", "w").write(" ".join(os.environ[n] for n in names))
+print("from", rank)
+"""
+    code, out, _ = run(tmp_path, program, 3)
+    assert code == 0
+    assert out == "from 0\n", "one rank speaks"
+    for rank in range(3):
+        assert (tmp_path / f"place-{rank}").read_text() == f"{rank} 3 {rank} 3 127.0.0.1 0"
+
+
+def test_a_failing_rank_ends_all_within_seconds_and_speaks_first(tmp_path):
+    program = """
+if rank == 2:
+    sys.exit("error: no such shard")
+time.sleep(600)
+"""
+    began = time.monotonic()
+    code, _, words = run(tmp_path, program, 3)
+    assert code == 1
+    assert time.monotonic() - began < 20
+    assert words.startswith("rank 2 ended with status 1:\nerror: no such shard")
+
+
+def test_a_killed_rank_is_named(tmp_path):
+    code, _, words = run(tmp_path, "if rank == 1: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(600)", 2)
+    assert code == 137
+    assert "rank 1 was ended by SIGKILL" in words
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_signals_reach_every_rank(tmp_path, number):
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import os, signal, sys, time\nrank = os.environ['RANK']\n"
+        f"def leave(*_):\n    open(f'{tmp_path}/got-' + rank, 'w').close()\n    sys.exit(0)\n"
+        f"signal.signal({int(number)}, leave)\nopen(f'{tmp_path}/up-' + rank, 'w').close()\ntime.sleep(60)\n"
+    )
+    pid = os.fork()
+    if pid == 0:
+        os._exit(run_processes([sys.executable, str(script)], 2))
+    while len(list(tmp_path.glob("up-*"))) < 2:
+        time.sleep(0.02)
+    os.kill(pid, number)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert len(list(tmp_path.glob("got-*"))) == 2
+
+
+def test_train_on_two_processes(trial, tmp_path):
+    """The command trains, and a signal stops all of its processes at one step, with everything saved."""
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "potamos.pretrain.cli", "train", "h3_hybrid_tiny"]
+    command += [
+        *trial.overrides("train.steps=4", "parallel={dp_replicate: 1, tp: 2}"),
+        "--run",
+        str(run),
+        "--nproc",
+        "2",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    whole = tmp_path / "whole"
+    assert trial.fit(whole, "train.steps=4") == 0
+    assert trial.losses(run) == pytest.approx(trial.losses(whole), rel=1e-5)
+    refused = subprocess.run([*command[:-1], "3"], capture_output=True, text=True, timeout=120)
+    assert refused.returncode == 2
+    assert "needs 2 processes, and this run has 3" in refused.stderr
+
+
+SLURM = {
+    "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_NTASKS": "8",
+    "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2", "SLURM_JOB_ID": "41",
+}  # fmt: skip
+
+
+def test_a_slurm_task_knows_its_place():
+    meeting = {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "20300"}
+    assert Rank.from_environment({**SLURM, **meeting}) == Rank(5, 8, 1, 4, 1)
+    with pytest.raises(LaunchError, match="MASTER_ADDR and MASTER_PORT"):
+        Rank.from_environment(SLURM)
+
+
+def test_on_one_node_the_port_follows_job_and_restart():
+    one = {**SLURM, "SLURM_STEP_NUM_NODES": "1"}
+    assert from_slurm(one)["MASTER_PORT"] == str(20000 + 7 * 41)
+    assert from_slurm({**one, "SLURM_RESTART_COUNT": "2"})["MASTER_PORT"] == str(20000 + 7 * 41 + 2)
+    assert Rank.from_environment(one).world == 8
+
+
+def test_what_is_no_slurm_step_of_several_tasks_is_one_process():
+    script = {name: value for name, value in SLURM.items() if name != "SLURM_STEP_ID"}
+    assert Rank.from_environment(script) == Rank()
+    assert Rank.from_environment({**SLURM, "SLURM_STEP_NUM_TASKS": "1"}) == Rank()
+    given = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    assert Rank.from_environment({**SLURM, **given}) == Rank()

@@ -1,0 +1,469 @@
+"""The certificate itself: what it compares with what, which rows it makes, how a recipe is made small, what it prints.
+
+That it sees every known mistake of a layout is shown by tests/parallel/test_controls.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch.distributed.pipelining import schedules
+
+from potamos.parallel import gradients, pipeline
+from potamos.parallel.context import held_slices
+from potamos.parallel.facts import Layout
+from potamos.parallel.mesh import LayoutError, Sizes, sizes
+from potamos.parallel.pipeline import SCHEDULES, held_stages
+from potamos.pretrain import cli, verify_layouts
+from potamos.pretrain.config import available, load_recipe
+from potamos.pretrain.verify import TOLERANCES, compare, verify_all
+from potamos.pretrain.verify_layouts import matrix, parse_layout, recipe_layout, spell, world_of
+from potamos.pretrain.verify_rows import STEPS, RowSource
+from potamos.pretrain.verify_small import ReductionError, Reductions, batch, make_small, micro_batches
+from potamos.pretrain.verify_steps import Record
+
+TOLERANCE = TOLERANCES["fp64"]
+
+
+# --- comparing -------------------------------------------------------------------------------------------------------
+
+
+def record() -> Record:
+    """Three parameters: one large, one small, one whose gradient is zero by nature."""
+    random = np.random.default_rng(0)
+    gradients = {"a": random.normal(size=(4, 3)), "b": 1e-3 * random.normal(size=5), "x.mixer.k.bias": np.zeros(2)}
+    return Record(
+        losses=[3.0, 2.5, 2.0],
+        norms=[1.0, 0.9, 0.8],
+        gradients=gradients,
+        updates={name: 1e-3 * np.sign(g) + 1e-4 for name, g in gradients.items()},
+        start={name: f"start {name}" for name in gradients},
+        copies={(name, -1, -1): f"end {name}" for name in gradients},
+    )
+
+
+def spread() -> list[Record]:
+    """Two ranks that found the same; only the first tells whole tensors."""
+    first, second = record(), record()
+    second.gradients, second.updates, second.start = {}, {}, {}
+    return [first, second]
+
+
+def test_equal_records_pass():
+    lines, norms, losses, failures = compare(record(), spread(), TOLERANCE)
+    assert failures == []
+    assert all(line.passed for line in lines)
+    assert norms.passed
+    assert losses.passed
+    assert [line.name for line in lines if line.exempt] == ["x.mixer.k.bias"]
+
+
+def scaled(name: str, factor: float) -> Callable[[list[Record]], None]:
+    def change(found: list[Record]) -> None:
+        found[0].gradients[name] = found[0].gradients[name] * factor
+
+    return change
+
+
+def set_to(part: str, name: str, value: float) -> Callable[[list[Record]], None]:
+    def change(found: list[Record]) -> None:
+        getattr(found[0], part)[name] = np.full_like(getattr(found[0], part)[name], value)
+
+    return change
+
+
+def on_second(part: str) -> Callable[[list[Record]], None]:
+    def change(found: list[Record]) -> None:
+        getattr(found[1], part)[2] *= 1.0 + 1e-6
+
+    return change
+
+
+def copies_differ(found: list[Record]) -> None:
+    found[1].copies["b", -1, -1] = "another end"
+
+
+def other_start(found: list[Record]) -> None:
+    found[0].start["b"] = "another start"
+
+
+def lose(found: list[Record]) -> None:
+    del found[0].gradients["b"]
+
+
+def transpose(found: list[Record]) -> None:
+    found[0].gradients["a"] = found[0].gradients["a"].T
+
+
+def second_holder_differs(found: list[Record]) -> None:
+    """Two stages hold a tied table, and only the later one is wrong."""
+    found[1].gradients["a"] = found[0].gradients["a"] * 1.001
+    found[1].updates["a"], found[1].start["a"] = found[0].updates["a"], found[0].start["a"]
+
+
+def stranger(found: list[Record]) -> None:
+    found[1].start["c"] = "who?"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (scaled("a", 2.0), "gradients differ: 1 of 3 parameters, first a"),
+        (scaled("b", 1.0 + 1e-9), "gradients differ: 1 of 3 parameters, first b"),
+        (scaled("b", math.nan), "gradients differ"),
+        (scaled("b", 0.0), "gradients differ"),
+        (set_to("gradients", "x.mixer.k.bias", 1e-12), "gradients differ"),
+        (set_to("updates", "a", math.nan), "updates differ: 1 of 3 parameters, first a"),
+        (set_to("updates", "b", 0.0), "updates differ"),
+        (on_second("norms"), "the gradient's norm differs"),
+        (on_second("losses"), "losses differ"),
+        (copies_differ, "not the same on all ranks"),
+        (other_start, "not the same on all ranks"),
+        (lose, "gradients differ: 1 of 3 parameters, first b"),
+        (transpose, "gradients differ"),
+        (second_holder_differs, "gradients differ: 1 of 3 parameters, first a"),
+        (stranger, "parameters that one process does not have: c"),
+    ],
+)
+def test_what_differs_is_said(change, says):
+    found = spread()
+    change(found)
+    *_, failures = compare(record(), found, TOLERANCE)
+    assert any(failure.startswith(says) for failure in failures), failures
+
+
+def test_a_gradient_of_zero_is_excused_by_name_alone():
+    """Its update may be anything where it is a key bias; of another parameter it may not."""
+    found = spread()
+    found[0].updates["x.mixer.k.bias"] = np.ones(2)
+    lines, *_, failures = compare(record(), found, TOLERANCE)
+    assert failures == []
+    (excused,) = [line for line in lines if line.exempt]
+    assert "softmax" in (excused.exempt or "")
+    alone, found = record(), spread()
+    for one in (alone, found[0]):
+        one.gradients["b"] = np.zeros(5)
+    found[0].updates["b"] = np.ones(5)
+    assert compare(alone, found, TOLERANCE)[3] == ["updates differ: 1 of 3 parameters, first b"]
+
+
+def test_a_key_bias_with_a_gradient_is_judged_like_all():
+    alone, found = record(), spread()
+    alone.gradients["x.mixer.k.bias"] = found[0].gradients["x.mixer.k.bias"] = np.ones(2)
+    found[0].updates["x.mixer.k.bias"] = np.ones(2)
+    assert compare(alone, found, TOLERANCE)[3] == ["updates differ: 1 of 3 parameters, first x.mixer.k.bias"]
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def targets(source: RowSource, step: int) -> np.ndarray:
+    """(rows, columns) bool: where the next token belongs to the same document."""
+    ids = source.rows(step).document_ids
+    return (ids[:, 1:] == ids[:, :-1]) & (ids[:, :-1] >= 0)
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_rows_are_as_uneven_as_can_be(isolate, contiguous):
+    source = RowSource(count=12, length=32, vocabulary=50, isolate=isolate, contiguous=contiguous)
+    first, second, third = (targets(source, step) for step in range(STEPS))
+    assert not first[:6].any()
+    assert first[6:].any()
+    assert not third[0].any()
+    assert len(set(third.sum(1).tolist())) > 3
+    assert second.any()
+    assert not second[:, 16:].any()
+    if isolate:
+        assert not second[:, :8].any()
+    for order in ("contiguous", "zigzag"):  # some rank of a split sequence has nothing to predict in the second step
+        slices = 2 if order == "contiguous" else 4
+        per_slice = second.reshape(12, slices, -1).sum((0, 2))
+        held = [per_slice[held_slices(order, rank, 2)].sum() for rank in (0, 1)]
+        assert max(held) > 0
+        if isolate:
+            assert min(held) == 0
+
+
+def test_documents_cross_every_border():
+    ids = RowSource(count=12, length=32, vocabulary=50).rows(2).document_ids
+    for border in range(4, 32, 4):
+        assert (ids[:, border] == ids[:, border - 1]).any()
+        assert (ids[:, border] != ids[:, border - 1]).any()
+    assert len(np.unique(ids[ids >= 0])) > 12
+
+
+def test_rows_are_a_function_of_the_step():
+    source = RowSource(count=6, length=16, vocabulary=50)
+    again = RowSource(count=6, length=16, vocabulary=50)
+    for step in range(STEPS):
+        for name in ("tokens", "document_ids", "positions", "samples"):
+            assert np.array_equal(getattr(source.rows(step), name), getattr(again.rows(step), name))
+    assert not np.array_equal(source.rows(0).tokens, source.rows(1).tokens)
+    assert np.concatenate([source.rows(step).samples for step in range(STEPS)]).tolist() == list(range(18))
+
+
+def test_positions_restart_with_each_document():
+    rows = RowSource(count=12, length=32, vocabulary=50).rows(2)
+    for ids, positions in zip(rows.document_ids, rows.positions, strict=True):
+        starts = np.flatnonzero(positions == 0)
+        assert starts[0] == 0
+        assert np.array_equal(np.delete(np.diff(positions), starts[1:] - 1), np.ones(32 - len(starts[1:])))
+        inside = ids >= 0
+        assert len(np.unique(ids[inside])) >= len(starts[starts < inside.sum()])
+
+
+def test_in_contiguous_order_rows_go_on():
+    source = RowSource(count=4, length=16, vocabulary=50, contiguous=True)
+    for step in range(STEPS - 1):
+        before, after = source.rows(step), source.rows(step + 1)
+        assert np.array_equal(before.tokens[:, -1], after.tokens[:, 0])
+        assert np.array_equal(before.positions[:, -1], after.positions[:, 0])
+
+
+# --- a small copy ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["h3_hybrid_125m", "h3_hybrid_2.7b", "gpt_125m"])
+def test_a_small_copy_keeps_the_kinds_of_layers(name):
+    recipe = load_recipe(name)
+    small = make_small(recipe, parse_layout(["tp=2", "cp=2"]), Reductions())
+    kinds = {recipe.model.layer(i).mixer.kind for i in range(recipe.model.layers)}
+    assert {small.recipe.model.layer(i).mixer.kind for i in range(small.recipe.model.layers)} == kinds
+    assert small.recipe.model.width <= 64
+    assert small.recipe.model.layers <= 4
+    assert f"model.width: {small.recipe.model.width} (was {recipe.model.width})" in small.said
+    assert f"data.sequence_length: 32 (was {recipe.data.sequence_length})" in small.said
+    assert small.recipe.optimizer.kind == "adamw"
+    assert small.recipe.model.residual_dropout == recipe.model.residual_dropout
+
+
+def test_sizes_that_are_asked_for_are_taken():
+    wanted = Reductions(width=48, layers=5, length=64, vocabulary=100, rows=24)
+    recipe = make_small(load_recipe("h3_hybrid_125m"), parse_layout(["dp_shard=2"]), wanted).recipe
+    assert (recipe.model.width, recipe.model.layers, recipe.data.sequence_length) == (48, 5, 64)
+    assert (recipe.model.frontend.vocabulary, recipe.train.sequences) == (100, 24)  # pyright: ignore
+    assert [recipe.model.layer(i).mixer.kind for i in range(5)] == ["h3", "attention", "h3", "attention", "h3"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("tp=8", r"parallel\.tp: 8 does not divide the 12 key-value heads of .*blocks\.1\.mixer; use 6 or 12"),
+        ("pp=8 schedule=zbv", r"parallel\.pp: 16 stages need as many layers, the model has 12"),
+        ("cp=3", r"data\.sequence_length: 2048 cannot be cut into 6 slices for cp 3; use 2046 or 2052"),
+        ("ep=2", r"parallel\.ep: 2 needs experts"),
+        ("dp_shard=2 pp=2 schedule=zbv", r"parallel\.dp_shard: 2 does not go with schedule zbv"),
+    ],
+)
+def test_what_the_full_recipe_cannot_have_is_refused(words, message):
+    with pytest.raises(LayoutError, match=message):
+        make_small(load_recipe("h3_hybrid_125m"), parse_layout(words.split()), Reductions())
+
+
+def test_a_width_that_fits_no_head_is_refused():
+    with pytest.raises(ReductionError, match=r"no copy of width 50 .*heads 12 does not divide the width 50.*--width"):
+        make_small(load_recipe("h3_hybrid_125m"), parse_layout(["tp=2"]), Reductions(width=50))
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_take_the_micro_batches_chosen_for_them(name, ranks, monkeypatch):
+    """Asked of torch itself: its classes refuse numbers that they cannot order."""
+
+    class Stage:
+        is_first = is_last = has_backward = True
+
+        def __init__(self, index: int) -> None:
+            self.stage_index, self.num_stages = index, ranks * SCHEDULES[name].stages
+            self.group_size, self.group_rank, self.submod = ranks, 0, None
+            self.stage_index_to_group_rank = {
+                stage: rank for rank in range(ranks) for stage in held_stages(SCHEDULES[name], rank, ranks)
+            }
+
+    count = micro_batches(name, ranks)
+    monkeypatch.setattr(schedules, "_PipelineScheduleRuntime", schedules._PipelineScheduleRuntime)
+    stages = [Stage(index) for index in held_stages(SCHEDULES[name], 0, ranks)]
+    SCHEDULES[name].kind(stages if SCHEDULES[name].stages > 1 else stages[0], count, loss_fn=lambda *a: a)
+    assert count % 2 == 1
+    assert count >= 3
+
+
+def test_every_rank_has_equally_many_rows():
+    for layout in matrix(("state", "a2a", "ring")):
+        size = sizes(layout, world_of(layout))
+        rows, micro = batch(layout, size, 12)
+        per_rank, rest = divmod(rows, size.data)
+        assert rest == 0
+        assert per_rank % micro == 0
+        assert per_rank // micro >= 3
+    assert batch(Layout(), Sizes(), 12) == (12, 4)
+
+
+# --- layouts ---------------------------------------------------------------------------------------------------------
+
+
+def test_layouts_are_spelled_as_they_are_read():
+    for layout in matrix(("state", "a2a", "ring")):
+        again = parse_layout(spell(layout).split())
+        assert spell(again) == spell(layout)
+        assert world_of(again) == world_of(layout)
+    assert spell(parse_layout([])) == "one process"
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("tp=two", r"tp=two: give a whole number of ranks above 0, as in tp=2"),
+        ("tp=0", r"tp=0: give a whole number"),
+        ("dp_shard=all", r"dp_shard=all: give a whole number"),
+        ("pt=2", r"'pt=2' is no setting of a layout; write one of dp_replicate, .*tp.*, as in tp=2"),
+        ("tp", r"'tp' is no setting"),
+        ("schedule=2f2b", r"schedule=2f2b: choose one of gpipe, 1f1b"),
+        ("cp_kinds=state,loop", r"cp_kinds=loop: choose one of state, a2a, ring"),
+        ("cp_order=spiral", r"cp_order=spiral: choose one of contiguous, zigzag"),
+        ("sequence_parallel=2", r"sequence_parallel=2: choose one of true, false"),
+    ],
+)
+def test_a_wrong_setting_is_named(word, message):
+    with pytest.raises(LayoutError, match=message):
+        parse_layout([word])
+
+
+def test_a_setting_given_twice_is_refused():
+    with pytest.raises(LayoutError, match="tp is given twice, as 2 and 4"):
+        parse_layout(["tp=2", "tp=4"])
+
+
+def test_a_recipes_own_layout_is_cut_to_the_ranks_that_there_are():
+    assert recipe_layout(Layout(), 8) == Layout(dp_replicate=2)
+    assert recipe_layout(Layout(dp_replicate=1, dp_shard="all", tp=4), 8) == Layout(dp_replicate=1, dp_shard=2, tp=4)
+    large = Layout(dp_replicate=4, dp_shard=16, tp=8)
+    assert recipe_layout(large, 8) == Layout(dp_replicate=2, dp_shard=2, tp=2)
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Ended:
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def potamos(monkeypatch, capfd) -> Callable[..., Ended]:
+    def call(*arguments: str | Path) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["potamos", "verify", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        text = capfd.readouterr()
+        return Ended(int(ended.value.code or 0), text.out, text.err)
+
+    return call
+
+
+def test_the_command_prints_every_parameter_and_writes_json(potamos, run_ranks, tmp_path):
+    ended = potamos("s4d_tiny", "tp=2", "model.residual_dropout=0.1", "--json", tmp_path / "found.json")
+    assert ended.status == 0, ended.out + ended.err
+    assert "model.stack.blocks.1.mixer.core.diagonal.log_dt" in ended.out
+    assert "PASS: tp=2" in ended.out
+    assert "model.width: 32 (was 192)" in ended.out
+    document = json.loads((tmp_path / "found.json").read_text())
+    (certificate,) = document["certificates"]
+    assert document["passed"] is certificate["passed"] is True
+    assert (certificate["layout"], certificate["ranks"], certificate["dtype"]) == ("tp=2", 2, "fp32")
+    names = {line["name"] for line in certificate["lines"]}
+    assert {"model.frontend.tokens.weight", "model.stack.norm.weight"} <= names
+    assert all(line["gradient_error"] <= 1e-5 for line in certificate["lines"])
+    assert len(certificate["losses"]["alone"]) == len(certificate["norms"]["spread"]) == 3
+
+
+def test_a_layout_that_changes_a_gradient_ends_in_status_1(potamos, run_ranks, tmp_path, monkeypatch):
+    finish = gradients.Gradients.finish
+
+    def doubled(self):
+        finish(self)
+        self.parameters["model.stack.norm.weight"].grad.mul_(2.0)
+
+    monkeypatch.setattr(gradients.Gradients, "finish", doubled)
+    ended = potamos("s4d_tiny", "tp=2", "--json", tmp_path / "found.json")
+    assert ended.status == 1
+    assert "gradients differ: 1 of" in ended.out
+    assert "FAIL: tp=2" in ended.out
+    document = json.loads((tmp_path / "found.json").read_text())
+    assert document["passed"] is False
+    assert [line["name"] for c in document["certificates"] for line in c["lines"] if not line["gradient_passed"]] == [
+        "model.stack.norm.weight"
+    ]
+
+
+def test_not_a_number_fails_and_is_written_as_text(potamos, run_ranks, tmp_path, monkeypatch):
+    finish = gradients.Gradients.finish
+
+    def poisoned(self):
+        finish(self)
+        self.parameters["model.stack.norm.weight"].grad.fill_(math.nan)
+
+    monkeypatch.setattr(gradients.Gradients, "finish", poisoned)
+    assert potamos("s4d_tiny", "tp=2", "--json", tmp_path / "found.json").status == 1
+    text = (tmp_path / "found.json").read_text()
+    assert '"nan"' in text
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_all_layouts_are_a_line_each(potamos, run_ranks, tmp_path, monkeypatch):
+    layouts = [{"tp": 2}, {"dp_shard": 2}, {"pp": 4}]
+    monkeypatch.setattr(verify_layouts, "_matrix", lambda kinds: iter(layouts))
+    ended = potamos("s4d_tiny", "--all", "--json", tmp_path / "found.json")
+    assert ended.status == 0, ended.out + ended.err
+    lines = ended.out.splitlines()
+    assert [line.split()[:2] for line in lines[:2]] == [["pass", "tp=2"], ["pass", "dp_shard=2"]]
+    assert lines[2].startswith("pp=4 schedule=1f1b: not possible (parallel.pp: 4 stages need as many layers")
+    assert lines[-1].startswith("PASS: 2 of 2 layouts pass, 1 are not possible")
+    assert list(json.loads((tmp_path / "found.json").read_text())["refused"]) == ["pp=4 schedule=1f1b"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("s4d_tiny", "pt=2"), "'pt=2' is no setting of a layout"),
+        (("s4d_tiny", "tp=5"), "parallel.tp: 5 does not divide"),
+        (("s4d_tiny", "tp=2", "--dtype", "bf16"), "--dtype bf16: choose one of fp32, fp64"),
+        (("s4d_tiny", "tp=2", "model.widht=3"), "widht"),
+        (("no_such_recipe", "tp=2"), "no packaged recipe"),
+    ],
+)
+def test_a_users_mistake_is_one_message(potamos, arguments, message):
+    ended = potamos(*arguments)
+    assert ended.status == 2
+    assert message in ended.err.replace("\n       ", " ")
+    assert "Traceback" not in ended.err
+
+
+def test_a_rank_that_fails_is_the_error(run_ranks, monkeypatch):
+    """All ranks end at once, and the one that failed says why."""
+
+    def broken(self, *arguments, **more):
+        raise ArithmeticError("no more numbers")
+
+    monkeypatch.setattr(pipeline.Pipeline, "run", broken)
+    with pytest.raises(ArithmeticError, match="no more numbers"):
+        list(verify_all(load_recipe("s4d_tiny"), replace(Layout(dp_replicate=1), schedule="1f1b"), ranks=2))
+
+
+def test_every_recipe_has_a_small_copy():
+    for name in available():
+        small = make_small(load_recipe(name), parse_layout(["dp_shard=2"]), Reductions())
+        assert small.recipe.model.width <= 64, name
+        assert copy.deepcopy(small.said) == small.said
