@@ -121,6 +121,8 @@ class Spread:
             for part in self.pipeline.parts.values():
                 held: Any = part.module
                 data.shard(part, list(held.model.stack.blocks.values()), mesh, compute)
+        elif next(self.system.parameters()).is_meta:
+            pass  # a layout that is only looked at: there is nothing to replicate
         elif mesh.size(*REPLICAS, "cp") > 1 and self.pipeline is None:
             return data.replicate(self.system, mesh.group(*REPLICAS, "cp"), self.device)
         return self.system
