@@ -230,7 +230,8 @@ def choose_config(dtype: torch.dtype, dim: int, queries: int, flags: dict[str, A
         # Four warps and 64 KiB: two programs share a multiprocessor, one's exponentials beside the other's products
         # (full 245 registers, causal and documents 255). Folding the scale spills 12 bytes without documents, not
         # folding it 20 with them. More in a tile's arithmetic needs eight warps (165 to 255).
-        if not (gathers or looks_up or flags["DROPOUT"] or flags["BLOCKS"]):
+        slopes = flags["SLOPES"] and (flags["DOCUMENTS"] or flags["WINDOW"])
+        if not (gathers or looks_up or flags["DROPOUT"] or flags["BLOCKS"] or slopes):
             return Config(128, 64, 4, 3, fold=flags["DOCUMENTS"])
         return Config(128, 32 if looks_up and flags["DROPOUT"] else 64, 8, 2)
     if width == 128:
@@ -345,6 +346,7 @@ _FEATURES: dict[str, dict[str, Any]] = {
     "blocks": {"CAUSAL": True, "BLOCKS": True, "DOCUMENTS": True, "POSITIONS": True},
     "prefix": {"CAUSAL": True, "PREFIX": 2},
     "slopes": {"CAUSAL": True, "SLOPES": True},
+    "slopes documents": {"CAUSAL": True, "SLOPES": True, "DOCUMENTS": True},
     "table": {"CAUSAL": True, "TABLE": True},
     "dropout": {"CAUSAL": True, "DROPOUT": 1},
     "unaligned dropout": {"CAUSAL": True, "DROPOUT": 2},

@@ -24,7 +24,7 @@ HOPPER = SHARED_LIMIT["sm_90a"]
 DQ = {
     64: (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(128, 32, 8, 2), Config(128, 16, 8, 2)),
     128: (Config(128, 64, 8, 2), Config(128, 32, 8, 2), Config(128, 16, 8, 2), Config(128, 16, 8, 2)),
-    256: (Config(128, 16, 8, 2), Config(128, 16, 8, 2), Config(128, 16, 8, 2), Config(64, 16, 8, 2)),
+    256: (Config(128, 16, 8, 2), Config(128, 16, 8, 2), Config(64, 16, 8, 2), Config(64, 16, 8, 2)),
 }
 """Padded head dimension (64 for less) -> tiles of fp16 and bf16 for each weight."""
 DKV = {
