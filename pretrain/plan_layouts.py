@@ -15,6 +15,7 @@ from potamos.parallel.check import check_layout
 from potamos.parallel.facts import Layout
 from potamos.parallel.mesh import LayoutError, Sizes, sizes
 from potamos.pretrain.ceilings import CEILINGS, NOT_REACHABLE, Ceiling, Reached
+from potamos.pretrain.plan_forms import form_on
 from potamos.pretrain.plan_memory import Memory, memory
 from potamos.pretrain.plan_time import Costs, Time, step_time
 from potamos.pretrain.plan_trace import Trace, trace
@@ -85,7 +86,7 @@ class Planner:
             raise ValueError(f"--gpu: unknown device {gpu!r}; known are {', '.join(CEILINGS)}")
         if gpus < 1:
             raise ValueError(f"--gpus: {gpus} devices are none; give 1 or more")
-        self.recipe, self.gpus, self.ceiling = recipe, gpus, CEILINGS[gpu]
+        self.recipe, self.gpus, self.ceiling, self.form = recipe, gpus, CEILINGS[gpu], form_on(gpu)
         self.usable = int(self.ceiling.memory * NOT_REACHABLE)
         self._traces: dict[Any, Trace] = {}
 
@@ -171,7 +172,7 @@ class Planner:
             layout.cp_order, layout.cp_kinds,
         )  # fmt: skip
         if key not in self._traces:
-            self._traces[key] = trace(recipe, tp=size.tp, cp=size.cp)
+            self._traces[key] = trace(recipe, tp=size.tp, cp=size.cp, form=self.form)
         return memory(recipe, self._traces[key], size, self.costs.system.stage_costs())
 
     def _candidates(self) -> Iterator[Recipe]:

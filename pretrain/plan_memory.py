@@ -59,7 +59,7 @@ class _Rank:
         self.replicated = self.shards == 1 and sizes.dp_replicate * sizes.cp > 1 and sizes.pp == 1
         self.compute = setup.DTYPES[recipe.train.precision].itemsize
         self.live: Counter[str] = Counter()
-        self.best = Memory(0, {}, "", rank)
+        self.best = Memory(0, {}, "", rank, traced.form)
         self.seen: set[str] = set()
 
     def _stages(self, stage_costs: Any) -> dict[int, list[tuple[str, str]]]:
@@ -213,7 +213,7 @@ class _Rank:
         parts.update(extra or {})
         peak = sum(parts.values())
         if peak > self.best.peak:
-            self.best = Memory(peak, {k: v for k, v in parts.items() if v}, when, self.rank)
+            self.best = Memory(peak, {k: v for k, v in parts.items() if v}, when, self.rank, self.traced.form)
 
 
 def _label(kind: str) -> str:

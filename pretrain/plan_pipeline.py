@@ -56,8 +56,6 @@ def actions(schedule: str, ranks: int, micro: int) -> Sequence[Sequence[Action]]
 
     Raises LayoutError where the schedule does not take that many micro-batches.
     """
-    if schedule == "1f1b":
-        return [_one_forward_one_backward(rank, ranks, micro) for rank in range(ranks)]
     known = SCHEDULES[schedule]
     total = ranks * known.stages
     stages: Any = [_stage(index, ranks, total) for index in held_stages(known, 0, ranks)]
@@ -67,6 +65,8 @@ def actions(schedule: str, ranks: int, micro: int) -> Sequence[Sequence[Action]]
         raise LayoutError(
             f"parallel.schedule: {schedule} with {micro} micro-batches on {ranks} ranks: {error}"
         ) from None
+    if schedule == "1f1b":
+        return [_one_forward_one_backward(rank, ranks, micro) for rank in range(ranks)]
     order = made.pipeline_order if known.stages > 1 else made._get_pipeline_order()
     return [[action for entry in order[rank] for action in _actions_of(entry)] for rank in range(ranks)]
 

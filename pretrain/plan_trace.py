@@ -6,7 +6,7 @@ stands for all of its kind. A dispatch mode follows every storage from its birth
 is what autograd really holds, not what a formula by hand remembers of a layer.
 
 Counted are tensors: neither what an allocator rounds them up to, nor what an operation of torch needs inside. Rows hold
-one document each. Where a kernel has a torch and a Triton form, the torch form runs; the Triton form keeps less.
+one document each.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from potamos.parallel.facts import ParameterFacts
 from potamos.parallel.mesh import Mesh, Sizes
 from potamos.pretrain import setup
 from potamos.pretrain.objectives.base import Batch, System, Terms
+from potamos.pretrain.plan_forms import Form, counting
 from potamos.pretrain.recipe import Recipe
 
 CPU = torch.device("cpu")
@@ -88,14 +89,16 @@ class Trace:
     hidden: int
     batch: int
     tied: int
+    form: Form = "torch"
+    """Of the kernels that ran."""
 
     def size(self, unit: str) -> int:
         """Bytes of the parameters of a unit."""
         return sum(held.bytes for held in self.parameters[unit])
 
 
-def trace(recipe: Recipe, *, tp: int = 1, cp: int = 1) -> Trace:
-    """Run a micro-batch of `recipe` on fake tensors, as a rank of `tp` x `cp` would.
+def trace(recipe: Recipe, *, tp: int = 1, cp: int = 1, form: Form = "torch") -> Trace:
+    """Run micro-batches of `recipe` on fake tensors, as a rank of `tp` x `cp` would, with one form of the kernels.
 
     Raises:
         LayoutError: the model cannot be split so.
@@ -117,7 +120,7 @@ def trace(recipe: Recipe, *, tp: int = 1, cp: int = 1) -> Trace:
             batch, batch_bytes = _faked(batch, mode)
             marks = _Marks(spread.system)
             pytree.tree_map_only(Tensor, marks.bytes.follow, [*spread.system.parameters(), *spread.system.buffers()])
-            with marks.bytes:
+            with counting(form), marks.bytes:
                 kept = spread.run([batch] * 2, [None] * 2, marks.weigh)  # as long as a step keeps what it returns
                 marks.end()
             del kept
@@ -130,7 +133,7 @@ def trace(recipe: Recipe, *, tp: int = 1, cp: int = 1) -> Trace:
     own = sum(held.bytes for held in parameters[OUTPUT])
     shared = sum(change.left for change in units[OUTPUT].first) - own - marks.hidden
     tied = min(max(shared, 0), sum(held.bytes for held in parameters[INPUT]))
-    return Trace(units, parameters, layers, marks.hidden, batch_bytes, tied)
+    return Trace(units, parameters, layers, marks.hidden, batch_bytes, tied, form)
 
 
 class LiveBytes(TorchDispatchMode):
