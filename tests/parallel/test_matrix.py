@@ -80,6 +80,7 @@ def layouts(system: str) -> list[str]:
 def worth_repeating(layout: Layout) -> bool:
     used = [getattr(layout, axis) for axis in ("dp_replicate", "dp_shard", "tp", "pp", "cp")]
     varied = layout.schedule != PLAIN.schedule or not layout.sequence_parallel or layout.cp_order != PLAIN.cp_order
+    varied = varied or layout.checkpointing != PLAIN.checkpointing
     several = sum(size > 1 for size in used)
     if max(used) > 2 or (several > 1 and varied):
         return False
