@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from potamos.pretrain import cli_data, cli_kernels, cli_verify, show
+from potamos.pretrain import cli_data, cli_kernels, cli_plan, cli_verify, show
 from potamos.pretrain.arguments import Device, Overrides, RecipeName, RunPath, Step
 
 TRACEBACK = "POTAMOS_TRACEBACK"
@@ -33,6 +33,7 @@ app.add_typer(recipe_app, name="recipe")
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_kernels.app, name="kernels")
 app.command()(cli_verify.verify)
+app.command()(cli_plan.plan)
 
 
 def _version(wanted: bool) -> None:

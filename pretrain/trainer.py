@@ -21,7 +21,8 @@ from potamos.data.files import write_atomically
 from potamos.data.loader import Loader, Rows
 from potamos.data.skips import SkipList
 from potamos.parallel import launch
-from potamos.parallel.apply import LayoutError, apply, sizes
+from potamos.parallel.apply import apply
+from potamos.parallel.mesh import LayoutError, Sizes, sizes
 from potamos.parallel.watchdog import Watchdog
 from potamos.pretrain import carried, resume, setup
 from potamos.pretrain.agreement import Reader, check_same_data
@@ -32,6 +33,7 @@ from potamos.pretrain.evaluate import score
 from potamos.pretrain.generate import GenerationError, generate
 from potamos.pretrain.guard import Stop, remove_done, stop_requested, write_done, write_stop
 from potamos.pretrain.models.interfaces import State
+from potamos.pretrain.models.trunk import Model
 from potamos.pretrain.objectives.base import Batch, Terms
 from potamos.pretrain.optim import GradientNorm, Optimizer, schedule_factor
 from potamos.pretrain.recipe import Recipe
@@ -89,6 +91,7 @@ class Trainer:
         check_same_data(self.stream, self.validation)
 
         draft, layout = setup.draft_system(recipe), recipe.parallel.layout()
+        check_carried(recipe, draft.model, self.sizes)
         self.flops_per_token = 3.0 * draft.model.flops_per_token(recipe.data.sequence_length)
         dtype = setup.DTYPES[recipe.train.precision]
         self.spread = apply(
@@ -107,21 +110,6 @@ class Trainer:
         self.optimizer = Optimizer(self.parameters, self.spread.table, recipe.optimizer, self.spread.matrices)
         self.guard = SpikeGuard(recipe.optimizer.window, recipe.optimizer.spike, self.device)
         self.carries = recipe.data.order == "contiguous"
-        if self.carries and not self.model.carries:
-            raise ValueError(
-                "data.order: contiguous continues each row in the next step, but no layer of this model carries a "
-                "state; set data.order: shuffled"
-            )
-        if self.carries and self.model.frontend.max_positions is not None:
-            raise ValueError(
-                "data.order: contiguous gives a token its place in the whole document, but model.positions has only "
-                f"{self.model.frontend.max_positions}; choose positions without an end, or data.order: shuffled"
-            )
-        if self.carries and self.sizes.data != rank.world:
-            raise LayoutError(
-                f"parallel: {self.sizes}: data.order: contiguous carries states that only data parallelism deals yet; "
-                "set tp, pp and cp to 1, or data.order: shuffled"
-            )
         self.carried: list[State] = [None] * self.micro_batches
         self.step = self.next_sample = 0
         self.reader: Reader | None = None
@@ -486,6 +474,27 @@ def tokens_before(skips: SkipList, sequence_length: int, next_sample: int) -> in
     """Tokens that a run has trained on when it comes to this sample."""
     left_out = sum(end - first for first, end in skips.before(next_sample))
     return (next_sample - left_out) * sequence_length
+
+
+def check_carried(recipe: Recipe, model: Model, size: Sizes) -> None:
+    """Refuse rows that go on in the next step where nothing can carry their states."""
+    if recipe.data.order != "contiguous":
+        return
+    if not model.carries:
+        raise ValueError(
+            "data.order: contiguous continues each row in the next step, but no layer of this model carries a state; "
+            "set data.order: shuffled"
+        )
+    if model.frontend.max_positions is not None:
+        raise ValueError(
+            "data.order: contiguous gives a token its place in the whole document, but model.positions has only "
+            f"{model.frontend.max_positions}; choose positions without an end, or data.order: shuffled"
+        )
+    if size.data != size.world:
+        raise LayoutError(
+            f"parallel: {size}: data.order: contiguous carries states that only data parallelism deals yet; set tp, pp "
+            "and cp to 1, or data.order: shuffled"
+        )
 
 
 def micro_batches(recipe: Recipe, ranks: int) -> int:

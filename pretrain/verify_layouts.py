@@ -47,7 +47,7 @@ def _value(name: str, text: str) -> Any:
         return _one_of(name, text.lower(), ("true", "false")) == "true"
     if choices := [choice for choice in get_args(hint) if isinstance(choice, str)]:
         return _one_of(name, text, choices)
-    if hint is str:
+    if str in (hint, *get_args(hint)):
         return text
     if not text.isdecimal() or int(text) < 1:
         raise LayoutError(f"{name}={text}: give a whole number of ranks above 0, as in {name}=2")
@@ -70,6 +70,8 @@ def spell(layout: Layout) -> str:
     if layout.cp != 1:
         shown.append(f"cp_order={layout.cp_order}")
         shown += [f"cp_kinds={','.join(layout.cp_kinds)}"] if layout.cp_kinds else []
+    shown += [f"checkpointing={layout.checkpointing}"] if layout.checkpointing != "none" else []
+    shown += [f"compile={layout.compile}"] if layout.compile is not None else []
     return " ".join(shown) or "one process"
 
 
@@ -122,3 +124,6 @@ def _matrix(kinds: Sequence[str]) -> Iterator[dict[str, Any]]:
     yield {"cp": 2, "tp": 2, "pp": 2}
     yield {"dp_shard": 2, "cp": 2, "tp": 2}
     yield {"dp_replicate": 2, "dp_shard": 2, "tp": 2}
+    yield {"dp_shard": 2, "tp": 2, "checkpointing": "full"}
+    yield {"pp": 2, "schedule": "zero_bubble", "checkpointing": "full"}
+    yield {"cp": 2, "tp": 2, "checkpointing": "selective"}

@@ -19,6 +19,7 @@ from potamos.parallel.pipeline import SCHEDULES
 from potamos.pretrain import setup
 from potamos.pretrain.models.trunk import Model
 from potamos.pretrain.recipe import Layer, Recipe
+from potamos.pretrain.trainer import check_carried
 from potamos.pretrain.verify_layouts import world_of
 
 WIDTH, LENGTH, VOCABULARY, SMALL_VOCABULARY, ROWS = 32, 32, 64, 512, 12
@@ -56,7 +57,9 @@ def make_small(recipe: Recipe, layout: Layout, wanted: Reductions) -> Small:
         ReductionError: no copy can be.
     """
     size = sizes(layout, world_of(layout))
-    check_layout(setup.draft_system(recipe), layout, size, recipe.data.sequence_length)
+    draft = setup.draft_system(recipe)
+    check_layout(draft, layout, size, recipe.data.sequence_length)
+    check_carried(recipe, draft.model, size)
     layers = wanted.layers or min(recipe.model.layers, _layers(recipe, layout, size))
     length = wanted.length or min(recipe.data.sequence_length, _multiple(LENGTH, _unit(layout, size)))
     rows, micro = batch(layout, size, wanted.rows or ROWS)

@@ -7,7 +7,6 @@ paths there.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -70,7 +69,24 @@ def recipe_of(system: str, layout: Layout) -> Recipe:
 
 
 def layouts(system: str) -> list[str]:
-    return [spell(layout) for layout in matrix(KINDS[system], 8, PLAIN)]
+    """The whole matrix for the first system. For the others what a mixer can make a difference to: not larger axes, nor
+    replicas where shards are, nor several variations at once."""
+    every = list(matrix(KINDS[system], 8, PLAIN))
+    if system == next(iter(SYSTEMS)):
+        return [spell(layout) for layout in every]
+    return [spell(layout) for layout in every if worth_repeating(layout)]
+
+
+def worth_repeating(layout: Layout) -> bool:
+    used = [getattr(layout, axis) for axis in ("dp_replicate", "dp_shard", "tp", "pp", "cp")]
+    varied = layout.schedule != PLAIN.schedule or not layout.sequence_parallel or layout.cp_order != PLAIN.cp_order
+    varied = varied or layout.checkpointing != PLAIN.checkpointing
+    several = sum(size > 1 for size in used)
+    if max(used) > 2 or (several > 1 and varied):
+        return False
+    if layout.dp_replicate > 1 and several > 1:
+        return layout.dp_shard > 1 and several == 2
+    return several < 3 or (layout.dp_shard, layout.tp, layout.pp) == (2, 2, 2)
 
 
 def check(system: str, words: str, dtype: Any) -> None:
@@ -111,4 +127,3 @@ def test_the_matrix_holds_what_it_is_meant_to():
     sliced = {(layout.cp_order, layout.cp_kinds) for layout in every if layout.cp == 2}
     assert {(o, (k,)) for o in ("zigzag", "contiguous") for k in ("state", "a2a", "ring")} <= sliced
     assert max(map(world_of, every)) == 8
-    assert all(replace(layout, ep=1) == layout for layout in every)

@@ -24,7 +24,7 @@ from potamos.parallel.mesh import LayoutError, Sizes, sizes
 from potamos.parallel.pipeline import SCHEDULES, held_stages
 from potamos.pretrain import cli, verify_layouts
 from potamos.pretrain.config import available, load_recipe
-from potamos.pretrain.verify import TOLERANCES, compare, verify_all
+from potamos.pretrain.verify import TOLERANCES, compare, verify, verify_all
 from potamos.pretrain.verify_layouts import matrix, parse_layout, recipe_layout, spell, world_of
 from potamos.pretrain.verify_rows import STEPS, RowSource
 from potamos.pretrain.verify_small import ReductionError, Reductions, batch, make_small, micro_batches
@@ -467,3 +467,17 @@ def test_every_recipe_has_a_small_copy():
         small = make_small(load_recipe(name), parse_layout(["dp_shard=2"]), Reductions())
         assert small.recipe.model.width <= 64, name
         assert copy.deepcopy(small.said) == small.said
+
+
+@pytest.mark.parametrize("words", ["tp=2", "dp_shard=2"])
+def test_states_that_rows_carry_go_with_data_parallelism_alone(words, run_ranks):
+    """In contiguous order each row continues in the next step from the state that it came to."""
+    changes = ["data.order=contiguous", "model.layers=2", "model.width=24", "model.mixer={kind: s4d, state: 4}"]
+    recipe = load_recipe("s4d_tiny", changes)
+    layout = parse_layout([words])
+    if words == "tp=2":
+        with pytest.raises(LayoutError, match=r"parallel: tp 2: data\.order: contiguous .*; set tp, pp and cp to 1"):
+            verify(recipe, layout)
+    else:
+        found = verify(recipe, layout, dtype="fp64")
+        assert found.passed, found.failures

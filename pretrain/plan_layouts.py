@@ -1,0 +1,239 @@
+"""Which layouts of a recipe fit a number of devices, how fast each should be, and what a run of it will take.
+
+Nothing here needs the data, a device or other ranks. Times come first, because they are cheap; memory is counted for
+the fastest layouts until enough of them fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from potamos.parallel.check import check_layout
+from potamos.parallel.facts import Layout
+from potamos.parallel.mesh import LayoutError, Sizes, sizes
+from potamos.pretrain.ceilings import CEILINGS, NOT_REACHABLE, Ceiling, Reached
+from potamos.pretrain.plan_forms import form_on
+from potamos.pretrain.plan_memory import Memory, memory
+from potamos.pretrain.plan_time import Costs, Time, step_time
+from potamos.pretrain.plan_trace import Trace, trace
+from potamos.pretrain.recipe import Recipe
+from potamos.pretrain.show_plan import gigabytes
+
+SHOWN = 5
+MOST_TRACED = 24
+"""Layouts whose memory is counted before the search gives up."""
+
+
+class PlanError(ValueError):
+    """A run that cannot fit its devices; says what is too big, and the nearest change that fits."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A recipe under one layout. recipe: with the layout, and with what had to change for it to fit."""
+
+    recipe: Recipe
+    sizes: Sizes
+    memory: Memory
+    time: Time
+
+    @property
+    def layout(self) -> Layout:
+        return self.recipe.parallel.layout()
+
+    @property
+    def spelled(self) -> str:
+        """The layout as command-line overrides."""
+        given = {axis: getattr(self.sizes, axis) for axis in ("dp_replicate", "dp_shard", "tp", "pp", "cp")}
+        words = [f"parallel.{axis}={size}" for axis, size in given.items() if size > 1 or axis == "dp_replicate"]
+        if self.sizes.pp > 1:
+            words.append(f"parallel.schedule={self.layout.schedule}")
+        if self.layout.checkpointing != "none":
+            words.append(f"parallel.checkpointing={self.layout.checkpointing}")
+        return " ".join(words)
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run will take. own: the recipe's layout; best: the fastest that fit, which may hold it; usable: bytes of a
+    device that tensors can have. refused: why the recipe's own layout cannot run, or None."""
+
+    recipe: Recipe
+    gpus: int
+    ceiling: Ceiling
+    reached: Reached
+    usable: int
+    parameters: int
+    flops_per_token: float
+    own: Planned
+    best: Sequence[Planned]
+    refused: str | None
+
+    @property
+    def hours(self) -> float:
+        """From the first step to the last, without validation, checkpoints and waiting."""
+        return self.recipe.train.steps * self.own.time.seconds / 3600
+
+
+class Planner:
+    """Plans for one recipe; traces of its layers are kept from layout to layout."""
+
+    def __init__(self, recipe: Recipe, gpus: int, gpu: str) -> None:
+        if gpu not in CEILINGS:
+            raise ValueError(f"--gpu: unknown device {gpu!r}; known are {', '.join(CEILINGS)}")
+        if gpus < 1:
+            raise ValueError(f"--gpus: {gpus} devices are none; give 1 or more")
+        self.recipe, self.gpus, self.ceiling, self.form = recipe, gpus, CEILINGS[gpu], form_on(gpu)
+        self.usable = int(self.ceiling.memory * NOT_REACHABLE)
+        self._traces: dict[Any, Trace] = {}
+
+    @cached_property
+    def costs(self) -> Costs:
+        """What the model costs in any layout."""
+        return Costs(self.recipe)
+
+    def plan(self, shown: int = SHOWN) -> RunPlan:
+        """The recipe's own layout, and the fastest ones.
+
+        Raises:
+            LayoutError, ValueError: the recipe's own layout is none for this model or this number of devices.
+        """
+        own = self.planned(self.recipe)
+        best = self.best(shown)
+        if own.memory.peak <= self.usable:
+            best = sorted(
+                [own, *(each for each in best if each.sizes != own.sizes)], key=lambda each: each.time.seconds
+            )
+        return RunPlan(
+            self.recipe,
+            self.gpus,
+            self.ceiling,
+            self.ceiling.row(self.recipe.model.width),
+            self.usable,
+            self.costs.parameters,
+            self.costs.flops_per_token,
+            own,
+            best[:shown],
+            self._refusal(own, best),
+        )
+
+    def planned(self, recipe: Recipe) -> Planned:
+        """Time and memory of a recipe that differs from the planner's in layout and micro-batches alone."""
+        size = self._checked(recipe)
+        return Planned(recipe, size, self._memory(recipe, size), self._time(recipe, size))
+
+    def best(self, shown: int) -> list[Planned]:
+        """The fastest layouts that fit, the fastest first."""
+        found: list[Planned] = []
+        timed = []
+        for recipe in self._candidates():
+            try:
+                size = self._checked(recipe)
+                timed.append((self._time(recipe, size), size, recipe))
+            except ValueError:
+                continue
+        for time, size, recipe in sorted(timed, key=lambda entry: entry[0].seconds)[:MOST_TRACED]:
+            memory = self._memory(recipe, size)
+            if memory.peak <= self.usable:
+                found.append(Planned(recipe, size, memory, time))
+            if len(found) == shown:
+                break
+        return found
+
+    # --- parts -----------------------------------------------------------------------------------------------------
+
+    def _checked(self, recipe: Recipe) -> Sizes:
+        layout = recipe.parallel.layout()
+        size = sizes(layout, self.gpus)
+        check_layout(self.costs.system, layout, size, recipe.data.sequence_length)
+        unit = size.data * recipe.train.micro_sequences
+        rows = recipe.train.sequences
+        if rows % unit:
+            near = [n for n in (rows // unit * unit, -(-rows // unit) * unit) if n]
+            raise LayoutError(
+                f"train.sequences: {rows} is not a multiple of {size.data} data ranks x train.micro_sequences "
+                f"{recipe.train.micro_sequences}; use {' or '.join(map(str, near))}, or change train.micro_sequences"
+            )
+        return size
+
+    def _time(self, recipe: Recipe, size: Sizes) -> Time:
+        costs = self.costs
+        if recipe.train.micro_sequences != self.recipe.train.micro_sequences:
+            costs = Costs(recipe, costs.system)
+        return step_time(costs, size, self.ceiling, recipe.parallel.layout())
+
+    def _memory(self, recipe: Recipe, size: Sizes) -> Memory:
+        layout = recipe.parallel.layout()
+        key = (
+            size.tp, size.cp, recipe.train.micro_sequences, layout.checkpointing, layout.sequence_parallel,
+            layout.cp_order, layout.cp_kinds,
+        )  # fmt: skip
+        if key not in self._traces:
+            self._traces[key] = trace(recipe, tp=size.tp, cp=size.cp, form=self.form)
+        return memory(recipe, self._traces[key], size, self.costs.system.stage_costs())
+
+    def _candidates(self) -> Iterator[Recipe]:
+        """Every way to put the devices on the axes; sequence slices only where the recipe has them already."""
+        own, inside = self.recipe.parallel, min(self.gpus, self.ceiling.per_node)
+        for tp in _divisors(inside):
+            for pp in _divisors(self.gpus // tp):
+                for cp in {1, own.cp}:
+                    data, rest = divmod(self.gpus, tp * pp * cp)
+                    for shard in _divisors(data) if not rest else ():
+                        if shard not in (1, data, inside // tp):
+                            continue
+                        changed = {"tp": tp, "pp": pp, "cp": cp, "dp_shard": shard, "dp_replicate": data // shard}
+                        schedules = [own.schedule]
+                        if pp > 1:
+                            schedules = list(dict.fromkeys((own.schedule, "1f1b", "interleaved_1f1b", "zero_bubble")))
+                        for schedule in schedules:
+                            yield changed_layout(self.recipe, **changed, schedule=schedule)
+
+    def _refusal(self, own: Planned, best: Sequence[Planned]) -> str | None:
+        if own.memory.peak <= self.usable:
+            return None
+        name, most = max(own.memory.parts.items(), key=lambda part: part[1])
+        change = self._nearest_change(own, best)
+        remedy = f"the nearest change that fits: {change}" if change else "nothing that this program can change fits"
+        return (
+            f"{self.recipe.name} does not fit {self.gpus} x {self.ceiling.name}: {own.sizes} needs "
+            f"{gigabytes(own.memory.peak)} a device of {gigabytes(self.usable)} usable ({own.memory.when}); "
+            f"most of it, {gigabytes(most)}, is {name}; {remedy}"
+        )
+
+    def _nearest_change(self, own: Planned, best: Sequence[Planned]) -> str | None:
+        """What changes least: the rows of a micro-batch, then what is kept, then both, then the layout."""
+        for checkpointing in dict.fromkeys((own.layout.checkpointing, "full")):
+            rows = own.recipe.train.micro_sequences
+            while rows >= 1:
+                changed = changed_layout(own.recipe, checkpointing=checkpointing)
+                changed = changed.model_copy(
+                    update={"train": changed.train.model_copy(update={"micro_sequences": rows})}
+                )
+                if self._memory(changed, own.sizes).peak <= self.usable:
+                    words = [f"train.micro_sequences={rows}"] if rows != own.recipe.train.micro_sequences else []
+                    if checkpointing != own.layout.checkpointing:
+                        words.append(f"parallel.checkpointing={checkpointing}")
+                    return " ".join(words)
+                rows //= 2
+        return best[0].spelled if best else None
+
+
+def changed_layout(recipe: Recipe, **changes: Any) -> Recipe:
+    """The recipe under another layout."""
+    return recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update=changes)})
+
+
+def check_fits(recipe: Recipe, gpus: int, gpu: str) -> None:
+    """Refuse, before a queue is entered, what cannot fit. Raises PlanError, LayoutError."""
+    planner = Planner(recipe, gpus, gpu)
+    own = planner.planned(recipe)
+    if own.memory.peak > planner.usable:
+        raise PlanError(planner._refusal(own, planner.best(1)))
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

@@ -1,0 +1,243 @@
+"""Memory of a rank, played through a step: what stays, what a micro-batch keeps, what a unit needs for a moment.
+
+`plan_trace` says what one layer of each kind does to the memory of a rank of tensor and sequence parallelism; here its
+micro-batches and layers are put in the order in which a step runs them (for a pipeline, the schedule's own list of that
+rank) and the data axes are added: DDP's buckets (Li et al. 2020), FSDP's gathered and summed blocks (Zhao et al. 2023).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from potamos.parallel.facts import Layout
+from potamos.parallel.mesh import Sizes
+from potamos.parallel.pipeline import SCHEDULES, balanced, held_stages
+from potamos.pretrain import setup
+from potamos.pretrain.optim import Optimizer
+from potamos.pretrain.plan_pipeline import Action, actions
+from potamos.pretrain.plan_trace import INPUT, OUTPUT, Change, Held, LiveBytes, Trace
+from potamos.pretrain.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The rank that needs most, at the moment when it does.
+
+    peak: bytes; parts: what they are, adding up to them; when: in words. stage_rank: its place in the pipeline.
+    """
+
+    peak: int
+    parts: Mapping[str, int]
+    when: str
+    stage_rank: int = 0
+    form: str = "torch"
+    """Of the kernels that were counted."""
+
+
+def memory(recipe: Recipe, traced: Trace, sizes: Sizes, stage_costs: tuple[Sequence[float], float, float]) -> Memory:
+    """The memory of the fullest rank under `sizes`. traced: of the same tensor and sequence axes."""
+    found = [_Rank(recipe, traced, sizes, rank, stage_costs).play() for rank in range(sizes.pp)]
+    return max(found, key=lambda each: each.peak)
+
+
+class _Rank:
+    """One rank of the pipeline; the other axes' ranks need what it needs."""
+
+    def __init__(self, recipe: Recipe, traced: Trace, sizes: Sizes, rank: int, stage_costs: Any) -> None:
+        self.recipe, self.traced, self.sizes, self.rank = recipe, traced, sizes, rank
+        self.layout: Layout = recipe.parallel.layout()
+        self.micro = recipe.train.sequences // (sizes.data * recipe.train.micro_sequences)
+        self.stages = self._stages(stage_costs)
+        self.shards = sizes.dp_shard * sizes.cp if sizes.dp_shard > 1 else 1
+        self.replicated = self.shards == 1 and sizes.dp_replicate * sizes.cp > 1 and sizes.pp == 1
+        self.compute = setup.DTYPES[recipe.train.precision].itemsize
+        self.live: Counter[str] = Counter()
+        self.best = Memory(0, {}, "", rank, traced.form)
+        self.seen: set[str] = set()
+
+    def _stages(self, stage_costs: Any) -> dict[int, list[tuple[str, str]]]:
+        """{stage: [(name, kind) of each unit]}."""
+        layers = list(enumerate(self.traced.layers))
+        if self.sizes.pp == 1:
+            return {0: [(INPUT, INPUT), *((str(i), kind) for i, kind in layers), (OUTPUT, OUTPUT)]}
+        schedule = SCHEDULES[self.layout.schedule]
+        total = self.sizes.pp * schedule.stages
+        ranges = balanced(stage_costs[0], total, *stage_costs[1:])
+        held = {}
+        for stage in held_stages(schedule, self.rank, self.sizes.pp):
+            units = [(str(i), kind) for i, kind in layers if i in ranges[stage]]
+            first = [(INPUT, INPUT)] if stage == 0 else []
+            held[stage] = first + units + ([(OUTPUT, OUTPUT)] if stage == total - 1 else [])
+        return held
+
+    # --- a step ----------------------------------------------------------------------------------------------------
+
+    def play(self) -> Memory:
+        """Walk through the second step of a run, when the optimizer has its moments."""
+        held = list(self._parameters())
+        stored = sum(self._stored(each) for each in held)
+        state, moment = optimizer_bytes(self.recipe, held, self.shards)
+        self.live["weights"] = stored
+        self.live["optimizer"] = state
+        self.live["batches"] = self.traced.batch * self.micro
+        if self.replicated:
+            self.live["communication"] += stored  # DDP's buckets, in which gradients lie from the last backward on
+        self._receive_buffers()
+        if self.shards > 1:
+            self.live["communication"] += self._gathered([(INPUT, INPUT), (OUTPUT, OUTPUT)])
+        self._note("before the first forward")
+        order = self._order()
+        last = {action.stage: action for action in order if action.kind in ("backward", "backward_weight")}
+        for action in order:
+            self._act(action, last=last[action.stage] == action)
+        self._after_the_backward(stored)
+        self._note("optimizer", {"optimizer": moment})
+        return self.best
+
+    def _order(self) -> Sequence[Action]:
+        if self.sizes.pp > 1:
+            return actions(self.layout.schedule, self.sizes.pp, self.micro)[self.rank]
+        return [Action(kind, 0, i) for i in range(self.micro) for kind in ("forward", "backward")]
+
+    def _act(self, action: Action, *, last: bool) -> None:
+        units = self.stages[action.stage]
+        where = f"stage {action.stage}" if self.sizes.pp > 1 else f"micro-batch {action.micro}"
+        if action.kind == "forward":
+            for index, (name, kind) in enumerate(units):
+                self._forward(name, kind, f"forward of {kind}, {where}", first=index == 0)
+        elif action.kind in ("backward", "backward_weight"):  # the weights' part frees what the inputs' part kept
+            following = [*units[-2::-1], None]
+            for (name, kind), after in zip(reversed(units), following, strict=True):
+                self._backward(name, kind, after, f"backward of {kind}, {where}", last=last)
+
+    def _forward(self, name: str, kind: str, when: str, *, first: bool) -> None:
+        change = self._change(name, kind, 0)
+        gathered = self._gathered([(name, kind)]) if kind not in (INPUT, OUTPUT) else 0
+        self._note(when, {"communication": 2 * gathered})  # as received, and as parameters
+        self._note(when, {_label(kind): change.peak, "communication": gathered})
+        self.live[_label(kind)] += change.left
+
+    def _backward(self, name: str, kind: str, after: tuple[str, str] | None, when: str, *, last: bool) -> None:
+        change = self._change(name, kind, 1)
+        fresh = name not in self.seen
+        self.seen.add(name)
+        own = self._gradient(name, kind) if fresh else 0
+        inner = kind not in (INPUT, OUTPUT)
+        gathered = self._gathered([(name, kind)]) if inner else 0
+        coming = self._gathered([after]) if after is not None and after[1] not in (INPUT, OUTPUT) else 0
+        self._note(when, {"communication": gathered + 2 * coming, _label(kind): change.peak})
+        self.live[_label(kind)] += change.left - own
+        self.live["gradients"] += own
+        if not last:
+            return
+        full = self._gradient(name, kind)
+        if self.shards > 1:  # what is sent lies beside the gradients, and what is left of them is a share
+            share = math.ceil(full / self.shards)
+            self._note(when, {"communication": gathered + 2 * coming + full + share})
+            self.live["gradients"] += share - full
+        elif self.replicated:
+            self.live["gradients"] -= full  # moved into the buckets
+
+    def _change(self, name: str, kind: str, way: int) -> Change:
+        """What the unit does; where input and output are apart, each has the shared gradient for itself."""
+        unit = self.traced.units[kind]
+        change = (unit.later if name in self.seen else unit.first)[way]
+        apart = self.sizes.pp > 1 and way == 1 and self.traced.tied
+        if apart and kind == OUTPUT and name in self.seen:
+            return Change(change.peak, change.left - self.traced.tied)
+        if apart and kind == INPUT:
+            again = 0 if name in self.seen else self.traced.tied
+            taken = self.traced.tied if name in self.seen else 0
+            return Change(change.peak + again, change.left + again + taken)
+        return change
+
+    def _after_the_backward(self, stored: int) -> None:
+        """Sums over ranks that no backward has taken are of all gradients, side by side."""
+        if self.shards == 1 and not self.replicated and self.sizes.dp_replicate * self.sizes.cp > 1:
+            self._note("sum of gradients", {"communication": stored})
+        else:
+            self._note("after the backward")
+
+    # --- bytes -----------------------------------------------------------------------------------------------------
+
+    def _parameters(self) -> Iterator[Held]:
+        """What this rank holds: with a pipeline, input and output on their own stages, the input's table on both."""
+        for units in self.stages.values():
+            for _, kind in units:
+                yield from self.traced.parameters[kind]
+        kinds = {kind for units in self.stages.values() for _, kind in units}
+        if OUTPUT in kinds and INPUT not in kinds:
+            yield from self.traced.parameters[INPUT]
+
+    def _stored(self, held: Held) -> int:
+        if self.shards == 1:
+            return held.bytes
+        rows = held.shape[0] if held.shape else 1
+        return held.bytes // max(rows, 1) * math.ceil(rows / self.shards)
+
+    def _gradient(self, name: str, kind: str) -> int:
+        del name
+        apart = kind == OUTPUT and self.sizes.pp > 1
+        return self.traced.size(kind) + (self.traced.tied if apart else 0)
+
+    def _gathered(self, units: Sequence[tuple[str, str]]) -> int:
+        """Bytes of whole parameters of units that FSDP gathers; a layer's linears in the dtype they multiply in."""
+        if self.shards == 1:
+            return 0
+        kinds = [kind for _, kind in units]
+        return sum(
+            held.bytes if held.wide or kind in (INPUT, OUTPUT) else held.shape.numel() * self.compute
+            for kind in kinds
+            for held in self.traced.parameters[kind]
+        )
+
+    def _receive_buffers(self) -> None:
+        """torch's stages hold a buffer for each micro-batch that they receive, and for each gradient."""
+        if self.sizes.pp == 1:
+            return
+        total = self.sizes.pp * SCHEDULES[self.layout.schedule].stages
+        for stage in self.stages:
+            for other in (stage - 1, stage + 1):
+                if 0 <= other < total and other not in self.stages:
+                    self.live["communication"] += self.micro * self.traced.hidden
+
+    def _note(self, when: str, extra: Mapping[str, int] | None = None) -> None:
+        parts = Counter(self.live)
+        parts.update(extra or {})
+        peak = sum(parts.values())
+        if peak > self.best.peak:
+            self.best = Memory(peak, {k: v for k, v in parts.items() if v}, when, self.rank, self.traced.form)
+
+
+def _label(kind: str) -> str:
+    return "input, output, logits" if kind in (INPUT, OUTPUT) else f"activations of {kind}"
+
+
+def optimizer_bytes(recipe: Recipe, held: Sequence[Held], shards: int) -> tuple[int, int]:
+    """(bytes of the moments, the most that an update needs beside them), from steps of it on fake parameters."""
+    from torch import nn
+
+    with FakeTensorMode(), LiveBytes() as counted:
+        parameters, table = {}, {}
+        for index, each in enumerate(held):
+            name = f"{index}.{each.name}"
+            shape = list(each.shape)
+            if shape and shards > 1:
+                shape[0] = math.ceil(shape[0] / shards)
+            parameters[name] = nn.Parameter(torch.empty(shape, dtype=torch.float32))
+            parameters[name].grad = torch.empty(shape, dtype=torch.float32)
+            table[name] = each.facts
+        optimizer = Optimizer(parameters, table, recipe.optimizer)
+        before = counted.live
+        optimizer.step(1.0, torch.zeros(()))
+        state = counted.live - before
+        counted.peak = counted.live
+        optimizer.step(1.0, torch.zeros(()))
+        return state, counted.peak - before - state
