@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .spills_attention import ATTENTION
+
 
 @dataclass(frozen=True)
 class Spill:
@@ -65,5 +67,9 @@ _KNOWN: dict[str, dict[tuple[str, str], int]] = {
     },
 }
 
-SPILLS = {where: Spill(size, reason) for reason, sizes in _KNOWN.items() for where, size in sizes.items()}
+SPILLS = {
+    where: Spill(size, reason)
+    for reason, sizes in (*_KNOWN.items(), *ATTENTION.items())
+    for where, size in sizes.items()
+}
 """(configuration, target) -> the spill stores known; every other configuration must have none."""
