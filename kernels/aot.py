@@ -28,6 +28,9 @@ SOURCES = (
     "potamos.kernels.diag_ssm.triton",
     "potamos.kernels.diag_ssm.triton_backward_configurations",
     "potamos.kernels.long_conv.triton",
+    "potamos.kernels.attention.triton",
+    "potamos.kernels.attention.triton_backward_configurations",
+    "potamos.kernels.attention.triton_rotary",
 )
 """Modules with a `configurations()`."""
 

@@ -32,6 +32,10 @@ class MissingToolError(ValueError):
     """Something outside this package is needed and not installed."""
 
 
+WITHOUT_WGMMA = {"one query": "wgmma takes 64 rows or more; a tile of 64 for one query would be all but empty"}
+"""What a configuration's name contains, and why it may use mma on Hopper instead."""
+
+
 def findings(readings: Iterable[Reading], spills: Mapping[tuple[str, str], Spill] = SPILLS) -> list[str]:
     """What is wrong with a table of readings, one sentence each:
 
@@ -39,7 +43,8 @@ def findings(readings: Iterable[Reading], spills: Mapping[tuple[str, str], Spill
     - more shared memory than a block can have: the launch would fail;
     - more spilled bytes than `spills` states, none by default; and a statement there that is too generous, so that the
       table stays true;
-    - no wgmma on Hopper, or no mma on Ampere, where the operands are 16 bits wide: the tensor cores would idle.
+    - no wgmma on Hopper, or no mma on Ampere, where the operands are 16 bits wide: the tensor cores would idle. Where
+      `WITHOUT_WGMMA` names a configuration, mma on Hopper too.
     """
     wrong = []
     for reading in readings:
@@ -55,9 +60,12 @@ def findings(readings: Iterable[Reading], spills: Mapping[tuple[str, str], Spill
         if reading.spill_stores == 0 < known.bytes:
             wrong.append(f"{where} spills nothing any more: take it out of the table of known spills")
         if reading.dtype in ("bf16", "fp16"):
-            if reading.target == "sm_90a" and reading.wgmma == 0:
+            small = any(part in reading.name for part in WITHOUT_WGMMA)
+            if reading.target == "sm_90a" and not small and reading.wgmma == 0:
                 wrong.append(f"{where} uses no wgmma")
-            if reading.target != "sm_90a" and reading.mma == 0:
+            if reading.target == "sm_90a" and small and reading.wgmma > 0:
+                wrong.append(f"{where} uses wgmma now: take it out of WITHOUT_WGMMA")
+            if (small or reading.target != "sm_90a") and reading.mma + reading.wgmma == 0:
                 wrong.append(f"{where} uses no tensor cores")
     return wrong
 

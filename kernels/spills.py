@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
+from .spills_attention import ATTENTION
+
 
 @dataclass(frozen=True)
 class Spill:
@@ -76,7 +78,9 @@ def known_spills(version: str) -> dict[tuple[str, str], Spill]:
     """(configuration, target) -> the spill stores known with a version of Triton; all others must have none."""
     column = 0 if version.startswith("3.6.") else 1
     rows = ((where, sizes[column], reason) for reason, table in _KNOWN.items() for where, sizes in table.items())
-    return {where: Spill(size, reason) for where, size, reason in rows if size}
+    known = {where: Spill(size, reason) for where, size, reason in rows if size}
+    # Attention was read with 3.7 alone.
+    return known | {where: Spill(size, reason) for reason, sizes in ATTENTION.items() for where, size in sizes.items()}
 
 
 def _installed() -> str:

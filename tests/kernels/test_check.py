@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import csv
 import math
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -129,6 +130,8 @@ GOOD = Reading("op forward bf16", "sm_90a", "bf16", True, 4, 2, 111, 0, 0, 50_00
         ({"wgmma": 0}, "no wgmma"),
         ({"wgmma": 0, "dtype": "fp16"}, "no wgmma"),
         ({"mma": 0, "wgmma": 0, "target": "sm_80"}, "no tensor cores"),
+        ({"name": "op one query bf16"}, "uses wgmma now"),
+        ({"name": "op one query bf16", "mma": 0, "wgmma": 0}, "no tensor cores"),
     ],
 )
 def test_each_fault_is_found(fault, says):
@@ -141,6 +144,8 @@ def test_what_is_no_fault():
     at_limit = [replace(GOOD, shared=SHARED_LIMIT["sm_90a"]), replace(GOOD, target="sm_80", wgmma=0, shared=166_912)]
     assert findings(at_limit, {}) == []
     assert findings([replace(GOOD, dtype="fp32", wgmma=0, mma=0)], {}) == []  # fp32 products use no tensor cores
+    assert findings([replace(GOOD, dtype="", wgmma=0, mma=0)], {}) == []  # an elementwise kernel
+    assert findings([replace(GOOD, name="op one query bf16", wgmma=0)], {}) == []  # too few rows for wgmma
 
 
 def test_known_spills_may_not_grow_nor_outlive_their_cause():
@@ -166,6 +171,33 @@ def test_the_mixers_forward_is_register_clean_on_hopper():
     both = known_spills("3.6.0") | known_spills("3.7.1")
     excused = {name for name, target in both if target == "sm_90a" and name.startswith("h3_mix forward")}
     assert all("documents fp32" in name for name in excused)
+
+
+@pytest.mark.parametrize("kernel", ["forward causal bf16 D64", "forward causal bf16 D128", "dq causal bf16 64 "])
+def test_attention_is_register_clean_on_hopper(kernel):
+    """As compiled here and now: no spill, and tensor cores."""
+    (reading,) = compile_all([source for source in SOURCES if "attention" in source], ["sm_90a"], only=kernel)
+    assert findings([reading], {}) == []
+    assert reading.wgmma > 0
+
+
+def test_what_auto_picks_of_attention_on_hopper_is_excused_nothing():
+    """In 16 bits neither the forward nor dq may spill; dk and dv, and a table's gradient, are stated with a reason."""
+    excused = {name for name, target in SPILLS if target == "sm_90a" and name.startswith("attention")}
+    assert excused
+    allowed = ("attention dkv", "attention dtable")
+    assert {name for name in excused if "fp32" not in name and not name.startswith(allowed)} == set()
+    assert all(SPILLS[name, "sm_90a"].bytes < 256 for name in excused if "fp32" not in name)
+
+
+def test_compilations_are_few_enough_for_two_cores():
+    """Each takes about two seconds of one core."""
+    script = "import importlib\nfrom potamos.kernels.aot import SOURCES\n"
+    script += "found = [c for s in SOURCES for c in importlib.import_module(s).configurations()]\n"
+    script += "print(sum(len(c.targets) for c in found))"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
+    assert 200 < int(done.stdout) < 420
 
 
 def test_check_ends_with_1_and_says_why(specimens, tmp_path, monkeypatch):
