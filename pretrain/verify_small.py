@@ -142,8 +142,8 @@ def _layer_settings(recipe: Recipe, layers: int) -> dict[str, Any]:
 
 
 def _adamw(recipe: Recipe) -> dict[str, Any]:
-    """AdamW with the recipe's constants. Its learning rate lets steps stand out of rounding; clipping acts if the recipe
-    clips at all."""
+    """AdamW with the recipe's constants. Its learning rate lets steps stand out of rounding; clipping acts where the
+    recipe clips at all."""
     own = recipe.optimizer
     return {
         "kind": "adamw", "lr": LEARNING_RATE, "betas": own.betas, "epsilon": own.epsilon,
