@@ -15,7 +15,7 @@ from potamos.parallel.check import check_layout
 from potamos.parallel.facts import Layout
 from potamos.parallel.mesh import LayoutError, Sizes, sizes
 from potamos.pretrain.ceilings import CEILINGS, NOT_REACHABLE, Ceiling, Reached
-from potamos.pretrain.plan_forms import form_on
+from potamos.pretrain.plan_forms import Form, form_on
 from potamos.pretrain.plan_memory import Memory, memory
 from potamos.pretrain.plan_time import Costs, Time, step_time
 from potamos.pretrain.plan_trace import Trace, trace
@@ -86,7 +86,8 @@ class Planner:
             raise ValueError(f"--gpu: unknown device {gpu!r}; known are {', '.join(CEILINGS)}")
         if gpus < 1:
             raise ValueError(f"--gpus: {gpus} devices are none; give 1 or more")
-        self.recipe, self.gpus, self.ceiling, self.form = recipe, gpus, CEILINGS[gpu], form_on(gpu)
+        self.recipe, self.gpus, self.ceiling = recipe, gpus, CEILINGS[gpu]
+        self.form: Form = form_on(gpu)
         self.usable = int(self.ceiling.memory * NOT_REACHABLE)
         self._traces: dict[Any, Trace] = {}
 
