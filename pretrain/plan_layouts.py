@@ -15,7 +15,7 @@ from potamos.parallel.check import check_layout
 from potamos.parallel.facts import Layout
 from potamos.parallel.mesh import LayoutError, Sizes, sizes
 from potamos.pretrain.ceilings import CEILINGS, NOT_REACHABLE, Ceiling, Reached
-from potamos.pretrain.plan_forms import form_on
+from potamos.pretrain.plan_forms import Form, form_on
 from potamos.pretrain.plan_memory import Memory, memory
 from potamos.pretrain.plan_time import Costs, Time, step_time
 from potamos.pretrain.plan_trace import Trace, trace
@@ -86,7 +86,8 @@ class Planner:
             raise ValueError(f"--gpu: unknown device {gpu!r}; known are {', '.join(CEILINGS)}")
         if gpus < 1:
             raise ValueError(f"--gpus: {gpus} devices are none; give 1 or more")
-        self.recipe, self.gpus, self.ceiling, self.form = recipe, gpus, CEILINGS[gpu], form_on(gpu)
+        self.recipe, self.gpus, self.ceiling = recipe, gpus, CEILINGS[gpu]
+        self.form: Form = form_on(gpu)
         self.usable = int(self.ceiling.memory * NOT_REACHABLE)
         self._traces: dict[Any, Trace] = {}
 
@@ -117,7 +118,7 @@ class Planner:
             self.costs.flops_per_token,
             own,
             best[:shown],
-            self._refusal(own, best),
+            self._refusal(own),
         )
 
     def planned(self, recipe: Recipe) -> Planned:
@@ -128,6 +129,8 @@ class Planner:
     def best(self, shown: int) -> list[Planned]:
         """The fastest layouts that fit, the fastest first."""
         found: list[Planned] = []
+        if not shown:
+            return found
         timed = []
         for recipe in self._candidates():
             try:
@@ -192,11 +195,11 @@ class Planner:
                         for schedule in schedules:
                             yield changed_layout(self.recipe, **changed, schedule=schedule)
 
-    def _refusal(self, own: Planned, best: Sequence[Planned]) -> str | None:
+    def _refusal(self, own: Planned) -> str | None:
         if own.memory.peak <= self.usable:
             return None
         name, most = max(own.memory.parts.items(), key=lambda part: part[1])
-        change = self._nearest_change(own, best)
+        change = self._nearest_change(own)
         remedy = f"the nearest change that fits: {change}" if change else "nothing that this program can change fits"
         return (
             f"{self.recipe.name} does not fit {self.gpus} x {self.ceiling.name}: {own.sizes} needs "
@@ -204,22 +207,35 @@ class Planner:
             f"most of it, {gigabytes(most)}, is {name}; {remedy}"
         )
 
-    def _nearest_change(self, own: Planned, best: Sequence[Planned]) -> str | None:
-        """What changes least: the rows of a micro-batch, then what is kept, then both, then the layout."""
-        for checkpointing in dict.fromkeys((own.layout.checkpointing, "full")):
-            rows = own.recipe.train.micro_sequences
-            while rows >= 1:
-                changed = changed_layout(own.recipe, checkpointing=checkpointing)
-                changed = changed.model_copy(
-                    update={"train": changed.train.model_copy(update={"micro_sequences": rows})}
-                )
-                if self._memory(changed, own.sizes).peak <= self.usable:
-                    words = [f"train.micro_sequences={rows}"] if rows != own.recipe.train.micro_sequences else []
-                    if checkpointing != own.layout.checkpointing:
-                        words.append(f"parallel.checkpointing={checkpointing}")
-                    return " ".join(words)
-                rows //= 2
+    def _nearest_change(self, own: Planned) -> str | None:
+        """What changes least: the rows of a micro-batch, then also what is kept, then the layout."""
+        for mode in dict.fromkeys((own.layout.checkpointing, "full")):
+            rows = self._rows_that_fit(own, mode)
+            if rows is not None:
+                words = [f"train.micro_sequences={rows}"] if rows != own.recipe.train.micro_sequences else []
+                words += [f"parallel.checkpointing={mode}"] if mode != own.layout.checkpointing else []
+                return " ".join(words)
+        best = self.best(1)
         return best[0].spelled if best else None
+
+    def _rows_that_fit(self, own: Planned, mode: str) -> int | None:
+        """The most rows of a micro-batch, halved from the recipe's, that fit; None where one row does not."""
+
+        def peak(rows: int) -> int:
+            changed = changed_layout(own.recipe, checkpointing=mode)
+            train = changed.train.model_copy(update={"micro_sequences": rows})
+            return self._memory(changed.model_copy(update={"train": train}), own.sizes).peak
+
+        least = peak(1)
+        if least > self.usable:
+            return None
+        rows = own.recipe.train.micro_sequences
+        if rows == 1:
+            return 1
+        per_row = max(0.0, (peak(rows) - least) / (rows - 1))
+        while rows > 1 and (least + per_row * (rows - 1) > self.usable or peak(rows) > self.usable):
+            rows //= 2
+        return rows
 
 
 def changed_layout(recipe: Recipe, **changes: Any) -> Recipe:
@@ -232,7 +248,7 @@ def check_fits(recipe: Recipe, gpus: int, gpu: str) -> None:
     planner = Planner(recipe, gpus, gpu)
     own = planner.planned(recipe)
     if own.memory.peak > planner.usable:
-        raise PlanError(planner._refusal(own, planner.best(1)))
+        raise PlanError(planner._refusal(own))
 
 
 def _divisors(number: int) -> list[int]:

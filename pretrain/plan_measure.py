@@ -56,7 +56,7 @@ def measure(recipe: Recipe, rank: int, world: int, *, allocator: bool = False) -
     assert record.profiler is not None
     assert record.profiler.kineto_results is not None
     events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
-    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]  # pyright: ignore
     return Measured(meter.peak, meter.live + max(0, int(np.cumsum(changes).max())))
 
 
@@ -79,7 +79,7 @@ class Meter(LiveBytes):
             self._changed(storage, before)
             return result
 
-        torch.UntypedStorage.resize_ = resized
+        torch.UntypedStorage.resize_ = resized  # pyright: ignore[reportAttributeAccessIssue]
         super().__enter__()
         return self
 

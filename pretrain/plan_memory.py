@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -59,6 +59,7 @@ class _Rank:
         self.replicated = self.shards == 1 and sizes.dp_replicate * sizes.cp > 1 and sizes.pp == 1
         self.compute = setup.DTYPES[recipe.train.precision].itemsize
         self.live: Counter[str] = Counter()
+        self.total = 0
         self.best = Memory(0, {}, "", rank, traced.form)
         self.seen: set[str] = set()
 
@@ -84,14 +85,14 @@ class _Rank:
         held = list(self._parameters())
         stored = sum(self._stored(each) for each in held)
         state, moment = optimizer_bytes(self.recipe, held, self.shards)
-        self.live["weights"] = stored
-        self.live["optimizer"] = state
-        self.live["batches"] = self.traced.batch * self.micro
+        self._add("weights", stored)
+        self._add("optimizer", state)
+        self._add("batches", self.traced.batch * self.micro)
         if self.replicated:
-            self.live["communication"] += stored  # DDP's buckets, in which gradients lie from the last backward on
+            self._add("communication", stored)  # DDP's buckets, in which gradients lie from the last backward on
         self._receive_buffers()
         if self.shards > 1:
-            self.live["communication"] += self._gathered([(INPUT, INPUT), (OUTPUT, OUTPUT)])
+            self._add("communication", self._gathered([(INPUT, INPUT), (OUTPUT, OUTPUT)]))
         self._note("before the first forward")
         order = self._order()
         last = {action.stage: action for action in order if action.kind in ("backward", "backward_weight")}
@@ -122,7 +123,7 @@ class _Rank:
         gathered = self._gathered([(name, kind)]) if kind not in (INPUT, OUTPUT) else 0
         self._note(when, {"communication": 2 * gathered})  # as received, and as parameters
         self._note(when, {_label(kind): change.peak, "communication": gathered})
-        self.live[_label(kind)] += change.left
+        self._add(_label(kind), change.left)
 
     def _backward(self, name: str, kind: str, after: tuple[str, str] | None, when: str, *, last: bool) -> None:
         change = self._change(name, kind, 1)
@@ -133,17 +134,17 @@ class _Rank:
         gathered = self._gathered([(name, kind)]) if inner else 0
         coming = self._gathered([after]) if after is not None and after[1] not in (INPUT, OUTPUT) else 0
         self._note(when, {"communication": gathered + 2 * coming, _label(kind): change.peak})
-        self.live[_label(kind)] += change.left - own
-        self.live["gradients"] += own
+        self._add(_label(kind), change.left - own)
+        self._add("gradients", own)
         if not last:
             return
         full = self._gradient(name, kind)
         if self.shards > 1:  # what is sent lies beside the gradients, and what is left of them is a share
             share = math.ceil(full / self.shards)
             self._note(when, {"communication": gathered + 2 * coming + full + share})
-            self.live["gradients"] += share - full
+            self._add("gradients", share - full)
         elif self.replicated:
-            self.live["gradients"] -= full  # moved into the buckets
+            self._add("gradients", -full)  # moved into the buckets
 
     def _change(self, name: str, kind: str, way: int) -> Change:
         """What the unit does; where input and output are apart, each has the shared gradient for itself."""
@@ -206,14 +207,18 @@ class _Rank:
         for stage in self.stages:
             for other in (stage - 1, stage + 1):
                 if 0 <= other < total and other not in self.stages:
-                    self.live["communication"] += self.micro * self.traced.hidden
+                    self._add("communication", self.micro * self.traced.hidden)
+
+    def _add(self, label: str, count: int) -> None:
+        self.live[label] += count
+        self.total += count
 
     def _note(self, when: str, extra: Mapping[str, int] | None = None) -> None:
-        parts = Counter(self.live)
-        parts.update(extra or {})
-        peak = sum(parts.values())
+        peak = self.total + sum((extra or {}).values())
         if peak > self.best.peak:
-            self.best = Memory(peak, {k: v for k, v in parts.items() if v}, when, self.rank, self.traced.form)
+            parts = Counter(self.live)
+            parts.update(extra or {})
+            self.best = replace(self.best, peak=peak, parts={k: v for k, v in parts.items() if v}, when=when)
 
 
 def _label(kind: str) -> str:

@@ -24,6 +24,8 @@ from potamos.pretrain.verify_layouts import world_of
 
 WIDTH, LENGTH, VOCABULARY, SMALL_VOCABULARY, ROWS = 32, 32, 64, 512, 12
 LEARNING_RATE = 1e-3
+CLIP = 0.25
+"""Below the gradient's norm of any copy, so that clipping acts."""
 
 
 class ReductionError(ValueError):
@@ -140,11 +142,12 @@ def _layer_settings(recipe: Recipe, layers: int) -> dict[str, Any]:
 
 
 def _adamw(recipe: Recipe) -> dict[str, Any]:
-    """AdamW with the recipe's constants at one learning rate, large enough for its steps to stand out of rounding."""
+    """AdamW with the recipe's constants. Its learning rate lets steps stand out of rounding; clipping acts where the
+    recipe clips at all."""
     own = recipe.optimizer
     return {
         "kind": "adamw", "lr": LEARNING_RATE, "betas": own.betas, "epsilon": own.epsilon,
-        "weight_decay": own.weight_decay, "clip": own.clip,
+        "weight_decay": own.weight_decay, "clip": None if own.clip is None else min(own.clip, CLIP),
     }  # fmt: skip
 
 
@@ -200,6 +203,7 @@ def _said(full: Recipe, small: Recipe) -> Iterator[str]:
         "train.precision": (full.train.precision, small.train.precision),
         "optimizer.kind": (full.optimizer.kind, small.optimizer.kind),
         "optimizer.lr": (full.optimizer.lr, small.optimizer.lr),
+        "optimizer.clip": (full.optimizer.clip, small.optimizer.clip),
         "schedule.kind": (full.schedule.kind, small.schedule.kind),
     }
     for key, (before, after) in pairs.items():

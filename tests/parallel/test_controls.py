@@ -293,6 +293,23 @@ def norm_forgets_slices(patch: Patch) -> None:
     patch.setattr(gradients.Gradients, "_counts", without)
 
 
+def clipping_forgotten(patch: Patch) -> None:
+    """The norm is taken, and nothing is scaled by it."""
+    patch.setattr(gradients.Gradients, "clip", lambda self, total, limit: None)
+
+
+def clipping_of_one_slice(patch: Patch) -> None:
+    """Only what is stored whole is scaled."""
+
+    def clip(self: Any, total: Tensor, limit: float) -> None:
+        factor = (limit / (total + 1e-6)).clamp(max=1.0)
+        for name, parameter in self.parameters.items():
+            if self.cuts[name].dim is None:
+                parameter.grad.mul_(factor)
+
+    patch.setattr(gradients.Gradients, "clip", clip)
+
+
 def streams_without_gradient(patch: Patch) -> None:
     """Of what crosses a border between stages, only the hidden states hand their gradient back."""
     sent = pipeline._sent
@@ -331,6 +348,8 @@ CONTROLS = [
     Control(samples_of_the_rank, "dp_replicate=2", EVERYTHING),
     Control(every_rank_draws_its_own, "tp=2", EVERYTHING + " copies start"),
     Control(norm_forgets_slices, "tp=2", "norm updates"),
+    Control(clipping_forgotten, "dp_shard=2", "norm updates"),
+    Control(clipping_of_one_slice, "tp=2", "norm updates losses"),
     Control(streams_without_gradient, "pp=2", EVERYTHING, few=True, changes=LUNA),
 ]
 

@@ -1,0 +1,190 @@
+"""Times, bytes between ranks, hours, and which layouts are refused or recommended."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from potamos.parallel import axes, context
+from potamos.parallel.mesh import LayoutError, Sizes, sizes
+from potamos.pretrain import cli, plan_layouts
+from potamos.pretrain.ceilings import CEILINGS
+from potamos.pretrain.config import load_recipe
+from potamos.pretrain.plan_layouts import PlanError, Planner, changed_layout, check_fits
+from potamos.pretrain.plan_pipeline import bubble
+from potamos.pretrain.plan_time import Costs, bytes_sent, known_device, predict, step_time
+from potamos.pretrain.plan_trace import trace
+from potamos.pretrain.recipe import Recipe
+
+TINY = (
+    "model.width=96", "model.frontend.vocabulary=512", "model.layers=2", "data.sequence_length=64",
+    "train={steps: 100, sequences: 16, micro_sequences: 2, seed: 1}",
+)  # fmt: skip
+
+
+def recipe(*changes: str) -> Recipe:
+    return load_recipe("h3_hybrid_tiny", (*TINY, *changes))
+
+
+def sent(of: Recipe, size: Sizes) -> dict[str, float]:
+    micro = of.train.sequences // (size.data * of.train.micro_sequences)
+    return bytes_sent(Costs(of), size, of.parallel.layout(), micro)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_bytes_of_tensor_ranks_are_what_the_axes_send(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted at the collectives of a traced step, against the formula; scores and maxima are left out of both."""
+    counted = [0.0]
+    gather, scatter = axes._gather, axes._scatter_sum
+
+    def gathers(x, group, dim):
+        counted[0] += x.numel() * x.element_size()  # (r-1)/r of r slices, r = 2
+        return gather(x, group, dim)
+
+    def scatters(x, group, dim):
+        counted[0] += x.numel() * x.element_size() / 2
+        return scatter(x, group, dim)
+
+    monkeypatch.setattr(axes, "_gather", gathers)
+    monkeypatch.setattr(axes, "_scatter_sum", scatters)
+    tiny = recipe(f"train.precision={precision}")
+    trace(tiny, tp=2)  # two micro-batches
+    expected = bytes_sent(Costs(tiny), Sizes(tp=2), tiny.parallel.layout(), 2)["tp"]
+    assert expected == pytest.approx(counted[0], rel=0.02)
+
+
+def test_bytes_of_sequence_ranks_are_what_the_axes_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = [0.0]
+    exchange = context.dist.all_to_all_single
+
+    def exchanges(out, x, **more):
+        counted[0] += x.numel() * x.element_size() / 2
+        return exchange(out, x, **more)
+
+    monkeypatch.setattr(context.dist, "all_to_all_single", exchanges)
+    tiny = recipe("parallel.cp_kinds=[a2a]")
+    trace(tiny, cp=2)
+    expected = bytes_sent(Costs(tiny), Sizes(cp=2), tiny.parallel.layout(), 2)["cp"]
+    assert expected == pytest.approx(counted[0], rel=0.02)
+
+
+def test_bytes_of_data_ranks() -> None:
+    tiny = recipe()
+    parameters = Costs(tiny).parameters
+    assert sent(tiny, Sizes(dp_replicate=4)) == {"data": pytest.approx(2 * 3 / 4 * 4 * parameters)}
+    shards = sent(tiny, Sizes(dp_shard=4))
+    assert shards["data"] == pytest.approx(3 / 4 * 4 * parameters)
+    micro = tiny.train.sequences // (4 * tiny.train.micro_sequences)
+    assert shards["gather"] == pytest.approx(2 * micro * 3 / 4 * 4 * parameters)  # forward and backward of each
+    both = sent(tiny, Sizes(dp_replicate=2, dp_shard=2))
+    assert both["data"] == pytest.approx(4 * parameters * (1 / 2 + 2 * 1 / 2 / 2))
+
+
+def test_one_device_computes_and_nothing_else() -> None:
+    of = load_recipe("gpt_125m")
+    ceiling = CEILINGS["h100"]
+    time = step_time(Costs(of), Sizes(), ceiling, of.parallel.layout())
+    tokens = of.train.sequences * of.data.sequence_length
+    assert time.compute == pytest.approx(tokens * Costs(of).flops_per_token / (989e12 * ceiling.share(768)))
+    assert (time.sent, time.bubble, time.tokens_per_second) == ({}, 0.0, pytest.approx(tokens / time.seconds))
+    # The published run of this model on eight of these reached 474,800 tokens/s a GPU.
+    assert time.tokens_per_second == pytest.approx(474_800, rel=0.03)
+
+
+def test_what_is_computed_again_is_counted() -> None:
+    of = load_recipe("h3_hybrid_125m")
+    costs, layout = Costs(of), of.parallel.layout()
+    plain, full, some = (
+        step_time(costs, Sizes(), CEILINGS["h100"], replace(layout, checkpointing=mode)).compute
+        for mode in ("none", "full", "selective")
+    )
+    layers = sum(map(sum, costs.layers))
+    assert full / plain == pytest.approx((4 * layers + 3 * costs.output) / (3 * layers + 3 * costs.output))
+    assert plain < some < full
+
+
+def test_a_split_backward_calls_mixers_more_often() -> None:
+    of = load_recipe("h3_hybrid_125m", ["model.layers=24", "model.frontend.vocabulary=512", "model.at={}"])
+    costs, size = Costs(of), sizes(changed_layout(of, dp_replicate=1, pp=4).parallel.layout(), 4)
+    once = step_time(costs, size, CEILINGS["h100"], replace(of.parallel.layout(), schedule="interleaved_1f1b"))
+    split = step_time(costs, size, CEILINGS["h100"], replace(of.parallel.layout(), schedule="zero_bubble"))
+    assert split.compute > once.compute
+    assert split.bubble < once.bubble
+    micro = of.train.sequences // of.train.micro_sequences
+    assert once.formula == bubble("interleaved_1f1b", 4, micro)
+    assert once.length > once.compute
+
+
+def test_prediction_for_a_device() -> None:
+    tiny = recipe("train.threads=1", "train.sequences=16")
+    found = predict(tiny, 1, torch.device("cpu"))
+    assert found is not None
+    assert 0.5 < found / (90.6e9 / Costs(tiny).flops_per_token) < 1.0  # the optimizer's share of a step this small
+    assert predict(tiny, 1, torch.device("meta")) is None
+    assert known_device(torch.device("cpu")) is CEILINGS["cpu"]
+
+
+# --- layouts --------------------------------------------------------------------------------------------------------
+
+
+def test_the_best_layouts_fit_and_are_ranked() -> None:
+    found = Planner(recipe("parallel.dp_replicate=2"), 2, "h100").plan()
+    assert found.refused is None
+    assert found.own in found.best
+    speeds = [each.time.tokens_per_second for each in found.best]
+    assert speeds == sorted(speeds, reverse=True)
+    assert len({each.spelled for each in found.best}) == len(found.best) > 1
+    assert all(each.memory.peak <= found.usable for each in found.best)
+    assert found.hours == pytest.approx(100 * found.own.time.seconds / 3600)
+
+
+def test_what_cannot_fit_is_refused_with_the_nearest_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = recipe()
+    needed = {
+        rows: Planner(recipe(f"train.micro_sequences={rows}"), 1, "h100").planned(
+            recipe(f"train.micro_sequences={rows}")
+        ).memory.peak
+        for rows in (2, 1)
+    }  # fmt: skip
+    assert needed[1] < needed[2]
+    small = replace(CEILINGS["h100"], memory=int((needed[1] + needed[2]) / 2 / plan_layouts.NOT_REACHABLE))
+    monkeypatch.setitem(plan_layouts.CEILINGS, "h100", small)
+    with pytest.raises(PlanError, match=r"does not fit 1 x H100.*most of it.*fits: train.micro_sequences=1$"):
+        check_fits(tiny, 1, "h100")
+    check_fits(recipe("train.micro_sequences=1"), 1, "h100")
+    monkeypatch.setitem(plan_layouts.CEILINGS, "h100", replace(small, memory=1000))
+    with pytest.raises(PlanError, match="nothing that this program can change fits"):
+        check_fits(tiny, 1, "h100")
+
+
+def test_layouts_that_are_none() -> None:
+    with pytest.raises(LayoutError, match="needs 4 processes, and this run has 2"):
+        Planner(recipe("parallel.tp=2", "parallel.pp=2", "parallel.dp_replicate=1"), 2, "h100").plan()
+    with pytest.raises(LayoutError, match=r"train.sequences: 16 is not a multiple of 16 data ranks"):
+        Planner(recipe(), 16, "h100").plan()
+    with pytest.raises(ValueError, match="unknown device 'tpu'; known are h100"):
+        Planner(recipe(), 1, "tpu")
+
+
+def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def potamos(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["potamos", "plan", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        text = capsys.readouterr()
+        return int(ended.value.code or 0), text.out, text.err
+
+    status, out, err = potamos("h3_hybrid_tiny", *TINY, "--gpus", "2")
+    assert status == 0, err
+    for words in ("on 2 x H100 SXM: dp_replicate 2", "weights", "gradients", "optimizer", "activations of h3 + mlp",
+                  "sums of gradients", "GPU-hours", "published", "(this recipe)"):  # fmt: skip
+        assert words in out, words
+    monkeypatch.setitem(plan_layouts.CEILINGS, "h100", replace(CEILINGS["h100"], memory=1000))
+    status, out, err = potamos("h3_hybrid_tiny", *TINY, "--gpus", "1", "--layouts", "0")
+    assert status == 2
+    assert "does not fit 1 x H100 SXM" in err
+    status, out, _ = potamos("--help")
+    assert (status, "Example: potamos plan" in out) == (0, True)
