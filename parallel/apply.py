@@ -279,15 +279,18 @@ class Spread:
 
     # --- a step ----------------------------------------------------------------------------------------------------
 
-    def run(self, batches: Sequence[Any], states: Sequence[Any], loss: Callable[[Any], Tensor]) -> list[Any]:
+    def run(
+        self, batches: Sequence[Any], states: Sequence[Any], loss: Callable[[Any], Tensor], *, carry: bool = False
+    ) -> list[Any]:
         """Forward and backward of a step's micro-batches: the terms of each on the last stage, handovers elsewhere.
 
-        Afterwards every parameter's gradient is complete.
+        Afterwards every parameter's gradient is complete. The states that the micro-batches end in are kept only with
+        `carry`: all keys and values of a step are much memory.
         """
         if self.sizes.cp > 1:
             batches = [batch.slices(self.slices.held, self.slices.count) for batch in batches]
         if self.pipeline is not None:
-            self.pipeline.run(batches, states, loss, train=True)
+            self.pipeline.run(batches, states, loss, train=True, carry=carry)
             last = max(self.pipeline.parts)
             results = [self.pipeline.parts[last].results[i] for i in range(len(batches))]
         else:
@@ -295,6 +298,8 @@ class Spread:
             for index, batch in enumerate(batches):
                 with self._sync(last=index == len(batches) - 1):
                     out = self.runner(batch, states[index])
+                    if not carry:
+                        out.state = None
                     loss(out).backward()
                 results.append(out)
         self.gradients.finish()

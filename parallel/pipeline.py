@@ -92,11 +92,14 @@ class Part(nn.Module):
         self.states: list[Any] = []
         self.results: dict[int, Any] = {}
         self.loss: Callable[[Any], Tensor] = lambda terms: terms
+        self.carry = False
 
     def forward(self, *received: Tensor, micro: Tensor) -> Tensor | tuple[Tensor, ...]:
         index = int(micro)
         received = tuple(_received(x) for x in received)
         out = self.module(self.batches[index], received, self.states[index])
+        if not self.carry:
+            out.state = None
         self.results[index] = out
         if self.last:
             return self.loss(out).reshape(1)
@@ -143,9 +146,18 @@ class Pipeline:
         self.parts, self.name, self.stages, self.group, self.device = parts, schedule, stages, group, device
         self._made: dict[tuple[int, bool], Any] = {}
 
-    def run(self, batches: Sequence[Any], states: Sequence[Any], loss: Callable[[Any], Tensor], *, train: bool) -> None:
-        """Every micro-batch through every stage; what each part returned is in its `results`."""
+    def run(
+        self,
+        batches: Sequence[Any],
+        states: Sequence[Any],
+        loss: Callable[[Any], Tensor],
+        *,
+        train: bool,
+        carry: bool = False,
+    ) -> None:
+        """Every micro-batch through every stage; what each part returned is in its `results`, states with `carry`."""
         for part in self.parts.values():
+            part.carry = carry
             part.batches, part.states, part.results, part.loss = batches, list(states), {}, loss
         schedule = self._schedule(len(batches))
         micro = torch.arange(len(batches))

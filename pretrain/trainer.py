@@ -36,6 +36,7 @@ from potamos.pretrain.models.interfaces import State
 from potamos.pretrain.models.trunk import Model
 from potamos.pretrain.objectives.base import Batch, Terms
 from potamos.pretrain.optim import GradientNorm, Optimizer, schedule_factor
+from potamos.pretrain.plan_time import predict
 from potamos.pretrain.recipe import Recipe
 from potamos.pretrain.records import attempt_number
 from potamos.pretrain.run_folder import RunFolder
@@ -127,6 +128,7 @@ class Trainer:
         if loaded is not None:
             launch.together(lambda: self.restore(loaded))
         self.peak = peak_flops(self.device, setup.DTYPES[recipe.train.precision])
+        self.predicted = predict(recipe, rank.world, self.device) if rank.is_main else None
         self.telemetry = self._open_telemetry()
         self.window = Window(began=time.perf_counter())
 
@@ -179,7 +181,7 @@ class Trainer:
         def weigh(out: Terms) -> Tensor:
             return torch.stack([t.weight * (t.sum / counts[t.count]) for t in out.terms.values()]).sum()
 
-        results = self.spread.run([batch.to(self.device) for batch in batches], self.carried, weigh)
+        results = self.spread.run([batch.to(self.device) for batch in batches], self.carried, weigh, carry=self.carries)
         if self.carries:
             self.carried = [carried.detach(self.model.stack.segment_state(out.state)) for out in results]
         loss, terms = self._losses(results, counts, weigh)
@@ -269,6 +271,8 @@ class Trainer:
             "memory_bytes": float(memory_bytes(self.device)),
             "skipped_steps": skipped,
         }
+        if self.predicted is not None:
+            metrics["plan/predicted_tokens_per_second"] = self.predicted
         metrics |= {f"gradient_norm/{kind}": value for kind, value in zip(self.norm.kinds, kinds, strict=True)}
         metrics |= {f"loss/{name}": value for name, value in zip(result.terms, values[4 + len(kinds) :], strict=True)}
         self.telemetry.log(self.step, metrics, next_sample=self.next_sample)

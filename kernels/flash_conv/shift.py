@@ -91,7 +91,8 @@ def next_history(x: Tensor, length: int, document_ids: Tensor | None, history: T
         if history is not None:
             history = torch.where(same[:, 0][None, :, None], history, 0)
     else:
-        recent = x[:, :, max(0, x.shape[2] - length) :]
+        # A copy: a slice would keep all of x alive with the state.
+        recent = x[:, :, max(0, x.shape[2] - length) :].clone()
     missing = length - recent.shape[2]
     if missing <= 0:
         return recent
