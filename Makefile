@@ -88,7 +88,8 @@ kernels: $(VENV)/.development ## operations against their reference
 
 # For a bare GPU machine: its own python3 with torch, triton and pytest, no $(VENV), nothing fetched. Not part of the tests.
 gpu: ## test and time the kernels on this machine's GPU, with its own python3 (8 minutes at most)
-	@PYTHONPATH=$(CURDIR)/.typing $(PYTHON) -m potamos.kernels.bench
+	@PYTHONPATH=$(CURDIR)/.typing $(PYTHON) -m potamos.kernels.bench --minutes 7
+	@PYTHONPATH=$(CURDIR)/.typing $(PYTHON) benchmarks/deberta_attention.py
 
 resume: $(VENV)/.development ## killed runs continue, bit for bit
 	$(call pytest,resume,$(RESUME_LIMIT))

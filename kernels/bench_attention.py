@@ -67,10 +67,9 @@ def extra_memory(form: Form, cell: AttentionCell, device: torch.device) -> float
 
 
 def measure(
-    cell: AttentionCell, clock: Clock, dtype: torch.dtype, backend: Any, seconds: float, say: Callable[[str], None]
+    cell: AttentionCell, found: dict[str, Form], clock: Clock, seconds: float, say: Callable[[str], None]
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """(form, direction, columns) of every form of a cell. What does not run has empty columns, and is said why."""
-    found = forms(cell, clock.device, dtype, backend)
     reference = None
     for name, form in found.items():
         directions = (FORWARD, BACKWARD) if form.leaves and cell.case not in ("decode", "rotary") else (FORWARD,)
@@ -112,11 +111,15 @@ def time_cells(
     *,
     dtype: torch.dtype = torch.bfloat16,
     backend: Any = "triton",
+    make: Callable[..., dict[str, Form]] = forms,
     deadline: float = float("inf"),
     seconds: float = 0.2,
     say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
-    """One row per cell, form and direction; cells past `deadline` (of `time.monotonic`) are left out and named."""
+    """One row per cell, form and direction; cells past `deadline` (of `time.monotonic`) are left out and named.
+
+    make: the forms of a cell, ours first; backend: what ours is asked for.
+    """
     clock = Clock(device)
     copy, rate = bandwidth(clock), matrix_rate(clock)
     say(f"copy {copy / 1e12:.2f} TB/s, bf16 matrix product {rate / 1e12:.0f} TFLOP/s")
@@ -125,7 +128,7 @@ def time_cells(
         if time.monotonic() > deadline:
             say(f"{cell}: left out, the time is up")
             continue
-        for name, direction, columns in measure(cell, clock, dtype, backend, seconds, say):
+        for name, direction, columns in measure(cell, make(cell, device, dtype, backend), clock, seconds, say):
             shape = {column: getattr(cell, column) for column in CELL_COLUMNS}
             row = {**shape, "dtype": str(dtype).removeprefix("torch."), "direction": direction, "form": name, **columns}
             if row["ms"] != "":

@@ -19,7 +19,6 @@ from .attention.rotary import rotary_angles, rotary_frequencies, turn_by_torch
 TOKENS, WIDTH = 16_384, 2048
 """Tokens of all rows and channels of all heads, the shapes of FlashAttention-3's figures (Shah et al. 2024)."""
 WINDOW = 1024
-DEBERTA = ("deberta", "deberta layer")
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def plain_cells() -> Iterator[AttentionCell]:
 CELLS = (
     *(cell for cell in plain_cells() if cell.head_dim < 256 and cell.length >= 2048),
     AttentionCell.of("documents", 128, TOKENS),
-    *(AttentionCell.of(c, 64, n, causal=False, heads=12) for n in (512, 1024, 2048, 4096) for c in DEBERTA),
+    *(AttentionCell.of("deberta", 64, n, causal=False, heads=12) for n in (512, 1024, 2048, 4096)),
     AttentionCell.of("window", 128, TOKENS),
     AttentionCell.of("alibi", 128, 4096),
     AttentionCell.of("table", 64, 2048),
@@ -137,10 +136,6 @@ def forms(cell: AttentionCell, device: torch.device, dtype: torch.dtype, backend
         return _decode(drawing, backend)
     if cell.case == "documents":
         return _documents(drawing, backend)
-    if cell.case == "deberta layer":
-        from .bench_attention_deberta import layer_forms  # it needs this module
-
-        return layer_forms(drawing, backend)
     q, k, v = leaves = drawing.inputs()
     if cell.case == "plain":
         mask = Mask(causal=cell.causal)

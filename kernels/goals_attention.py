@@ -94,9 +94,6 @@ def _others() -> Iterable[Goal]:
         yield Goal(f"packed documents, {direction}: times padded rows by torch flash", 1.0, None, None, False, packed)
         eager = _over("eager", (512, 1024, 2048, 4096), (False,), case="deberta", **way)
         yield Goal(f"DeBERTa, {direction}, L = 512..4K: times eager torch", 1.0, None, None, False, eager)
-        name = f"DeBERTa with its projections, {direction}, L = 512..4K: times Hugging Face"
-        theirs = _over("hugging face", (512, 1024, 2048, 4096), (False,), case="deberta layer", **way)
-        yield Goal(name, 1.0, None, None, False, theirs)
         alibi = _over("in memory", [4096], case="alibi", **way)
         yield Goal(f"ALiBi, {direction}, L = 4K: times torch with the bias in memory", 1.0, None, None, False, alibi)
     name = "window of 1K in 16K, forward: TFLOP/s as a share of plain causal"

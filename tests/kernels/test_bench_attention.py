@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import math
 import time
 from dataclasses import replace
@@ -18,7 +19,7 @@ from potamos.kernels.bench_attention_cases import CELLS, WINDOW, AttentionCell, 
 
 CPU = torch.device("cpu")
 RESULTS = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "results"
-CASES = ["plain", "documents", "deberta", "deberta layer", "alibi", "table", "rotary", "decode"]
+CASES = ["plain", "documents", "deberta", "alibi", "table", "rotary", "decode"]
 SMALL = {"head_dim": 16, "length": 80, "rows": 2, "heads": 2}
 
 
@@ -49,6 +50,27 @@ def test_the_forms_of_a_case_compute_one_thing(case, assert_close):
         ours, theirs = (torch.autograd.grad(form.run(), form.leaves, grad) for form in (first, other))
         for x, y in zip(ours, theirs, strict=case != "table"):  # in memory, the table takes no gradient
             assert_close(y, x, 1e-5)
+
+
+def test_hugging_faces_deberta_is_given_what_ours_is(assert_close):
+    """The layer that benchmarks/deberta_attention.py times: output and every gradient, of hidden states, positions and
+    projections."""
+    pytest.importorskip("transformers", reason="the peer is Hugging Face's module")
+    script = RESULTS.parent / "deberta_attention.py"
+    spec = importlib.util.spec_from_file_location("deberta_attention", script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    ours, theirs = module.layer_forms(small("deberta"), CPU, torch.float32, "auto").values()
+    want, got = ours.run(), theirs.run()
+    assert_close(got, want, 1e-5)
+    with pytest.raises(AssertionError, match="relative rms"):
+        assert_close(got.roll(1, 1), want, 1e-5)
+    grad = torch.randn_like(want)
+    pairs = (torch.autograd.grad(out, ours.leaves, grad) for out in (got, want))
+    for x, y in zip(*pairs, strict=True):
+        assert_close(x, y, 1e-5)
 
 
 @pytest.mark.parametrize("case", ["plain", "documents", "window", "deberta", "decode"])
@@ -98,13 +120,13 @@ def test_cells_are_timed_in_both_directions():
     assert sum("the time is up" in line for line in said) == 2
 
 
-def test_what_is_wrong_is_seen_in_the_table(monkeypatch):
+def test_what_is_wrong_is_seen_in_the_table():
     """The column of differences is no decoration: another function in the second form shows there."""
     cell = small("alibi")
     found = forms(cell, CPU, torch.float32, "auto")
     wrong = found["in memory"]._replace(compare=lambda out: out.roll(1, 2))
-    monkeypatch.setattr(bench_attention, "forms", lambda *a: {"triton": found["triton"], "in memory": wrong})
-    rows = bench_attention.time_cells([cell], CPU, dtype=torch.float32, seconds=0.01, say=quiet)
+    both = {"triton": found["triton"], "in memory": wrong}
+    rows = bench_attention.time_cells([cell], CPU, dtype=torch.float32, make=lambda *_: both, seconds=0.01, say=quiet)
     assert [float(row["error"]) > 0.1 for row in rows if row["error"] != ""] == [True]
 
 
