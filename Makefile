@@ -12,10 +12,10 @@ export TOKENIZERS_PARALLELISM := false
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 # Seconds that each test target may take; a target that takes longer is ended and fails.
-UNIT_LIMIT ?= 360
-DISTRIBUTED_LIMIT ?= 120
-KERNELS_LIMIT ?= 300
-RESUME_LIMIT ?= 120
+UNIT_LIMIT ?= 480
+DISTRIBUTED_LIMIT ?= 600
+KERNELS_LIMIT ?= 600
+RESUME_LIMIT ?= 300
 LEARNING_LIMIT ?= 180
 
 .DEFAULT_GOAL := help
