@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 import zstandard
 
+from potamos.parallel.pipeline import SCHEDULES
 from potamos.pretrain import cli
 from potamos.pretrain.config import available, parse_recipe
 from potamos.pretrain.models import registry
+from potamos.pretrain.recipe import Parallel
+from potamos.pretrain.verify_layouts import PLAIN, parse_layout, spell
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -80,6 +83,100 @@ def test_the_table_of_corpora_is_the_measured_one() -> None:
         line = next(line for line in README.splitlines() if line.startswith(f"| `{row['corpus']}`"))
         counts = f"| {int(row['documents']):,} | {int(row['tokens']):,} |"
         assert f"| {row['text_mb']} | {row['kept_mb']} {counts} {row['prepare_seconds']} |" in line
+
+
+def test_the_figures_of_attention_are_the_measured_ones() -> None:
+    sentence = re.search(
+        r"one row of 2,048 tokens, 8 heads of 64.*?take (\d+) MiB and ([\d,]+) ms\s+where scores in memory take "
+        r"(\d+) MiB and ([\d,]+) ms, DeBERTa's terms (\d+) MiB and ([\d,]+) ms instead of (\d+) MiB and ([\d,]+) ms",
+        README,
+        re.DOTALL,
+    )
+    assert sentence is not None
+    shape = {"rows": "1", "heads": "8", "queries": "2048", "keys": "2048", "ways": "both", "threads": "1"}
+    cells = {r["case"]: r for r in results("attention_cpu.csv") if all(r[key] == shape[key] for key in shape)}
+    expected = []
+    for case in ("documents", "disentangled"):
+        for form in ("chunked", "plain"):
+            expected += [f"{float(cells[case][f'{form}_peak_mib']):.0f}", f"{float(cells[case][f'{form}_ms']):,.0f}"]
+    assert list(sentence.groups()) == expected
+
+
+def test_what_spills_is_what_was_compiled() -> None:
+    spills: dict[str, int] = {}
+    for row in results("kernels_aot.csv"):
+        name = row["name"].split()
+        if row["target"] == "sm_90a" and row["dtype"] in ("bf16", "fp16") and row["chosen"] == "True":
+            kind = " ".join(name[:2])
+            spills[kind] = max(spills.get(kind, 0), int(row["spill_stores"]))
+    assert spills["h3_mix forward"] == spills["attention forward"] == spills["attention dq"] == 0
+    assert f"spill up to {spills['attention dkv']} bytes" in README
+
+
+def test_the_table_of_longer_rows_is_the_measured_one() -> None:
+    """Each row of the results has its line, and none is shown that was not measured."""
+    path = ROOT / "benchmarks" / "results" / "length_extrapolation.csv"
+    measured = results(path.name) if path.exists() else []
+    head = README.find("| positions | bits per byte at 64 |")
+    shown = README[head:].split("\n\n")[0].splitlines()[2:] if head >= 0 else []
+    expected = []
+    for row in measured:
+        ratios = " | ".join(f"{float(row[f'ratio_{length}']):.2f}" for length in (128, 256, 512))
+        expected.append(f"| {row['scheme']} | {float(row['bits_per_byte']):.3f} | {ratios} |")
+    assert shown == expected
+
+
+def test_the_certificate_is_the_printed_one() -> None:
+    text = (ROOT / "benchmarks" / "results" / "verify_h3_hybrid_125m.json").read_text(encoding="utf-8")
+    (found,) = json.loads(text)["certificates"]
+    assert found["passed"]
+    assert f"[all {len(found['lines'])} parameters]" in README
+    shown = re.findall(r"^(model\.\S+) +([\d.e+-]+) +([\d.e+-]+) +([\d.e+-]+)$", README, re.MULTILINE)
+    assert shown
+    lines = {line["name"]: line for line in found["lines"]}
+    for name, *figures in shown:
+        line = lines[name]
+        assert figures == [
+            f"{line['gradient_norm']:.3e}", f"{line['gradient_error']:.1e}", f"{line['update_error']:.1e}",
+        ]  # fmt: skip
+    for title, key in (("norm before clipping", "norms"), ("loss", "losses")):
+        alone, spread = (", ".join(f"{value:.9g}" for value in found[key][which]) for which in ("alone", "spread"))
+        assert f"\n{title}: alone {alone}; spread {spread}; error {found[key]['error']:.1e}\n" in README
+    assert f"\nPASS: {found['layout']} in {found['seconds']:.1f} s\n" in README
+    command = re.search(r"^    potamos verify (\S+) (.*?) +#", README, re.MULTILINE)
+    assert command is not None
+    assert (command[1], spell(parse_layout(command[2].split(), PLAIN))) == (found["recipe"], found["layout"])
+
+
+def test_planned_memory_is_the_measured_one() -> None:
+    sentence = re.search(r"([\d.]+) to ([\d.]+) of what steps under\s+(\d+)\s+layouts", README)
+    assert sentence is not None
+    rows = results("plan_memory.csv")
+    shares = [float(row[f"predicted_over_{what}"]) for row in rows for what in ("tensors", "allocator")]
+    assert sentence.groups() == (f"{min(shares):.2f}", f"{max(shares):.2f}", str(len(rows)))
+
+
+def test_every_key_of_a_layout_is_explained() -> None:
+    """With its default, in the order of the recipe; and every schedule."""
+    page = (ROOT / "parallel" / "README.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\| `(\w+)` \| `?([^`|]*?)`? \|", page, re.MULTILINE)
+    spelled = {"()": "[]", "None": "null", "True": "true"}
+    defaults = {key: str(field.default) for key, field in Parallel.model_fields.items()}
+    assert shown == [(key, spelled.get(default, default)) for key, default in defaults.items()]
+    assert all(f"`{name}`" in page for name in SCHEDULES)
+
+
+def test_every_position_and_pattern_is_listed_with_its_options() -> None:
+    page = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+    for room in ("positions", "pattern"):
+        table = page.partition(f"| `{room}` | options |")[2].split("\n\n")[0].splitlines()[2:]
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+        assert {row[0].strip("`") for row in rows} == set(registry.names(room))
+        for name, options, recipe, *_ in rows:
+            named = set(re.findall(r"`(\w+)`", re.sub(r": [^;\]]*", "", options)))  # values are no options
+            fields = registry.lookup(room, name.strip("`")).Options.model_fields.keys() - {"kind"}
+            assert named == fields, name
+            assert not recipe or recipe.strip("`") in available()
 
 
 def test_the_data_commands_work_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
