@@ -104,14 +104,14 @@ def test_a_row_beyond_2_to_the_31(documents, only_program, monkeypatch):
             forward_arguments: Any = [*inputs, shift, *operators, None, None, chunks]
             y, final, starts = triton.scan_forward(*forward_arguments)
             arguments: Any = [row_of(grad, rows, row), None, *inputs, shift, *operators, None, chunks, starts]
-            found = triton_backward.scan_backward(*arguments, operators=False, schedule=(1, 1))
+            found = triton_backward.scan_backward(*arguments, schedule=(1, 1))
             local = torch.empty(1, rows, 1, 2 * MODES)
             relative, continues = (None, None) if chunks is None else chunks[:2]
-            constants = {"Q": 64, "NB": 16, "M": 16, "DOT": triton_backward.DOT[torch.float16]}
-            constants |= {"GATE": True, "DOCUMENTS": documents, "FINAL": False}
+            constants = {"Q": 64, "NB": 16, "M": 32, "DOT": triton_backward.DOT[torch.float16]}
+            constants |= {"GATE": True, "DOCUMENTS": documents}
             launches["adjoint_kernel"][(rows,)](
-                inputs[0], row_of(grad, rows, row), operators[1], operators[3], None, relative, continues, local,
-                rows, LENGTH, 1, MODES, 1, 1, 1, LENGTH // 64, **constants,
+                inputs[0], row_of(grad, rows, row), operators[1], operators[3], operators[3], relative, continues,
+                local, rows, LENGTH, 1, MODES, 1, 1, 1, LENGTH // 64, 0, **constants,
             )  # fmt: skip
         grids = forward.grids + launches["scan_backward_kernel"].grids
         assert grids == [(rows,), (rows,)], "one program a row, all on the first axis"
