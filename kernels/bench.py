@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__" and importlib.util.find_spec("torch") is None:
+    sys.exit(f"error: {sys.executable} has no torch: nothing was tested or timed")
 
 import torch
 from torch import Tensor
@@ -187,14 +191,20 @@ def gpu() -> torch.device:
     return torch.device("cuda")
 
 
+LEAST_MINUTES = 6
+"""Three for the timings, and as many for the tests, most of which is compiling."""
+
+
 def bench(*, minutes: float = 7.5, out: Path = RESULTS, say: Callable[[str], None] = print) -> int:
     """Test, then time; returns the exit status. Writes out/flash_conv.csv and out/flash_conv_goals.csv.
 
-    Raises NoGpuError without a GPU.
+    Raises NoGpuError without a GPU, ValueError for less than LEAST_MINUTES.
     """
+    if minutes < LEAST_MINUTES:
+        raise ValueError(f"{minutes:g} minutes are too few: the tests alone take about two, ask for {LEAST_MINUTES}")
     device, began = gpu(), time.monotonic()
     if not run_tests(native=True, seconds=60 * (minutes - 3)):
-        say("the kernels' tests FAILED on this GPU: nothing is timed")
+        say("the kernels' tests FAILED on this GPU, or took too long: nothing is timed")
         return 1
     stamp = {"device": torch.cuda.get_device_name(device), **state_of_gpu(), **versions()}
     say("  ".join(f"{name} {value}" for name, value in stamp.items()))
