@@ -70,6 +70,7 @@ def both(values: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor]
         (3, 2, 1000, 1000, False),
         (1, 2, 1024, 1, True),
         (1, 1, 1024, 514, True),
+        (1, 1, 1100, 514, False),
         (3, 1, 1134, 1134, True),
         (2, 1, 2048, 300, True),
         (1, 1, 2048, 2048, False),

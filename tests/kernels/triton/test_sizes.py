@@ -142,6 +142,20 @@ def test_blocks_beyond_2_to_the_31(only_program):
     torch.testing.assert_close(torch.complex(*out[0, 0, -1, :, here]), a * b.conj())
 
 
+@virtual
+def test_a_row_of_the_long_convolution_beyond_2_to_the_31(only_program):
+    """Row 2,097,152 of 1,024 tokens gives bitwise what it gives as the only row."""
+    torch.manual_seed(0)
+    row, taps, results = torch.randn(LENGTH, dtype=torch.float16), torch.randn(1, 40), []
+    for rows, at in ((1, 0), (FAR + 1, FAR)):
+        if at:
+            only_program(at // 2)
+        u = row_of(row, rows, at).transpose(0, 1)
+        results.append(triton_launch.forward(u, taps, None, None)[at, 0])
+    assert results[0].any()
+    assert torch.equal(*results)
+
+
 ROWS = 4 if INTERPRETED else 70_000
 """On a GPU more than the second axis of a grid can have; interpreted a check of the arithmetic alone."""
 
