@@ -295,10 +295,10 @@ def scan_forward(
     segments = block.segments or choose_segments(channels * batch, supers, _multiprocessors(v.device))
     piece = _ceil(supers, segments)
     segments = _ceil(supers, piece)
-    q, k, v = (None if x is None else even(x) for x in (q, k, v))
+    q, k = (None if x is None else even(x) for x in (q, k))
+    v = even(v)
     taps, read, write, decay = (aligned(x) for x in (taps, read, write, decay))
     shift_taps, initial, history = (None if x is None else aligned(x) for x in (shift_taps, initial, history))
-    assert v is not None
     y = torch.empty_like(v)
     starts = torch.empty(channels, batch, supers, 2 * modes, dtype=torch.float32, device=v.device)
     assert block.columns >= 16
@@ -315,12 +315,13 @@ def scan_forward(
 
     def launch(pieces: int, before: Tensor | None, output: bool) -> Tensor:
         final = torch.empty(channels, batch, pieces, 2 * modes, dtype=torch.float32, device=v.device)
+        flags: dict[str, Any] = constants | {"OUTPUT": output}
         with torch.cuda.device_of(v):  # Triton launches on the current device, whatever its arguments are on
             scan_fwd_kernel[(channels * batch * pieces,)](
                 q, k, v, y, shift_taps, taps, read, write, decay, final if before is None else before, history,
                 relative, continues, most, final, starts, batch, v.shape[2], channels // decay.shape[0], modes,
                 0 if shift_taps is None else shift_taps.shape[1], pieces, piece, length // CHUNK,
-                0 if before is None else modes, **constants, OUTPUT=output,
+                0 if before is None else modes, **flags,
             )  # fmt: skip
         return final
 

@@ -15,10 +15,10 @@ traffic in half precision: q, k, v and the gradient in, three gradients out = 14
 sums, 33 kB written and read once: 1 byte for two programs a channel of 131,072 tokens. A long row with few others
 beside it is cut into segments that run at once, for 4 bytes more (q and the gradient, for the adjoint alone).
 
-All four operator gradients stay in registers. In bf16 and fp16 on sm_90a with up to 32 modes nothing is spilled, with
-documents or without (Triton 3.6: documents 28 bytes a thread); documents, a carried state, its gradient and segments
-all at once spill 76 bytes, 64 modes 44 (documents 196). sm_80 has no product that reads operands from shared memory,
-fp32 no tensor cores: they spill (`spills` states how much of each). No speed of this kernel has been measured.
+All four operator gradients stay in registers. In bf16 and fp16 on sm_90a with up to 32 modes nothing is spilled where
+a row begins and ends a call, with documents or without (Triton 3.7.1); with anything at its borders, 52 and 76 bytes a
+thread; with 64 modes 44 to 372. sm_80 has no product that reads operands from shared memory, fp32 no tensor cores:
+they spill more (`spills` states how much of each form). No speed of this kernel has been measured.
 
 Every program adds up its share of the rows in registers and writes one partial sum per operator; they are added in a
 fixed order, so that two runs agree bitwise.

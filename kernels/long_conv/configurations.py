@@ -5,7 +5,6 @@ multiples of 16. `tests/kernels/triton/test_configurations.py` finds each launch
 """
 
 from collections.abc import Iterator
-from itertools import product
 from typing import Any
 
 from ..aot import Configuration
@@ -30,9 +29,10 @@ def configurations() -> list[Configuration]:
     where the kernel's gradient needs them."""
     found = []
     for half, configs in CONFIGS.items():
-        for config, dtype, aligned in product(configs, ("bf16", "fp16") if half else ("fp32",), (True, False)):
-            found += _forms(config, dtype, aligned, blocks=config is configs[-1])
         for config in configs:
+            for dtype in ("bf16", "fp16") if half else ("fp32",):
+                for aligned in (True, False):
+                    found += _forms(config, dtype, aligned, blocks=config is configs[-1])
             if not half or config is configs[-1]:
                 found.append(_correlation(config.points))
     return list({configuration.name: configuration for configuration in found}.values())
@@ -55,7 +55,7 @@ def _forms(config: Config, dtype: str, aligned: bool, blocks: bool) -> Iterator[
 
 
 def _correlation(points: int) -> Configuration:
-    signature = dict.fromkeys(("channels", "pairs", "blocks", "parts", "group"), "i32")
+    signature: dict[str, str] = {**dict.fromkeys(("channels", "pairs", "blocks", "parts", "group"), "i32")}
     signature |= dict.fromkeys(("x_spectra", "grad_spectra", "out"), "*fp32")
     constants = {"POINTS": points, "TILE": min(points, CORRELATE_TILE)}
     name = f"long_conv correlation fp32 {points}"

@@ -125,7 +125,7 @@ def _known(number, ALIGNED: tl.constexpr) -> "Any":
 
 def _sized(kernel: Any) -> Any:
     names = inspect.signature(kernel).parameters
-    return triton.jit(kernel, do_not_specialize=[name for name in SIZES if name in names])
+    return triton.jit(do_not_specialize=[name for name in SIZES if name in names])(kernel)
 
 
 @_sized

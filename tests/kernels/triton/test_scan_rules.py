@@ -41,7 +41,7 @@ def run(operation: Any, x: Values, ids: Tensor | None = None, **rest: Any) -> tu
     state = None
     if "modes" in x:
         state = H3State(x["history"], x["modes"], torch.zeros(x["q"].shape[0], dtype=torch.int32))
-    diag = Diagonal(*(x[name] for name in NAMES))
+    diag = Diagonal(x["log_dt"], x["log_a"], x["b"], x["B"], x["C"])
     rest |= {} if operation is h3_mix_reference else {"backend": "triton"}
     inputs = (x["q"], x["k"], x["v"], x["shift"], diag)
     return operation(*inputs, d_k=x["d_k"], d=x["d"], document_ids=ids, state=state, **rest)
