@@ -4,10 +4,11 @@
 
 Forms: forward + backward, fp32, width 192; the chunked form makes its operators from the parameters and carries the
 state, the rfft form is given the long kernel. Each round runs both, so that a busy machine slows both; the ratio of a
-round is chunked over rfft. Documents: the chunked form with document ids over the same without, for ids that never
-change and for packed documents of 1,000 tokens in the mean. With --before, a training step of h3_hybrid_tiny (16 rows
-of 256 tokens, the recipe's optimizer) with the kernels of that git revision against those of the checkout, now over
-before. Medians count; the tables go to benchmarks/results/flash_conv_cpu.csv.
+round is chunked over rfft. The diagonal SSM alone: likewise, and by the length of its chunks. Documents: the chunked
+form with document ids over the same without, for ids that never change and for packed documents of 1,000 tokens in the
+mean. With --before, a training step of h3_hybrid_tiny (16 rows of 256 tokens, the recipe's optimizer) with the kernels
+of that git revision against those of the checkout, now over before. Medians count; the tables go to
+benchmarks/results/flash_conv_cpu.csv.
 """
 
 from __future__ import annotations
@@ -31,7 +32,11 @@ from machine import stamp, write_table
 
 from potamos.kernels import flash_conv
 from potamos.kernels.bench import both_ways
-from potamos.kernels.bench_cases import Cell, Problem
+from potamos.kernels.bench_cases import Cell, Problem, long_kernel
+from potamos.kernels.diag_ssm import diag_ssm
+from potamos.kernels.diag_ssm.chunked import chunked_ssm
+from potamos.kernels.diag_ssm.segments import plain_segments
+from potamos.kernels.long_conv import long_conv
 from potamos.parallel.facts import parameter_table
 from potamos.pretrain.config import load_recipe
 from potamos.pretrain.models.build import materialize
@@ -77,6 +82,27 @@ def forms(cell: Cell, rounds: int) -> dict[str, Any]:
     for name, (run, leaves) in (("chunked", problem.mixer("torch")), ("rfft", problem.rfft())):
         runs.append((name, both_ways(run, leaves, problem.grad)))
     return compare(f"h3_mix {cell.rows} x {cell.length}", runs[0], runs[1], rounds)
+
+
+def ssm(rows: int, length: int, rounds: int) -> list[dict[str, Any]]:
+    """The diagonal SSM alone: `diag_ssm` over the FFT convolution that is given the kernel, and chunks of other lengths
+    over those of 64 tokens."""
+    problem = Problem.draw(Cell(192, length, rows), torch.device("cpu"), torch.float32)
+    diag, u, d = problem.diagonal(), problem.leaves["v"], problem.leaves["d"]
+    kernel = long_kernel(diag, length).requires_grad_()
+    parameters = [diag.log_dt, diag.log_a, diag.b, diag.B, diag.C]
+
+    def chunks(count: int) -> tuple[str, Callable]:
+        def run() -> torch.Tensor:
+            segments = plain_segments(length, count)
+            return segments.merge(chunked_ssm(segments.split(u.transpose(0, 1)), diag, d, segments, None)[0])
+
+        return f"chunks of {count}", both_ways(run, [u, d, *parameters], problem.grad.transpose(0, 1))
+
+    own = ("chunked", both_ways(lambda: diag_ssm(u, diag, d=d)[0], [u, d, *parameters], problem.grad))
+    fft = ("rfft", both_ways(lambda: long_conv(u, kernel, d=d, backend="torch"), [u, d, kernel], problem.grad))
+    what = f"diag_ssm {rows} x {length}"
+    return [compare(what, own, fft, rounds), *(compare(what, chunks(n), chunks(64), rounds) for n in (16, 32, 128))]
 
 
 def documents(cell: Cell, rounds: int) -> list[dict[str, Any]]:
@@ -142,6 +168,7 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     rows = [forms(cell, chosen.rounds) for cell in CELLS]
+    rows += ssm(16, 256, chosen.rounds) + ssm(2, 2048, chosen.rounds)
     rows += documents(Cell(192, 4096, 4), chosen.rounds)
     if chosen.before is not None:
         rows.append(before_and_after(chosen.before, chosen.rounds))

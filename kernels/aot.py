@@ -25,9 +25,8 @@ TARGETS = ("sm_90a", "sm_80")
 SHARED_LIMIT = {"sm_90a": 232_448, "sm_80": 166_912}
 """Bytes of shared memory one block can have. The compiler does not check it: a launch would fail."""
 SOURCES = (
-    "potamos.kernels.diag_ssm.triton",
-    "potamos.kernels.diag_ssm.triton_backward_configurations",
-    "potamos.kernels.long_conv.triton",
+    "potamos.kernels.diag_ssm.configurations",
+    "potamos.kernels.long_conv.configurations",
     "potamos.kernels.attention.triton",
     "potamos.kernels.attention.triton_backward_configurations",
     "potamos.kernels.attention.triton_rotary",

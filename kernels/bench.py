@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__" and importlib.util.find_spec("torch") is None:
+    sys.exit(f"error: {sys.executable} has no torch: nothing was tested or timed")
 
 import torch
 from torch import Tensor
@@ -189,6 +193,10 @@ def gpu() -> torch.device:
     return torch.device("cuda")
 
 
+LEAST_MINUTES = 6
+"""Three for the timings, and as many for the tests, most of which is compiling."""
+
+
 OPERATIONS = ("flash_conv", "attention")
 
 
@@ -202,11 +210,13 @@ def bench(
     """Test, then time; returns the exit status. Writes, for each of `operations`, OPERATION.csv and
     OPERATION_goals.csv into out. The mixer has half of the time that the tests leave, attention all the rest.
 
-    Raises NoGpuError without a GPU.
+    Raises NoGpuError without a GPU, ValueError for less than LEAST_MINUTES.
     """
+    if minutes < LEAST_MINUTES:
+        raise ValueError(f"{minutes:g} minutes are too few: the tests alone take about two, ask for {LEAST_MINUTES}")
     device, began = gpu(), time.monotonic()
     if not run_tests(native=True, seconds=60 * (minutes - 3)):
-        say("the kernels' tests FAILED on this GPU: nothing is timed")
+        say("the kernels' tests FAILED on this GPU, or took too long: nothing is timed")
         return 1
     stamp = {"device": torch.cuda.get_device_name(device), **state_of_gpu(), **versions()}
     say("  ".join(f"{name} {value}" for name, value in stamp.items()))

@@ -7,6 +7,7 @@ Ampere and asserts what `findings` lists. Needs Linux, where Triton is installed
 from __future__ import annotations
 
 import csv
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -88,9 +89,17 @@ def table(readings: Sequence[Reading]) -> str:
 
 def versions() -> dict[str, str]:
     """The columns of a result that say what made it."""
-    names = {name: importlib.metadata.version(name) for name in ("triton", "torch")}
+    names = {name: _version(name) for name in ("triton", "torch")}
     python = ".".join(map(str, sys.version_info[:3]))
     return {**names, "python": python, "date": datetime.now(UTC).date().isoformat()}
+
+
+def _version(name: str) -> str:
+    """Of a package that may be distributed under another name than its own."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return str(getattr(importlib.import_module(name), "__version__", "unknown"))
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -112,6 +121,7 @@ def run_tests(*, native: bool, tests: Path = TESTS, seconds: float | None = None
     have failed. Raises MissingToolError where pytest is needed and missing.
     """
     environment = {**os.environ, "TRITON_INTERPRET": "0" if native else "1"}
+    environment["PYTHONSAFEPATH"] = "1"  # with -c the checkout would be on the path, and its folders shadow packages
     if not tests.is_dir():
         commands = [[sys.executable, "-m", "potamos.kernels.selftest"]]
     elif importlib.util.find_spec("pytest") is None:

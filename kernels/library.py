@@ -6,7 +6,7 @@ into it would meet loops over chunks, reads of document boundaries and kernel la
 implementation is the very same eager code. Eager calls never pay for the registration.
 
 The registered form keeps its inputs only; its backward, another registered operation, runs the forward again and
-differentiates it, as activation checkpointing would. It cannot be differentiated twice (nor can the eager one).
+differentiates it, as activation checkpointing would. A second derivative is refused, as it is of the eager form.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from .once import refuse_second_derivatives
 
 Run = Callable[..., tuple[Tensor, ...]]
 
@@ -66,6 +68,7 @@ def register(name: str, tensors: str, options: str, results: int, run: Run, fake
         ctx.options = inputs[count:]
 
     def gradients_of(ctx, *gradients: Tensor | None):
+        refuse_second_derivatives()
         needed = list(ctx.needs_input_grad[:count])
         if not any(needed) or all(gradient is None for gradient in gradients):
             return (None,) * len(ctx.needs_input_grad)

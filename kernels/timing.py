@@ -103,11 +103,12 @@ QUERY = ("driver_version", "clocks.sm", "clocks.mem", "temperature.gpu", "power.
 
 
 def state_of_gpu() -> dict[str, str]:
-    """Driver, clocks, temperature and power as nvidia-smi reads them now; nothing is set. Empty where it is missing."""
+    """Driver, clocks, temperature and power as nvidia-smi reads them now; nothing is set. Empty where it is missing
+    or says anything else."""
     command = ["nvidia-smi", f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return dict.fromkeys(QUERY, "")
-    values = done.stdout.splitlines()[0].split(", ") if done.returncode == 0 and done.stdout else [""] * len(QUERY)
-    return dict(zip(QUERY, values, strict=True))
+    values = done.stdout.splitlines()[0].split(", ") if done.returncode == 0 and done.stdout else []
+    return dict(zip(QUERY, values, strict=True)) if len(values) == len(QUERY) else dict.fromkeys(QUERY, "")

@@ -1,15 +1,18 @@
 """The compiling side of `aot`: `python -m potamos.kernels.triton_aot` writes one JSON reading per line.
 
-ptxas runs a second time with -v on the PTX that Triton wrote, because Triton keeps no report of registers and spills;
-nvdisasm counts the tensor-core instructions of the result: HGMMA is Hopper's asynchronous wgmma, HMMA the older mma.
+Registers and spills are what ptxas says of the very binary that a launch would load: Triton runs it with -v and prints
+its report if asked to. nvdisasm counts the tensor-core instructions of that binary: HGMMA is Hopper's asynchronous
+wgmma, HMMA the older mma.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import importlib
 import importlib.util
+import io
 import json
 import multiprocessing
 import os
@@ -52,11 +55,15 @@ def compile_one(configuration: Configuration, target: str) -> Reading:
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
     options = {"num_warps": configuration.num_warps, "num_stages": configuration.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    triton.knobs.compilation.always_compile = triton.knobs.nvidia.dump_ptxas_log = True
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    report = printed.getvalue()
+    if f"for '{target}'" not in report:
+        raise RuntimeError(f"ptxas did not compile for {target}: {report[-300:]!r}")
     with tempfile.TemporaryDirectory() as folder:
-        ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
-        ptx.write_text(compiled.asm["ptx"])
-        report = _run("ptxas", "-v", f"--gpu-name={target}", ptx, "-o", cubin)
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
         assembly = _run("nvdisasm", "-c", cubin)
     return Reading(
         name=configuration.name,

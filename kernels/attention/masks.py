@@ -73,8 +73,9 @@ class Mask:
     layout: block sparsity on top of all that.
     query_documents, key_documents: (batch, length) int32 for this call's queries and keys, given together; a query
     sees only keys of its own document, and -1 (padding) sees and is seen by nothing.
-    query_positions, key_positions: (batch, length) int32, given together: what `blocks` and `first` count in, so that
-    a packed document has the blocks that it has alone; None counts columns.
+    Tensors must not be changed behind torch's back (through NumPy, say): what is derived from them is remembered.
+    query_positions, key_positions: (batch, length) int32, 0 and above, given together: what `blocks` and `first` count
+    in, so that a packed document has the blocks that it has alone; None counts columns.
     """
 
     causal: bool = True

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .masks import BlockLayout, Mask
 
@@ -152,7 +153,9 @@ def _visits(
     sizes = (queries, keys, tile_q, tile_k)
     tensors = _tensors(mask)
     if not tensors:
-        return _plain_visits(mask, sizes, device, transposed)
+        # What is made while a dispatch mode is on (fake tensors, say) is not for other calls.
+        plain = _plain_visits if _get_current_dispatch_mode() is None else _plain_visits.__wrapped__
+        return plain(mask, sizes, device, transposed)
     if _cannot_remember(tensors, device):
         return _compute(mask, sizes, device, transposed)
     # A table made on one stream may not be ready on another.

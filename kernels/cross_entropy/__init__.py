@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..backend import Backend, resolve_backend
+from ..once import differentiable_once
 from .reference import linear_cross_entropy_reference
 
 __all__ = ["linear_cross_entropy", "linear_cross_entropy_reference"]
@@ -105,7 +106,7 @@ class _Fused(torch.autograd.Function):
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # pyright: ignore
         d_hidden, d_weight = ctx.saved_tensors
         return (

@@ -137,9 +137,11 @@ def last_document(document_ids: Tensor | None, state, batch: int, device: torch.
 
 
 def check_sequence(operation: str, u: Tensor, diag: Diagonal, d: Tensor | None, document_ids: Tensor | None, state):
-    """Refuse inputs whose shapes do not fit each other."""
+    """Refuse inputs whose shapes do not fit each other, and numbers that have no fractions or an imaginary part."""
     if u.dim() != 3 or 0 in u.shape:
         raise ValueError(f"{operation}: the input must be (batch, channel, length), none zero, got {tuple(u.shape)}")
+    if not u.is_floating_point():
+        raise ValueError(f"{operation}: the input has dtype {u.dtype}, expected a real floating-point type")
     batch, channels, length = u.shape
     if channels % diag.channels:
         raise ValueError(f"{operation}: {channels} channels are not a multiple of the {diag.channels} kernels of diag")
@@ -148,5 +150,8 @@ def check_sequence(operation: str, u: Tensor, diag: Diagonal, d: Tensor | None, 
     if document_ids is not None and document_ids.shape != (batch, length):
         raise ValueError(f"{operation}: document_ids has shape {tuple(document_ids.shape)}, expected {(batch, length)}")
     expected = (batch, channels, diag.modes, 2)
-    if isinstance(state, DiagState) and state.modes.shape != expected:
-        raise ValueError(f"{operation}: state.modes has shape {tuple(state.modes.shape)}, expected {expected}")
+    if not isinstance(state, DiagState):
+        return
+    for name, shape in (("modes", expected), ("document", (batch,))):
+        if (got := tuple(getattr(state, name).shape)) != shape:
+            raise ValueError(f"{operation}: state.{name} has shape {got}, expected {shape}")

@@ -13,8 +13,8 @@ SSD (Dao and Gu 2024, section 6).
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..once import differentiable_once
 from .parameters import Diagonal, discretise
 from .segments import Segments
 
@@ -40,7 +40,7 @@ class _ChunkOperators(torch.autograd.Function):
         return _real(read), _real(write), taps, _real(powers[:, -1]), table
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad_read, grad_write, grad_taps, grad_decay, grad_table):
         powers, b_bar, c = ctx.saved_tensors
         chunk, a_bar = powers.shape[1] - 1, powers[:, 1]
@@ -143,7 +143,7 @@ class _ChunkedScan(torch.autograd.Function):
         return y, before, final
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad_y, grad_before, grad_final):
         z, t, r, w, decay, before, continues = ctx.saved_tensors
         columns = z.flatten(1, 2)

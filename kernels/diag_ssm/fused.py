@@ -7,8 +7,8 @@ small product in torch. Everything from the model's parameters to the chunk oper
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..once import differentiable_once
 from .chunked import _ChunkOperators, _complex, _toeplitz
 from .documents import find_chunks, last_document_mask
 from .parameters import Diagonal, discretise
@@ -51,7 +51,7 @@ class _FusedScan(torch.autograd.Function):
         return y, final
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad_y, grad_final):
         from .triton_backward import scan_backward
 
@@ -59,9 +59,8 @@ class _FusedScan(torch.autograd.Function):
         grad_y = torch.zeros_like(v) if grad_y is None else grad_y.contiguous()
         needs = ctx.needs_input_grad
         found = scan_backward(
-            grad_y, grad_final, q, k, v, shift_taps, taps, read, write, decay, history, ctx.documents, starts,
-            operators=any(needs[3:8]),
-        )  # fmt: skip
+            grad_y, grad_final, q, k, v, shift_taps, taps, read, write, decay, history, ctx.documents, starts
+        )
         return *(x if needed else None for x, needed in zip(found, needs[:10], strict=True)), None
 
 

@@ -22,7 +22,8 @@ def diag_ssm_convolution(u: Tensor, diag: Diagonal, *, d: Tensor | None) -> Tens
     channels, length = u.shape[1:]
     group = channels // diag.channels
     taps = kernel(diag, length).to(compute_dtype(u)).repeat_interleave(group, 0)
-    lag = torch.arange(length)[:, None] - torch.arange(length)[None, :]
+    at = torch.arange(length, device=u.device)
+    lag = at[:, None] - at[None, :]
     toeplitz = torch.where(lag >= 0, taps[:, lag.clamp(min=0)], 0)
     y = torch.einsum("cij,bcj->bci", toeplitz, u.to(taps.dtype))
     if d is not None:
@@ -43,10 +44,10 @@ def diag_ssm_reference(
     group, dtype = channels // diag.channels, compute_dtype(u)
     complex_dtype = torch.complex128 if dtype == torch.float64 else torch.complex64
     a_bar, b_bar, c = (x.to(complex_dtype).repeat_interleave(group, 0) for x in discretise(diag))
-    skip = torch.zeros(channels, dtype=dtype) if d is None else d.to(dtype).repeat_interleave(group)
+    skip = u.new_zeros(channels, dtype=dtype) if d is None else d.to(dtype).repeat_interleave(group)
     if state is None:
-        modes = torch.zeros(batch, channels, diag.modes, dtype=complex_dtype)
-        document = torch.zeros(batch, dtype=torch.int32) if document_ids is None else document_ids[:, 0]
+        modes = u.new_zeros(batch, channels, diag.modes, dtype=complex_dtype)
+        document = u.new_zeros(batch, dtype=torch.int32) if document_ids is None else document_ids[:, 0]
     else:
         modes, document = torch.view_as_complex(state.modes.to(dtype).contiguous()), state.document
     outputs = []

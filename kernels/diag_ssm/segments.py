@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from ..once import differentiable_once
 
 CHUNK = 64
 """Tokens per chunk, chosen by measurement (kernels/README.md)."""
@@ -73,7 +74,7 @@ class _Permute(torch.autograd.Function):
         return _gather(x, forward_map)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad: Tensor):
         _, inverse_map = ctx.saved_tensors
         return _gather(grad, inverse_map), None, None

@@ -27,7 +27,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..aot import Configuration
 from .documents import Chunks
 
 CHUNK = 64
@@ -92,18 +91,23 @@ def store_state(state, re, im, modes, MODES: tl.constexpr):
     tl.store(state + 2 * m + 1, im, mask=m < modes)
 
 
-@triton.jit
+SIZES = ("batch", "group", "modes", "shift_taps", "segments", "segment_supers", "whole_chunks", "initial_modes")
+"""Sizes that are numbers to the compiler, whatever their value: one form of the kernel serves them all. Triton would
+make another one wherever one of them is 1 or a multiple of 16. `length` always is such a multiple (`even`)."""
+
+
+@triton.jit(do_not_specialize=SIZES)
 def scan_fwd_kernel(
     Q_, K_, V_, Y_, SHIFT_, TAPS_, READ_, WRITE_, DECAY_, INITIAL_, HISTORY_, RELATIVE_, CONTINUES_, MOST_,
-    FINAL_, STARTS_, batch, length, group, modes, shift_taps, segments, segment_supers,
+    FINAL_, STARTS_, batch, length, group, modes, shift_taps, segments, segment_supers, whole_chunks, initial_modes,
     CHUNK: tl.constexpr, COLUMNS: tl.constexpr, MODES: tl.constexpr, DOT: tl.constexpr, SHIFT: tl.constexpr,
-    GATE: tl.constexpr, INITIAL: tl.constexpr, HISTORY: tl.constexpr, DOCUMENTS: tl.constexpr,
-    OUTPUT: tl.constexpr,
+    GATE: tl.constexpr, HISTORY: tl.constexpr, DOCUMENTS: tl.constexpr, OUTPUT: tl.constexpr,
 ):  # fmt: skip
     """One program per (channel, row, segment), channel slowest: neighbors share a channel's operators in the L2 cache.
 
     One grid axis for all three, because only the first may exceed 65,535. Without OUTPUT only the state after each
-    segment is computed.
+    segment is computed. `length` is a multiple of 16, of which `whole_chunks` chunks are whole in the caller's row;
+    `initial_modes` is `modes`, or zero where there is no state to begin with.
     """
     program = tl.program_id(0)
     segment = program % segments
@@ -127,9 +131,7 @@ def scan_fwd_kernel(
     base = row * length
     supers = tl.cdiv(length, CHUNK * COLUMNS)
     at_segment = program.to(tl.int64) * 2 * modes
-    state_re, state_im = tl.zeros([MODES], tl.float32), tl.zeros([MODES], tl.float32)
-    if INITIAL:
-        state_re, state_im = load_state(INITIAL_ + at_segment, modes, MODES)
+    state_re, state_im = load_state(INITIAL_ + at_segment, initial_modes, MODES)
 
     for n in range(segment * segment_supers, tl.minimum((segment + 1) * segment_supers, supers)):
         if OUTPUT:
@@ -222,7 +224,7 @@ def scan_fwd_kernel(
                 y *= tl.load(Q_ + base + token, mask=inside, other=0.0).to(tl.float32)
             tl.store(Y_ + base + token, y.to(Y_.dtype.element_ty), mask=inside)
         # After the last whole chunk of the super-chunk; there may be none in the row's last super-chunk.
-        last = tl.minimum(length // CHUNK - n * COLUMNS, COLUMNS) - 1
+        last = tl.minimum(whole_chunks - n * COLUMNS, COLUMNS) - 1
         state_re = tl.where(last < 0, state_re, tl.sum(tl.where(c[None, :] == last, x_re, 0.0), 1))
         state_im = tl.where(last < 0, state_im, tl.sum(tl.where(c[None, :] == last, x_im, 0.0), 1))
     store_state(FINAL_ + at_segment, state_re, state_im, modes, MODES)
@@ -279,7 +281,7 @@ def scan_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The mixer (q, k, shift_taps given) or the plain SSM of v (all three None) from its chunk operators.
 
-    q, k, v: (C, B, L) contiguous, one dtype of fp32, fp16, bf16; operators fp32 as `_ChunkOperators` makes them:
+    q, k, v: (C, B, L), one dtype of fp32, fp16, bf16; operators fp32 as `_ChunkOperators` makes them:
     shift_taps (C, n <= 64), taps (H, 64), read and write (H, 64, N), decay (H, N). initial (C, B, N) fp32 and history
     (C, B, n - 1) may be None. documents: from `find_chunks` with this block's columns.
 
@@ -293,11 +295,12 @@ def scan_forward(
     segments = block.segments or choose_segments(channels * batch, supers, _multiprocessors(v.device))
     piece = _ceil(supers, segments)
     segments = _ceil(supers, piece)
-    taps, read, write, decay = (x.contiguous() for x in (taps, read, write, decay))
-    shift_taps, initial, history = (None if x is None else x.contiguous() for x in (shift_taps, initial, history))
+    q, k = (None if x is None else even(x) for x in (q, k))
+    v = even(v)
+    taps, read, write, decay = (aligned(x) for x in (taps, read, write, decay))
+    shift_taps, initial, history = (None if x is None else aligned(x) for x in (shift_taps, initial, history))
     y = torch.empty_like(v)
     starts = torch.empty(channels, batch, supers, 2 * modes, dtype=torch.float32, device=v.device)
-    assert v.is_contiguous()
     assert block.columns >= 16
     assert documents is None or documents.most.shape[1] == supers
     constants: dict[str, Any] = {
@@ -305,18 +308,20 @@ def scan_forward(
         "SHIFT": shift_taps is not None, "GATE": q is not None, "HISTORY": history is not None and history.shape[2] > 0,
         "DOCUMENTS": documents is not None, "num_warps": block.warps, "num_stages": block.stages,
     }  # fmt: skip
-
+    if not constants["HISTORY"]:
+        history = None
     relative, continues, most = (None, None, None) if documents is None else documents[:3]
+    relative = None if relative is None else even(relative, last=True)
 
     def launch(pieces: int, before: Tensor | None, output: bool) -> Tensor:
         final = torch.empty(channels, batch, pieces, 2 * modes, dtype=torch.float32, device=v.device)
-        flags: dict[str, Any] = constants | {"INITIAL": before is not None, "OUTPUT": output}
+        flags: dict[str, Any] = constants | {"OUTPUT": output}
         with torch.cuda.device_of(v):  # Triton launches on the current device, whatever its arguments are on
             scan_fwd_kernel[(channels * batch * pieces,)](
-                q, k, v, y, shift_taps, taps, read, write, decay, before, history, relative, continues, most,
-                final, starts, batch, length, channels // decay.shape[0], modes,
-                0 if shift_taps is None else shift_taps.shape[1], pieces, piece,
-                **flags,
+                q, k, v, y, shift_taps, taps, read, write, decay, final if before is None else before, history,
+                relative, continues, most, final, starts, batch, v.shape[2], channels // decay.shape[0], modes,
+                0 if shift_taps is None else shift_taps.shape[1], pieces, piece, length // CHUNK,
+                0 if before is None else modes, **flags,
             )  # fmt: skip
         return final
 
@@ -324,12 +329,36 @@ def scan_forward(
         chunks = piece * block.columns
         unbroken = None if documents is None else documents.unbroken
         initial = segment_states(launch(segments - 1, None, False), decay, chunks, initial, unbroken)
-    return y, launch(segments, initial, True)[:, :, -1], starts
+    return y[:, :, :length], launch(segments, initial, True)[:, :, -1], starts
+
+
+LENGTH_UNIT = 16
+"""What the kernels' row length is a multiple of: vectors of 16 bytes in every type, and Triton's own step."""
+
+
+def even(x: Tensor, last: bool = False) -> Tensor:
+    """Rows (..., L) in memory as the kernels take it, made longer to a multiple of 16 tokens by zeros, or by the last
+    token: tokens after the last one change nothing before them, and what is computed for them is cut off.
+
+    A copy for other lengths only. It costs less than what it saves: the kernels then read every row in whole vectors.
+    """
+    spare = -x.shape[-1] % LENGTH_UNIT
+    if not spare:
+        return aligned(x)
+    more = x[..., -1:].expand(*x.shape[:-1], spare) if last else x.new_zeros(*x.shape[:-1], spare)
+    return torch.cat([x, more], -1)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x contiguous, at an address that is a multiple of 16 bytes: Triton compiles another kernel for any other."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def padded_modes(modes: int) -> int:
-    """Modes as a side of a tile: a power of two, at least the 16 that tensor cores take."""
-    return max(16, 1 << (modes - 1).bit_length())
+    """Modes as a side of a tile: 32, for which the kernel is made, or 64. A tile of 16 would leave the memory traffic
+    and most products as they are, and make every form of the kernels a third time."""
+    return 32 if modes <= 32 else 64
 
 
 def _ceil(dividend: int, divisor: int) -> int:
@@ -376,44 +405,3 @@ def _power(x: Tensor, exponent: int) -> Tensor:
             result = result * x
         x, exponent = x * x, exponent >> 1
     return result
-
-
-def configurations() -> list[Configuration]:
-    """What `scan_forward` launches: each form for H3's 32 modes, and the mixer in bf16 for fewer and for the most.
-
-    fp16 compiles like bf16; a carried state adds loads before the loop, or masked ones that are the same in every form.
-    """
-    found = []
-    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")):
-        for documents in (False, True):
-            found += [_configuration(dtype, name, 32, mix, documents) for mix in (True, False)]
-            found.append(_configuration(dtype, name, 32, True, documents, output=False))
-        found.append(_configuration(dtype, name, 32, True, False, carried=True))
-    for modes in (16, 64):
-        found += [_configuration(torch.bfloat16, "bf16", modes, True, documents) for documents in (False, True)]
-    return found
-
-
-def _configuration(
-    dtype: torch.dtype, name: str, modes: int, mix: bool, documents: bool, carried: bool = False, output: bool = True
-) -> Configuration:
-    block = choose_config(dtype, modes)
-    constants = {
-        "CHUNK": CHUNK, "COLUMNS": block.columns, "MODES": modes, "DOT": _DOT[dtype], "SHIFT": mix, "GATE": mix,
-        "INITIAL": carried, "HISTORY": carried, "DOCUMENTS": documents, "OUTPUT": output,
-    }  # fmt: skip
-    typed = dict.fromkeys(("Q_", "K_", "V_", "Y_"), f"*{name}")
-    typed |= {"RELATIVE_": "*i8", "CONTINUES_": "*i8", "MOST_": "*i32"}
-    signature = {n: typed.get(n, "*fp32" if n.endswith("_") else "i32") for n in scan_fwd_kernel.arg_names}
-    title = f"{'h3_mix' if mix else 'diag_ssm'} {'forward' if output else 'states'}"
-    title += f"{' documents' if documents else ''}{' carried' if carried else ''} {name}"
-    return Configuration(
-        f"{title} {block.columns}x{block.warps}{'' if modes == 32 else f' M{modes}'}",
-        scan_fwd_kernel,
-        {n: t for n, t in signature.items() if n not in constants},
-        constants,
-        num_warps=block.warps,
-        num_stages=block.stages,
-        aligned=("length",),
-        dtype=name,
-    )

@@ -15,10 +15,10 @@ traffic in half precision: q, k, v and the gradient in, three gradients out = 14
 sums, 33 kB written and read once: 1 byte for two programs a channel of 131,072 tokens. A long row with few others
 beside it is cut into segments that run at once, for 4 bytes more (q and the gradient, for the adjoint alone).
 
-All four operator gradients stay in registers. In bf16 and fp16 on sm_90a with up to 32 modes nothing is spilled, with
-documents or without (Triton 3.6: documents 28 bytes a thread); documents, a carried state, its gradient and segments
-all at once spill 76 bytes, 64 modes 44 (documents 196). sm_80 has no product that reads operands from shared memory,
-fp32 no tensor cores: they spill (`spills` states how much of each). No speed of this kernel has been measured.
+All four operator gradients stay in registers. In bf16 and fp16 on sm_90a with up to 32 modes nothing is spilled where
+a row begins and ends a call, with documents or without (Triton 3.7.1); with anything at its borders, 52 and 76 bytes a
+thread; with 64 modes 44 to 372. sm_80 has no product that reads operands from shared memory, fp32 no tensor cores:
+they spill more (`spills` states how much of each form). No speed of this kernel has been measured.
 
 Every program adds up its share of the rows in registers and writes one partial sum per operator; they are added in a
 fixed order, so that two runs agree bitwise.
@@ -32,8 +32,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .chunked import _complex
 from .documents import Chunks
-from .triton import _ceil, compose, load_lower, load_state, load_upper, padded_modes, segment_states, store_state
+from .triton import (
+    _ceil,
+    aligned,
+    compose,
+    even,
+    load_lower,
+    load_state,
+    load_upper,
+    padded_modes,
+    segment_states,
+    store_state,
+)
 
 
 class BackwardConfig(NamedTuple):
@@ -126,17 +138,27 @@ def _diagonals(x, Q: tl.constexpr):
     return tl.gather(x, (i[:, None] + i[None, :]) % Q, 0)
 
 
-@triton.jit
+SIZES = ("batch", "group", "modes", "taps", "supers", "per_segment", "segments", "parts", "per_part", "final_chunk")
+SIZES += ("history_taps", "after_modes", "final_modes")
+"""Numbers to the compiler, whatever their value, as in `triton`."""
+
+
+@triton.jit(do_not_specialize=SIZES)
 def scan_backward_kernel(
     Q_, K_, V_, GRAD_, SHIFT_, TAPS_, READ_, WRITE_, DECAY_, STARTS_, HISTORY_, AFTER_, FINAL_,
     RELATIVE_, CONTINUES_, MOST_,
     DQ_, DK_, DV_, HALO_, BEFORE_, DSHIFT_, DTAPS_, DREAD_, DWRITE_, DDECAY_,
     batch, length, group, modes, taps, supers, per_segment, segments, parts, per_part, final_chunk,
+    history_taps, after_modes, final_modes,
     Q: tl.constexpr, NB: tl.constexpr, M: tl.constexpr, DOT: tl.constexpr,
-    SHIFT: tl.constexpr, GATE: tl.constexpr, DOCUMENTS: tl.constexpr, HISTORY: tl.constexpr, AFTER: tl.constexpr,
-    FINAL: tl.constexpr, OPERATORS: tl.constexpr,
+    SHIFT: tl.constexpr, GATE: tl.constexpr, DOCUMENTS: tl.constexpr, BORDERS: tl.constexpr,
 ):  # fmt: skip
-    """One program per (channel, part), channel slowest; a part is `per_part` segments of the channel's rows."""
+    """One program per (channel, part), channel slowest; a part is `per_part` segments of the channel's rows.
+
+    BORDERS: rows have something before or after them: `history_taps` tokens of HISTORY_, `after_modes` modes of AFTER_
+    behind each segment, `final_modes` modes of FINAL_; each may be zero. One flag for the three, so that there are two
+    forms of the kernel to compile and not eight.
+    """
     program = tl.program_id(0)
     h = (program // parts).to(tl.int64)
     part = program % parts
@@ -170,12 +192,13 @@ def scan_backward_kernel(
         begin = segment * per_segment
         end = tl.minimum(begin + per_segment, supers)
         a_r, a_i = tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
-        if AFTER:
-            a_r, a_i = load_state(AFTER_ + (row * segments + segment) * 2 * modes, modes, M)
-        if FINAL:
-            final_r, final_i = load_state(FINAL_ + row * 2 * modes, modes, M)
-            a_r = tl.where(final_chunk == end * NB, final_r, a_r)
-            a_i = tl.where(final_chunk == end * NB, final_i, a_i)
+        if BORDERS:
+            a_r, a_i = load_state(AFTER_ + (row * segments + segment) * 2 * modes, after_modes, M)
+            final_r, final_i = load_state(FINAL_ + row * 2 * modes, final_modes, M)
+            # Elsewhere the final state is read at the beginning of chunk `final_chunk`, which is in some segment.
+            ends_with_it = (final_chunk == end * NB) & (end == supers)
+            a_r = tl.where(ends_with_it, final_r, a_r)
+            a_i = tl.where(ends_with_it, final_i, a_i)
         halo = tl.zeros([Q], tl.float32)
         # Hoisted out of the loop, the addresses of the operators' tiles would take a hundred registers.
         for step in tl.range(0, end - begin, disable_licm=True):
@@ -203,9 +226,9 @@ def scan_backward_kernel(
             if SHIFT:
                 k = tl.load(K_ + base + tok, mask=inside, other=0.0).to(DOT)
                 past = tl.load(K_ + base + tok - Q, mask=(tok >= Q) & (tok - Q < length), other=0.0).to(DOT)
-                if HISTORY:
-                    back = tok - Q + taps - 1
-                    earlier = tl.load(HISTORY_ + row * (taps - 1) + back, mask=(tok < Q) & (back >= 0), other=0.0)
+                if BORDERS:
+                    back = tok - Q + history_taps
+                    earlier = tl.load(HISTORY_ + row * history_taps + back, mask=(tok < Q) & (back >= 0), other=0.0)
                     past = tl.where(tok < Q, earlier.to(DOT), past)
                 if DOCUMENTS:
                     behind = (tok >= Q) & (tok - Q < length)
@@ -246,26 +269,24 @@ def scan_backward_kernel(
                 dy_carried = tl.where(carried, dy, 0.0).to(DOT)
             # The adjoints of the states after each chunk.
             e = tl.dot(tl.trans(read), dy_carried, input_precision="ieee")
-            if FINAL:
-                final = tl.load(FINAL_ + row * 2 * modes + state, mask=real, other=0.0)
+            if BORDERS:
+                final = tl.load(FINAL_ + row * 2 * modes + state, mask=state < 2 * final_modes, other=0.0)
                 e += tl.where((column == final_chunk)[None, :], final[:, None], 0.0)
             h_r, h_i, f_r, f_i = _adjoint(e, a_r, a_i, ar, ai, M, NB)
-            if OPERATORS:
-                active_r = h_r
-                active_i = h_i
-                if DOCUMENTS:
-                    active_r = tl.where(keep, h_r, 0.0)
-                    active_i = tl.where(keep, h_i, 0.0)
-                ddecay_r += tl.sum(active_r * p_r + active_i * p_i, 1)
-                ddecay_i += tl.sum(active_i * p_r - active_r * p_i, 1)
+            active_r = h_r
+            active_i = h_i
+            if DOCUMENTS:
+                active_r = tl.where(keep, h_r, 0.0)
+                active_i = tl.where(keep, h_i, 0.0)
+            ddecay_r += tl.sum(active_r * p_r + active_i * p_i, 1)
+            ddecay_i += tl.sum(active_i * p_r - active_r * p_i, 1)
             a_r = f_r
             a_i = f_i
             hs = _join(h_r, h_i, M, NB).to(DOT)
             dz = tl.dot(write, hs, input_precision="ieee")
-            if OPERATORS:
-                dread = tl.dot(dy_carried, tl.trans(p), dread, input_precision="ieee")
-                dwrite = tl.dot(z_last, tl.trans(hs), dwrite, input_precision="ieee")
-                dt = _products(dt, dy, z, number, most, DOT, DOCUMENTS)
+            dread = tl.dot(dy_carried, tl.trans(p), dread, input_precision="ieee")
+            dwrite = tl.dot(z_last, tl.trans(hs), dwrite, input_precision="ieee")
+            dt = _products(dt, dy, z, number, most, DOT, DOCUMENTS)
             if DOCUMENTS:
                 dz = tl.where(number == latest[None, :], dz, 0.0)
             dz += _within(tl.trans(t), dy, number, most, DOT, DOCUMENTS)
@@ -282,10 +303,9 @@ def scan_backward_kernel(
                 if DOCUMENTS:
                     dk = tl.where(number == latest[None, :], dk, 0.0)
                 dk += _within(tl.trans(lower), dk1, number, most, DOT, DOCUMENTS)
-                if OPERATORS:
-                    below = _products(tl.zeros([Q, Q], tl.float32), dk1, k, number, most, DOT, DOCUMENTS)
-                    above = tl.dot(dk1_up, tl.trans(past), input_precision="ieee")
-                    ds += tl.where(lag >= 0, below, above)
+                below = _products(tl.zeros([Q, Q], tl.float32), dk1, k, number, most, DOT, DOCUMENTS)
+                above = tl.dot(dk1_up, tl.trans(past), input_precision="ieee")
+                ds += tl.where(lag >= 0, below, above)
                 tl.store(DK_ + base + tok, dk.to(DK_.dtype.element_ty), mask=inside)
             else:
                 tl.store(DV_ + base + tok, dz.to(DV_.dtype.element_ty), mask=inside)
@@ -298,22 +318,23 @@ def scan_backward_kernel(
         if SHIFT:
             tl.store(HALO_ + (row * segments + segment) * Q + i, halo)
 
-    if OPERATORS:
-        out = program.to(tl.int64)
-        tl.store(DTAPS_ + out * Q + i, tl.sum(tl.where(i[:, None] + i[None, :] < Q, _diagonals(dt, Q), 0.0), 1))
-        if SHIFT:
-            tl.store(DSHIFT_ + out * Q + i, tl.sum(_diagonals(ds, Q), 1))
-        tl.store(DREAD_ + out * Q * 2 * modes + pair, dread, mask=real[None, :])
-        tl.store(DWRITE_ + out * Q * 2 * modes + pair, dwrite, mask=real[None, :])
-        store_state(DDECAY_ + out * 2 * modes, ddecay_r, ddecay_i, modes, M)
+    out = program.to(tl.int64)
+    tl.store(DTAPS_ + out * Q + i, tl.sum(tl.where(i[:, None] + i[None, :] < Q, _diagonals(dt, Q), 0.0), 1))
+    if SHIFT:
+        tl.store(DSHIFT_ + out * Q + i, tl.sum(_diagonals(ds, Q), 1))
+    tl.store(DREAD_ + out * Q * 2 * modes + pair, dread, mask=real[None, :])
+    tl.store(DWRITE_ + out * Q * 2 * modes + pair, dwrite, mask=real[None, :])
+    store_state(DDECAY_ + out * 2 * modes, ddecay_r, ddecay_i, modes, M)
 
 
-@triton.jit
+ADJOINT_SIZES = ("batch", "group", "modes", "supers", "per_segment", "segments", "final_chunk", "final_modes")
+
+
+@triton.jit(do_not_specialize=ADJOINT_SIZES)
 def adjoint_kernel(
     Q_, GRAD_, READ_, DECAY_, FINAL_, RELATIVE_, CONTINUES_, LOCAL_,
-    batch, length, group, modes, supers, per_segment, segments, final_chunk,
-    Q: tl.constexpr, NB: tl.constexpr, M: tl.constexpr, DOT: tl.constexpr,
-    GATE: tl.constexpr, DOCUMENTS: tl.constexpr, FINAL: tl.constexpr,
+    batch, length, group, modes, supers, per_segment, segments, final_chunk, final_modes,
+    Q: tl.constexpr, NB: tl.constexpr, M: tl.constexpr, DOT: tl.constexpr, GATE: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
     """The adjoint of the state before each segment, as if nothing came after; programs as `scan_fwd_kernel`'s."""
     program = tl.program_id(0)
@@ -330,11 +351,10 @@ def adjoint_kernel(
     base = row * length
     begin = segment * per_segment
     end = tl.minimum(begin + per_segment, supers)
-    a_r, a_i = tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
-    if FINAL:
-        final_r, final_i = load_state(FINAL_ + row * 2 * modes, modes, M)
-        a_r = tl.where(final_chunk == end * NB, final_r, a_r)
-        a_i = tl.where(final_chunk == end * NB, final_i, a_i)
+    final_r, final_i = load_state(FINAL_ + row * 2 * modes, final_modes, M)
+    ends_with_it = (final_chunk == end * NB) & (end == supers)
+    a_r = tl.where(ends_with_it, final_r, 0.0)
+    a_i = tl.where(ends_with_it, final_i, 0.0)
     for step in tl.range(0, end - begin, disable_licm=True):
         column = (end - 1 - step) * NB + c
         tok = column[None, :] * Q + i[:, None]
@@ -354,9 +374,8 @@ def adjoint_kernel(
             ai = tl.where(keep, ai, 0.0)
             dy = tl.where((number == 0) & goes_on[None, :], dy, 0.0)
         e = tl.dot(tl.trans(read), dy.to(DOT), input_precision="ieee")
-        if FINAL:
-            final = tl.load(FINAL_ + row * 2 * modes + state, mask=real, other=0.0)
-            e += tl.where((column == final_chunk)[None, :], final[:, None], 0.0)
+        final = tl.load(FINAL_ + row * 2 * modes + state, mask=state < 2 * final_modes, other=0.0)
+        e += tl.where((column == final_chunk)[None, :], final[:, None], 0.0)
         _, _, a_r, a_i = _adjoint(e, a_r, a_i, ar, ai, M, NB)
     store_state(LOCAL_ + program.to(tl.int64) * 2 * modes, a_r, a_i, modes, M)
 
@@ -416,7 +435,6 @@ def scan_backward(
     documents: Chunks | None,
     starts: Tensor,
     *,
-    operators: bool = True,
     config: BackwardConfig | None = None,
     schedule: tuple[int, int] | None = None,
 ) -> ScanGradients:
@@ -424,8 +442,8 @@ def scan_backward(
 
     grad_y like y, grad_final like final or None; the others as `scan_forward` had them, `starts` as it returned them
     (so `config.columns` must be the forward's). q is None without a gate; k, shift and history where z = v.
-    operators=False leaves out the gradients of shift, taps, read, write and decay. schedule (super-chunks a segment,
-    segments a part) replaces `plan`'s.
+    The operators' gradients are computed whether or not anyone wants them: without them the kernel is another one.
+    schedule (super-chunks a segment, segments a part) replaces `plan`'s.
 
     Gradients of q, k, v have their dtype, all others are fp32. Two calls agree bitwise.
     """
@@ -438,38 +456,42 @@ def scan_backward(
     segments = _ceil(supers, per_segment)
     parts = _ceil(batch * segments, per_part)
     relative, continues, most = (None, None, None) if documents is None else documents[:3]
+    grad_y, v = even(grad_y), even(v)
+    q, k = (None if x is None else even(x) for x in (q, k))
+    relative = None if relative is None else even(relative, last=True)
+    taps, read, write, decay = (aligned(x) for x in (taps, read, write, decay))
+    sizes = [batch, v.shape[2], channels // heads, modes]
+    shift, history, grad_final = (None if x is None else aligned(x) for x in (shift, history, grad_final))
+    reach, final_modes = 0 if history is None else history.shape[2], 0 if grad_final is None else modes
     constants: dict[str, Any] = {
         "Q": chunk, "NB": columns, "M": padded_modes(modes), "DOT": DOT[v.dtype], "GATE": q is not None,
-        "DOCUMENTS": documents is not None, "FINAL": grad_final is not None,
-        "num_warps": config.warps, "num_stages": config.stages,
+        "DOCUMENTS": documents is not None, "num_warps": config.warps, "num_stages": config.stages,
     }  # fmt: skip
-    sizes = [batch, length, channels // heads, modes]
-    grad_y, taps, read, write, decay = (x.contiguous() for x in (grad_y, taps, read, write, decay))
-    shift, history, grad_final = (None if x is None else x.contiguous() for x in (shift, history, grad_final))
 
     def new(*shape: int) -> Tensor:
         return torch.empty(*shape, dtype=torch.float32, device=v.device)
 
-    after = None
+    after, final = None, decay if grad_final is None else grad_final  # where nothing is read any address will do
     if segments > 1:
         local = new(channels, batch, segments, 2 * modes)
-        inputs = [q, grad_y, read, decay, grad_final, relative, continues, local, *sizes]
-        inputs += [supers, per_segment, segments, length // chunk]
+        inputs = [q, grad_y, read, decay, final, relative, continues, local, *sizes]
+        inputs += [supers, per_segment, segments, length // chunk, final_modes]
         with torch.cuda.device_of(v):
             adjoint_kernel[(channels * batch * segments,)](*inputs, **constants)
         after = adjoints_after(local, decay, per_segment * columns, documents)
 
-    inputs = [q, k, v, grad_y, shift, taps, read, write, decay, starts, history, after, grad_final]
-    inputs += [relative, continues, most]
+    borders = after is not None or final_modes > 0 or reach > 0
+    beyond = (history if reach else decay, decay if after is None else after, final) if borders else (None,) * 3
+    inputs = [q, k, v, grad_y, shift, taps, read, write, decay, starts, *beyond, relative, continues, most]
     dq, dk, dv = (None if x is None else torch.empty_like(x) for x in (q, k, v))
     before = new(channels, batch, 2 * modes)
     halo = None if k is None else new(channels, batch, segments, chunk)
-    shapes = [(chunk,), (chunk,), (chunk, 2 * modes), (chunk, 2 * modes), (2 * modes,)]
-    sums = [new(channels, parts, *shape) if operators else None for shape in shapes]
+    shapes = [(chunk,), (chunk, 2 * modes), (chunk, 2 * modes), (2 * modes,)]
+    sums = [None if k is None else new(channels, parts, chunk), *(new(channels, parts, *shape) for shape in shapes)]
     outputs = [dq, dk, dv, halo, before, *sums]
     sizes += [0 if shift is None else shift.shape[1], supers, per_segment, segments, parts, per_part, length // chunk]
-    constants |= {"SHIFT": k is not None, "HISTORY": history is not None and history.shape[2] > 0}
-    constants |= {"AFTER": after is not None, "OPERATORS": operators}
+    sizes += [reach, 0 if after is None else modes, final_modes]
+    constants |= {"SHIFT": k is not None, "BORDERS": borders}
     with torch.cuda.device_of(v):
         scan_backward_kernel[(channels * parts,)](*inputs, *outputs, *sizes, **constants)
     assert dv is not None
@@ -480,6 +502,8 @@ def scan_backward(
             dk[:, :, begin - chunk : begin] += halo[:, :, s]
         if history is not None:
             dhistory = halo[:, :, 0, chunk - history.shape[2] :].to(history.dtype)
+    dq, dk, dv = (None if x is None else x[:, :, :length] for x in (dq, dk, dv))
+    assert dv is not None
     dshift = None if shift is None or sums[0] is None else sums[0].sum(1)[:, : shift.shape[1]]
     dtaps, dread, dwrite, ddecay = (None if x is None else x.unflatten(0, (heads, -1)).sum((1, 2)) for x in sums[1:])
     return ScanGradients(dq, dk, dv, dshift, dtaps, dread, dwrite, ddecay, before, dhistory)
@@ -495,5 +519,6 @@ def adjoints_after(local: Tensor, decay: Tensor, span: int, documents: Chunks | 
     if documents is not None:
         spare = local.shape[2] * span - documents.unbroken.shape[1]
         unbroken = F.pad(documents.unbroken, (0, spare)).unflatten(1, (-1, span)).flip(1).flatten(1)
-    conjugate = decay * decay.new_tensor([1.0, -1.0]).repeat(decay.shape[1] // 2)
+    # Not a product with a tensor made of [1, -1]: that would be copied from the host, which waits for the device.
+    conjugate = torch.view_as_real(_complex(decay).conj().resolve_conj()).flatten(-2)
     return segment_states(local[:, :, 1:].flip(2), conjugate, span, None, unbroken).flip(2).contiguous()

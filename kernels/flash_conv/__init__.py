@@ -234,6 +234,9 @@ def _check(operation, q, k, v, shift, diag, d_k, d, head_dim, document_ids, stat
     if not q.shape == k.shape == v.shape:
         shapes = ", ".join(f"{n} {tuple(x.shape)}" for n, x in (("q", q), ("k", k), ("v", v)))
         raise ValueError(f"{operation}: q, k and v must have one shape, got {shapes}")
+    for name, x in (("k", k), ("v", v)):
+        if not x.is_floating_point():
+            raise ValueError(f"{operation}: {name} has dtype {x.dtype}, expected a real floating-point type")
     batch, channels, _ = q.shape
     if channels != diag.channels * head_dim:
         raise ValueError(

@@ -24,7 +24,7 @@ def h3_mix_reference(
     batch, channels, length = q.shape
     heads, taps = diag.channels, shift.shape[1]
     if state is None:
-        first = torch.zeros(batch, dtype=torch.int32) if document_ids is None else document_ids[:, 0].int()
+        first = q.new_zeros(batch, dtype=torch.int32) if document_ids is None else document_ids[:, 0]
         state = H3State(
             q.new_zeros(batch, channels, taps - 1), q.new_zeros(batch, heads, head_dim**2, diag.modes, 2), first
         )
@@ -35,7 +35,7 @@ def h3_mix_reference(
     for lag in range(taps):
         start = taps - 1 - lag
         # Same document all the way from the earlier token to this one.
-        same = torch.ones(batch, length, dtype=torch.bool)
+        same = torch.ones(batch, length, dtype=torch.bool, device=q.device)
         for j in range(start, taps - 1):
             same &= all_ids[:, j : j + length] == all_ids[:, j + 1 : j + 1 + length]
         shifted = shifted + shift[:, lag, None] * torch.where(same[:, None], all_k[:, :, start : start + length], 0)

@@ -7,9 +7,9 @@ gradient of a depthwise convolution is an order of magnitude slower than asking 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..diag_ssm.segments import Segments, permute
+from ..once import differentiable_once
 
 PIECE = 2048
 """Longest filter that the weight gradient's convolution is given; longer sequences are summed over pieces."""
@@ -24,7 +24,7 @@ class _DepthwiseFilter(torch.autograd.Function):
         return _correlate(windows, taps.flip(1))
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad: Tensor):
         windows, taps = ctx.saved_tensors
         reach = taps.shape[1] - 1

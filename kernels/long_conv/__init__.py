@@ -93,6 +93,8 @@ def fast_size(points: int) -> int:
 def _check(u: Tensor, kernel: Tensor, d: Tensor | None, pre_gate: Tensor | None, post_gate: Tensor | None) -> None:
     if u.dim() != 3 or 0 in u.shape:
         raise ValueError(f"long_conv: u must be (batch, channel, length), none zero, got {tuple(u.shape)}")
+    if not u.is_floating_point():
+        raise ValueError(f"long_conv: u has dtype {u.dtype}, expected a real floating-point type")
     channels = u.shape[1]
     if kernel.dim() != 2 or kernel.shape[0] != channels or kernel.shape[1] < 1:
         raise ValueError(f"long_conv: kernel must be ({channels}, taps), got {tuple(kernel.shape)}")

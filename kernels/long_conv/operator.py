@@ -2,6 +2,9 @@
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ..once import refuse_second_derivatives
 
 
 @torch.library.custom_op("potamos::long_conv", mutates_args=())
@@ -52,6 +55,7 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, grad: Tensor):
+    refuse_second_derivatives()
     u, taps, pre_gate, post_gate = ctx.saved_tensors
     needs_u, kernel, needs_pre, gate = ctx.needs_input_grad
     found = _backward(grad, u, taps, pre_gate, post_gate, needs_u or needs_pre, kernel, gate)
@@ -67,16 +71,26 @@ def channel_major(x: Tensor) -> bool:
 
 
 def ordered(x: Tensor, major: bool) -> Tensor:
-    """x itself if memory has that order already, else a copy that has."""
-    return x.transpose(0, 1).contiguous().transpose(0, 1) if major else x.contiguous()
+    """x itself if memory has that order already, at an address that is a multiple of 16 bytes, else a copy that has:
+    Triton compiles another kernel for other addresses."""
+    x = x.transpose(0, 1).contiguous().transpose(0, 1) if major else x.contiguous()
+    return x if _is_fake(x) or x.data_ptr() % 16 == 0 else x.clone()
+
+
+def _is_fake(x: Tensor) -> bool:
+    """Under torch.compile: memory of its own then, which is always aligned."""
+    return torch.compiler.is_compiling() or isinstance(x, FakeTensor)
 
 
 def fused_long_conv(u: Tensor, taps: Tensor, pre_gate: Tensor | None, post_gate: Tensor | None) -> Tensor:
     """post_gate * causal_conv(pre_gate * u, taps) by the Triton kernels; taps (channel, taps) fp32, at most length.
 
     u may lie in memory as (batch, channel, length) or (channel, batch, length), and the result lies alike; anything
-    else is copied, as are gates that lie otherwise than u.
+    else is copied, as are gates of another type or order than u's. With one gate alone the other is made of ones: the
+    kernels have two forms, not four.
     """
     major = channel_major(u)
-    gates = [gate if gate is None else ordered(gate, major) for gate in (pre_gate, post_gate)]
+    if (pre_gate is None) != (post_gate is None):
+        pre_gate, post_gate = (torch.ones_like(u) if gate is None else gate for gate in (pre_gate, post_gate))
+    gates = [gate if gate is None else ordered(gate.to(u.dtype), major) for gate in (pre_gate, post_gate)]
     return _forward(ordered(u, major), taps.contiguous(), *gates)

@@ -16,7 +16,8 @@ def long_conv_reference(
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     x = u.to(dtype) if pre_gate is None else u.to(dtype) * pre_gate.to(dtype)
     length = u.shape[2]
-    lag = torch.arange(length)[:, None] - torch.arange(length)[None, :]
+    at = torch.arange(length, device=u.device)
+    lag = at[:, None] - at[None, :]
     inside = (lag >= 0) & (lag < kernel.shape[1])
     matrix = torch.where(inside, kernel.to(dtype)[:, lag.clamp(0, kernel.shape[1] - 1)], 0)
     y = torch.einsum("cij,bcj->bci", matrix, x)

@@ -26,13 +26,12 @@ fp16 (5e-4, bf16: 4e-3). Sums, spectra and the products of spectra are fp32.
 Everything is deterministic: there are no atomics.
 """
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import triton
 import triton.language as tl
-
-from ..aot import Configuration
 
 
 @triton.jit
@@ -114,12 +113,28 @@ def _load(x, gate, offsets, inside, GATED: tl.constexpr) -> "Any":
     return value
 
 
+SIZES = ("batch", "length", "pairs", "blocks", "parts", "channels", "group", "stride_b", "stride_c")
+"""Numbers to the compiler, whatever their value: one form of a kernel serves them all."""
+
+
 @triton.jit
+def _known(number, ALIGNED: tl.constexpr) -> "Any":
+    """The number, with the knowledge that it is a multiple of 16 where that is so: loads are in whole vectors then."""
+    return number // 16 * 16 if ALIGNED else number
+
+
+def _sized(kernel: Any) -> Any:
+    names = inspect.signature(kernel).parameters
+    return triton.jit(do_not_specialize=[name for name in SIZES if name in names])(kernel)
+
+
+@_sized
 def long_conv_transform_kernel(
     x, gate, spectra, tables, twiddles, batch, length, pairs, blocks, stride_b, stride_c,
-    GATED: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, HALF: tl.constexpr,
+    GATED: tl.constexpr, ALIGNED: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """One program: the spectrum of one block of two rows, to spectra (channel, pair, block, 2, N)."""
+    length, stride_b, stride_c = _known(length, ALIGNED), _known(stride_b, ALIGNED), _known(stride_c, ALIGNED)
     program = tl.program_id(0).to(tl.int64)
     block = (program % blocks).to(tl.int32)
     pair = (program // blocks % pairs).to(tl.int32)
@@ -132,12 +147,12 @@ def long_conv_transform_kernel(
     tl.store(spectra + program * (2 * N1 * N2) + N1 * N2 + grid, im)
 
 
-@triton.jit
+@_sized
 def long_conv_kernel(
     x, gate, spectra, weights, out_gate, out, second_gate, second, tables, twiddles,
     batch, length, pairs, blocks, parts, stride_b, stride_c,
     GATED: tl.constexpr, OUT_GATED: tl.constexpr, SECOND: tl.constexpr, SPLIT: tl.constexpr, ADJOINT: tl.constexpr,
-    N1: tl.constexpr, N2: tl.constexpr, HALF: tl.constexpr,
+    ALIGNED: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """One program: one block of two rows of out = out_gate * (kernel convolved with gate * x), or its adjoint.
 
@@ -145,6 +160,7 @@ def long_conv_kernel(
     spectra are read from `spectra`, else the only block is transformed here. SECOND writes a second product,
     second = second_gate * convolution: a backward pass wants the gradients of both factors of its input.
     """
+    length, stride_b, stride_c = _known(length, ALIGNED), _known(stride_b, ALIGNED), _known(stride_c, ALIGNED)
     program = tl.program_id(0).to(tl.int64)
     block = (program % blocks).to(tl.int32)
     pair = (program // blocks % pairs).to(tl.int32)
@@ -187,16 +203,18 @@ def long_conv_kernel(
     tl.store(out + offsets, y.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@_sized
 def long_conv_weight_gradient_kernel(
     x, gate, grad, grad_gate, out, tables, twiddles,
     batch, length, channels, pairs, group, stride_b, stride_c,
-    GATED: tl.constexpr, GRAD_GATED: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, HALF: tl.constexpr,
+    GATED: tl.constexpr, GRAD_GATED: tl.constexpr, ALIGNED: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
+    HALF: tl.constexpr,
 ):  # fmt: skip
     """One program: the gradient of one channel's only part, summed over `group` pairs of rows, in order.
 
     out (groups, channel, 2, N): sum of G conj(X); the groups are added by the caller.
     """
+    length, stride_b, stride_c = _known(length, ALIGNED), _known(stride_b, ALIGNED), _known(stride_c, ALIGNED)
     program = tl.program_id(0).to(tl.int64)
     channel = program % channels
     first = (program // channels).to(tl.int32) * group
@@ -216,7 +234,7 @@ def long_conv_weight_gradient_kernel(
     tl.store(out + program * (2 * points) + points + grid, im)
 
 
-@triton.jit
+@_sized
 def long_conv_correlate_kernel(
     x_spectra, grad_spectra, out, channels, pairs, blocks, parts, group, POINTS: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
@@ -276,53 +294,3 @@ forward (248 registers) but 772 in the kernel gradient. 64 rows, because Hopper'
 
 CORRELATE_TILE = 1024
 """Frequencies per program of the correlation of stored spectra."""
-
-
-def configurations() -> list[Configuration]:
-    """What can be launched. Forms with one gate are parts of those with two, fp16 differs from bf16 in loads alone."""
-    found = []
-    for half, configs in CONFIGS.items():
-        for config in configs:
-            found.append(_configuration(config, "forward", long_conv_kernel, **_flags()))
-            found.append(_configuration(config, "forward gated", long_conv_kernel, **_flags(True)))
-            found.append(_configuration(config, "backward gated", long_conv_kernel, **_flags(True, adjoint=True)))
-            if half:
-                flags = {"GATED": True, "GRAD_GATED": True}
-                found.append(_configuration(config, "kernel gradient", long_conv_weight_gradient_kernel, **flags))
-            if config is configs[-1]:
-                for name, flags in (("forward", _flags(True)), ("backward", _flags(True, adjoint=True))):
-                    flags = {**flags, "SPLIT": True}
-                    found.append(_configuration(config, f"{name} gated blocks", long_conv_kernel, **flags))
-            if config is configs[-1] or not half:
-                found.append(_configuration(config, "spectra", long_conv_transform_kernel, GATED=True))
-                constants = {"POINTS": config.points, "TILE": min(config.points, CORRELATE_TILE)}
-                pointers = dict.fromkeys(("x_spectra", "grad_spectra", "out"), "*fp32")
-                signature = {**dict.fromkeys(("channels", "pairs", "blocks", "parts", "group"), "i32"), **pointers}
-                name = f"long_conv correlation fp32 {config.points}"
-                found.append(Configuration(name, long_conv_correlate_kernel, signature, constants, dtype="fp32"))
-    return list({configuration.name: configuration for configuration in found}.values())
-
-
-def _flags(gated: bool = False, adjoint: bool = False) -> dict[str, bool]:
-    return {"GATED": gated, "OUT_GATED": gated, "SECOND": gated and adjoint, "SPLIT": False, "ADJOINT": adjoint}
-
-
-def _configuration(config: Config, name: str, kernel: triton.JITFunction, **flags: bool) -> Configuration:
-    dtype = "bf16" if config.half else "fp32"
-    constants = {**flags, "N1": config.n1, "N2": config.n2, "HALF": config.half}
-    signature = {}
-    for argument in kernel.arg_names:
-        if argument in constants:
-            continue
-        if argument in ("twiddles", "spectra", "weights") or (argument == "out" and kernel is not long_conv_kernel):
-            signature[argument] = "*fp32"
-        elif argument == "tables":
-            signature[argument] = "*fp16" if config.half else "*fp32"
-        elif argument in ("x", "gate", "grad", "grad_gate", "out_gate", "out", "second_gate", "second"):
-            signature[argument] = f"*{dtype}"
-        else:
-            signature[argument] = "i32"
-    return Configuration(
-        f"long_conv {name} {dtype} {config.n1}x{config.n2}", kernel, signature, constants,
-        num_warps=config.warps, aligned=("length", "stride_b", "stride_c"), dtype=dtype,
-    )  # fmt: skip

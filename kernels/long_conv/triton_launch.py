@@ -32,6 +32,7 @@ class Plan:
         self.blocks = _ceil_div(self.length, self.config.block)
         self.parts = min(self.blocks, (taps + self.config.block - 2) // self.config.block + 1)
         self.strides = u.stride()[:2]
+        self.aligned = all(number % 16 == 0 for number in (self.length, *self.strides))
         self.tables, self.twiddles = _tables(self.config, u.device)
 
     def spectra(self, x: Tensor, gate: Tensor | None) -> Tensor:
@@ -41,7 +42,7 @@ class Plan:
         _transform[(self.channels * self.pairs * self.blocks,)](
             x, x if gate is None else gate, spectra, self.tables, self.twiddles,
             self.batch, self.length, self.pairs, self.blocks, *self.strides,
-            GATED=gate is not None, **self._constants(),
+            GATED=gate is not None, ALIGNED=self.aligned, **self._constants(),
         )  # fmt: skip
         return spectra
 
@@ -69,7 +70,7 @@ class Plan:
             self.tables, self.twiddles,
             self.batch, self.length, self.pairs, self.blocks, self.parts, *self.strides,
             GATED=gate is not None, OUT_GATED=out_gate is not None, SECOND=second_gate is not None,
-            SPLIT=spectra is not None, ADJOINT=adjoint, **self._constants(),
+            SPLIT=spectra is not None, ADJOINT=adjoint, ALIGNED=self.aligned, **self._constants(),
         )  # fmt: skip
         return out
 
@@ -81,7 +82,7 @@ class Plan:
             x, x if gate is None else gate, grad, x if grad_gate is None else grad_gate, out,
             self.tables, self.twiddles,
             self.batch, self.length, self.channels, self.pairs, group, *self.strides,
-            GATED=gate is not None, GRAD_GATED=grad_gate is not None, **self._constants(),
+            GATED=gate is not None, GRAD_GATED=grad_gate is not None, ALIGNED=self.aligned, **self._constants(),
         )  # fmt: skip
         return out.sum(0)
 

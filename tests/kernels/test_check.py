@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import importlib.metadata
 import math
 import os
 import subprocess
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from potamos.kernels import bench, check, goals
+from potamos.kernels import bench, check, goals, timing
 from potamos.kernels.aot import SHARED_LIMIT, SOURCES, CompilationError, Reading, compile_all
 from potamos.kernels.bench_cases import Cell, Problem, long_kernel
 from potamos.kernels.check import findings
@@ -224,6 +225,22 @@ def test_check_ends_with_1_and_says_why(specimens, tmp_path, monkeypatch):
     assert run(only="no such name") == 1
 
 
+def test_a_name_that_nothing_has_is_said(specimens, tmp_path):
+    said: list[str] = []
+    options: dict[str, Any] = {"sources": [str(specimens[0])], "cache": tmp_path, "say": said.append}
+    assert check.check(only="no such name", tests=False, **options) == 1
+    assert said == ["no configuration has 'no such name' in its name"]
+
+
+def test_versions_of_packages_that_go_by_another_name(monkeypatch):
+    def unknown(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", unknown)
+    assert check.versions()["torch"] == torch.__version__
+    assert check.versions()["triton"]
+
+
 def test_run_tests_reports_failure_and_a_hang(tmp_path):
     (tmp_path / "test_it.py").write_text(
         "import os\ndef test_mode():\n    assert os.environ['TRITON_INTERPRET'] == '1'\n"
@@ -273,6 +290,30 @@ def test_without_a_gpu_bench_says_so_in_one_line():
     assert done.returncode != 0
     assert done.stdout == ""
     assert done.stderr == "error: no GPU that torch can use on this machine: nothing was tested or timed\n"
+
+
+def test_a_machine_without_torch_is_told_so_in_one_line(tmp_path):
+    """-S leaves the installed packages out; only the package's own link is on the path."""
+    (tmp_path / "potamos").symlink_to(ROOT)
+    command = [sys.executable, "-S", "-m", "potamos.kernels.bench"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env={"PYTHONPATH": str(tmp_path)}, cwd="/"
+    )
+    assert done.returncode != 0
+    assert done.stderr == f"error: {sys.executable} has no torch: nothing was tested or timed\n"
+
+
+def test_too_few_minutes_are_refused(monkeypatch):
+    monkeypatch.setattr(bench, "gpu", lambda: torch.device("cpu"))
+    monkeypatch.setattr(bench, "run_tests", lambda **options: pytest.fail("tested"))
+    with pytest.raises(ValueError, match="3 minutes are too few"):
+        bench.bench(minutes=3)
+
+
+@pytest.mark.parametrize(("status", "says"), [(0, "No devices were found\n"), (0, ""), (9, "1, 2, 3, 4, 5")])
+def test_a_driver_that_answers_strangely_leaves_its_columns_empty(status, says, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, status, says, ""))
+    assert set(timing.state_of_gpu().values()) == {""}
 
 
 def test_nothing_is_timed_when_a_test_failed(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from potamos.kernels.diag_ssm import (
 )
 from potamos.kernels.diag_ssm.reference import diag_ssm_convolution, kernel
 from potamos.kernels.long_conv import long_conv
+from potamos.kernels.once import SecondDerivativeError
 
 LENGTHS = (1, 2, 63, 64, 65, 127, 257)
 NAMES = ("log_dt", "log_a", "b", "B", "C")
@@ -128,6 +129,13 @@ def test_gradcheck(rule, make_diagonal):
     torch.autograd.gradcheck(run, (u, modes, d, *(getattr(diag, n) for n in NAMES)))
 
 
+def test_second_derivatives_are_refused(make_diagonal):
+    diag, d = make_diagonal(2, 2)
+    u = torch.randn(1, 2, 70, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(SecondDerivativeError, match="create_graph=True is not possible"):
+        torch.autograd.grad(diag_ssm(u, diag, d=d)[0].square().sum(), u, create_graph=True)
+
+
 @pytest.mark.parametrize("stress", [False, True])
 def test_fp32_against_fp64(stress, make_diagonal, assert_close):
     diag, d = make_diagonal(5, 32, dtype=torch.float32, stress=stress)
@@ -238,6 +246,11 @@ def test_bad_arguments_are_named(make_diagonal):
         diag_ssm(torch.randn(2, 4, 8), diag, d=d)
     with pytest.raises(ValueError, match="document_ids has shape"):
         diag_ssm(u, diag, d=d, document_ids=torch.zeros(2, 7).int())
+    for dtype in (torch.int64, torch.complex128):
+        with pytest.raises(ValueError, match=f"the input has dtype {dtype}, expected a real"):
+            diag_ssm(u.to(dtype), diag, d=d)
+    with pytest.raises(ValueError, match=r"state\.document has shape \(1,\), expected \(2,\)"):
+        diag_ssm(u, diag, d=d, state=DiagState(torch.zeros(2, 3, 4, 2).double(), torch.zeros(1).int()))
     with pytest.raises(ValueError, match="rule='euler'"):
         Diagonal(diag.log_dt, diag.log_a, diag.b, diag.B, diag.C, rule="euler")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="B has shape"):

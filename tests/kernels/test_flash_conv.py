@@ -10,8 +10,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from potamos.kernels.diag_ssm import Diagonal
+from potamos.kernels.diag_ssm.segments import plain_segments
 from potamos.kernels.flash_conv import H3State, h3_mix, h3_mix_step, initial_h3_state
 from potamos.kernels.flash_conv.reference import h3_mix_reference
+from potamos.kernels.flash_conv.shift import PIECE, shift_conv
+from potamos.kernels.once import SecondDerivativeError
 
 NAMES = ("log_dt", "log_a", "b", "B", "C")
 
@@ -230,6 +233,53 @@ def test_history_of_another_document_is_not_read(make_case):
     assert after.document.tolist() == [6, 6]
 
 
+def test_gradcheck(make_case):
+    """Of everything that takes a gradient, with documents and a carried state."""
+    leaves, call = make_case(1, 1, 5, head_dim=2, taps=3, modes=1)
+    state = random_state(1, 1, 2, 3, 1, [0])
+    ids = torch.tensor([[0, 0, 1, 1, 1]])
+
+    def run(shift, diag, *values):
+        carried = H3State(shift, diag, state.document)
+        y, after = call(h3_mix, dict(zip(leaves, values, strict=True)), document_ids=ids, state=carried)
+        return y, after.diag, after.shift
+
+    assert torch.autograd.gradcheck(run, (state.shift, state.diag, *leaves.values()))
+
+
+@pytest.mark.parametrize("wrt", ["k", "v", "d_k", "C"])
+def test_second_derivatives_are_refused(wrt, make_case):
+    leaves, call = make_case(1, 2, 70)
+    y = call(h3_mix, leaves)[0].square().sum()
+    with pytest.raises(SecondDerivativeError, match="create_graph=True is not possible"):
+        torch.autograd.grad(y, leaves[wrt], create_graph=True)
+
+
+def test_gradients_of_rows_longer_than_a_piece_of_the_filter(make_case, assert_close):
+    """The filter's gradient is a sum over pieces of 2,048 tokens; against autograd through the plain convolution."""
+    shift, k = torch.randn(2, 5, dtype=torch.float64), torch.randn(2, 2, 2 * PIECE + 100, dtype=torch.float64)
+    found = []
+    for form in ("own", "torch"):
+        taps = shift.clone().requires_grad_()
+        padded = torch.nn.functional.pad(k, (4, 0))
+        if form == "own":
+            y = shift_conv(k, taps, plain_segments(k.shape[2]), None)
+        else:
+            y = torch.stack([(padded[:, :, n : n + k.shape[2]] * taps[:, None, 4 - n, None]) for n in range(5)]).sum(0)
+        found.append(torch.autograd.grad((y * torch.arange(k.shape[2]).sin()).sum(), taps)[0])
+    assert_close(found[0], found[1], 1e-10)
+
+
+def test_a_document_that_begins_in_a_short_call_forgets_the_history(make_case):
+    """Two tokens of document 0, two of document 1: of the next call's history only the last two are not zero."""
+    leaves, call = make_case(1, 3, 4, taps=9)
+    ids, state = torch.tensor([[0, 0, 1, 1]], dtype=torch.int32), random_state(1, 3, 1, 9, 4, [0])
+    for operation in (h3_mix, h3_mix_reference):
+        _, after = call(operation, leaves, document_ids=ids, state=state)
+        assert not after.shift[..., :-2].any()
+        assert torch.equal(after.shift[..., -2:], leaves["k"][..., -2:])
+
+
 def test_state_is_an_opaque_tree(make_case):
     leaves, call = make_case(2, 3, 10)
     _, state = call(h3_mix, leaves)
@@ -266,3 +316,7 @@ def test_bad_arguments_are_named(make_case):
         call(h3_mix, leaves, state=random_state(2, 4, 1, 64, 5, [0, 0]))
     with pytest.raises(ValueError, match=r"takes fp32, fp16 or bf16, not torch\.float64"):
         call(h3_mix, leaves, backend="triton")
+    for name, dtype in (("q", torch.int64), ("k", torch.complex64), ("v", torch.bool)):
+        which = "the input" if name == "q" else name
+        with pytest.raises(ValueError, match=f"{which} has dtype {dtype}"):
+            call(h3_mix, leaves | {name: leaves[name].detach().to(dtype)})

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import potamos.kernels.library as library
 from potamos.kernels.diag_ssm import Diagonal, DiagState, diag_ssm
@@ -113,6 +114,27 @@ def test_compiled_low_precision(dtype, make_diagonal, assert_close):
     assert after.modes.dtype == torch.float32
     assert torch.equal(got, want)
     assert torch.equal(after.modes, state.modes)
+
+
+@pytest.mark.parametrize("operation", ["h3_mix", "diag_ssm"])
+def test_tracing_is_told_the_types_of_low_precision(operation, make_diagonal):
+    """Of bf16 inputs: the output is bf16, the states are fp32, in the fake results as in the real ones."""
+    case = Case(make_diagonal, dtype=torch.float32)
+    q, k, v = (x.detach().bfloat16() for x in (case.q, case.k, case.v))
+    if operation == "h3_mix":
+        rest = (case.shift, *case.diagonal, case.d_k, case.d, case.ids, case.history, case.modes, case.document)
+        arguments = (q, k, v, *rest, 1, "zoh", "torch")
+    else:
+        arguments = (q, *case.diagonal, case.d, case.ids, case.modes[:, :, 0], case.document, "bilinear", "auto")
+    arguments = tuple(x.detach() if isinstance(x, Tensor) else x for x in arguments)
+    run = getattr(torch.ops.potamos, operation)
+    real = run(*arguments)
+    with FakeTensorMode() as mode:
+        fake = run(*(mode.from_tensor(x) if isinstance(x, Tensor) else x for x in arguments))
+    assert [x.dtype for x in fake] == [x.dtype for x in real]
+    assert [x.shape for x in fake] == [x.shape for x in real]
+    assert real[0].dtype == torch.bfloat16
+    assert {x.dtype for x in real[1:-1]} == {torch.float32}
 
 
 @pytest.mark.parametrize("operation", ["h3_mix", "diag_ssm"])

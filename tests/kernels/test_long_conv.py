@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -58,11 +59,27 @@ def test_triton_needs_a_gpu_or_its_interpreter(monkeypatch):
         long_conv(torch.randn(2, 3, 8).double(), torch.randn(3, 8).double(), backend="triton")
 
 
+@pytest.mark.parametrize(
+    ("length", "taps", "fused"),
+    [(32_768, 32_768, True), (32_769, 32_769, False), (2**20, 32_768, True), (32_768, 2**20, True), (64, 64, True)],
+)
+def test_auto_leaves_very_long_kernels_to_the_fft(length, taps, fused, monkeypatch):
+    """Where there is a GPU; a named backend is not replaced."""
+    module = importlib.import_module("potamos.kernels.long_conv")
+    monkeypatch.setattr(module, "resolve_backend", lambda name, *a, **k: "torch" if name == "torch" else "triton")
+    u, kernel = torch.empty(1, 1, length), torch.empty(1, taps)
+    assert module._fused(u, kernel, "auto") is fused
+    assert module._fused(u, kernel, "triton")
+    assert not module._fused(u, kernel, "torch")
+
+
 def test_bad_arguments_are_named():
     u, kernel = torch.randn(2, 3, 8), torch.randn(3, 8)
     with pytest.raises(ValueError, match=r"kernel must be \(3, taps\)"):
         long_conv(u, kernel[:2])
     with pytest.raises(ValueError, match="post_gate has shape"):
         long_conv(u, kernel, post_gate=u[..., :4])
+    with pytest.raises(ValueError, match=r"u has dtype torch\.int64"):
+        long_conv(u.long(), kernel)
     with pytest.raises(ValueError, match="unknown backend 'cuda'"):
         long_conv(u, kernel, backend="cuda")  # type: ignore[arg-type]

@@ -164,6 +164,15 @@ def test_low_precision_slices(dtype, make_diagonal, assert_close):
     assert_close(last, after.diag, 1e-6, "state")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_corrections_are_added_before_they_are_rounded(dtype, make_diagonal):
+    diag, _ = make_diagonal(2, 4, dtype=torch.float32)
+    y, incoming = torch.randn(2, 2, 90).to(dtype), torch.randn(2, 2, 4, 2)
+    got = diag_ssm_correct(y, diag, incoming)
+    assert got.dtype == dtype
+    assert torch.equal(got, diag_ssm_correct(y.float(), diag, incoming).to(dtype))
+
+
 def test_the_comparison_refuses_what_can_go_wrong_between_slices(make_diagonal, assert_close, monkeypatch):
     """No carry, no halo, a transition without decay or through a document's start: each must be seen."""
     values = h3_case(2, 3, 180, 1, 64, make_diagonal)

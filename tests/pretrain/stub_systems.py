@@ -101,8 +101,8 @@ class Masked(Objective):
 
 
 class LunaStack(Plain):
-    """Creates the stream ``luna``: (B, slots, D), the same at the start of every row. Of a cut stack the first part does,
-    and hands it on."""
+    """Creates the stream ``luna``: (B, slots, D), the same at the start of every row. Of a cut stack the first part
+    does, and hands it on."""
 
     streams = ("luna",)
 

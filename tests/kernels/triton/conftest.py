@@ -7,13 +7,22 @@ test_interpreter.py watches both what is wrong and that the replacements are rig
 fp32.
 """
 
+from __future__ import annotations
+
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import numpy as np
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
-if os.environ["TRITON_INTERPRET"] == "1":
+INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
+
+if INTERPRETED:
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -40,3 +49,62 @@ if os.environ["TRITON_INTERPRET"] == "1":
 
     interpreter.InterpreterBuilder.create_dot = create_dot
     interpreter._convert_float = convert_float
+
+
+class TwoDevices(TorchFunctionMode):
+    """What a GPU would refuse: one operation on tensors of the default device and on tensors of the host.
+
+    On a GPU these tests run with it as the default device. Here all memory is the host's, so tensors carry a mark:
+    those made without a device are the accelerator's, those made with device="cpu" or moved by `.cpu()` or `.to("cpu")`
+    the host's; a `torch.device` taken from another tensor says nothing, and marks nothing. Numbers (no dimensions) may
+    mix.
+    """
+
+    MAY_MIX = ("__get__", "__set__", "to", "type_as", "copy_", "grad", "backward", "__setitem__")
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
+        tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        marks = [mark for x in tensors if x.dim() and (mark := getattr(x, "_mark", None)) is not None]
+        by_host_index = name == "__getitem__" and marks[:1] == ["accelerator"]  # allowed, the other way round is not
+        if len(set(marks)) > 1 and name not in self.MAY_MIX and not by_host_index:
+            raise RuntimeError(f"{name}: tensors of the accelerator and of the host")
+        out = func(*args, **kwargs)
+        if name == "grad":
+            inputs = [args[1]] if isinstance(args[1], torch.Tensor) else args[1]
+            for gradient, x in zip(out, inputs, strict=True):
+                self.put(gradient, getattr(x, "_mark", None))
+            return out
+        mark = self.mark_of_result(name, tensors, marks, args, kwargs)
+        if name in ("cpu", "to") and out is args[0] and getattr(out, "_mark", None) != mark:
+            out = out.view_as(out)  # on a GPU it would be a copy
+        for x in pytree.tree_leaves(out):
+            self.put(x, mark)
+        return out
+
+    @staticmethod
+    def mark_of_result(name: str, tensors: list, marks: list[str], args: tuple, kwargs: dict) -> str | None:
+        device = next((x for x in (kwargs.get("device"), *args[1:]) if isinstance(x, (str, torch.device))), None)
+        if name == "cpu" or (isinstance(device, str) and name != "einsum"):
+            return "host" if name == "cpu" or device == "cpu" else "accelerator"
+        if name == "to" and len(tensors) > 1:
+            return getattr(tensors[1], "_mark", None)
+        if device is not None or (not tensors and name in ("from_numpy", "frombuffer")):
+            return None
+        return marks[0] if marks else None if tensors else "accelerator"
+
+    @staticmethod
+    def put(x, mark: str | None) -> None:
+        if isinstance(x, torch.Tensor) and mark is not None:
+            x._mark = mark  # type: ignore[attr-defined]
+
+
+@pytest.fixture(autouse=True)
+def two_devices(request) -> Iterator[None]:
+    """Every interpreted test runs on two devices in name, but for those that `torch.compile` traces, which sees no
+    marks; on a GPU there are two."""
+    if not INTERPRETED or "compile" in request.node.name:
+        yield
+        return
+    with TwoDevices():
+        yield

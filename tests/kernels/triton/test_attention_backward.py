@@ -225,6 +225,13 @@ def test_biases(name, bias, assert_close):
     check(Case(MASKS[name], bias, batch=2 if name != "full" else 1), 1e-5, assert_close)
 
 
+@pytest.mark.parametrize("bias", ["table", "both"])
+@pytest.mark.parametrize("name", ["prefix of each", "positions", "layout", "window"])
+def test_biases_under_masks_of_rows_and_heads(name, bias, assert_close):
+    """A second row and a second head have masks of their own."""
+    check(Case(MASKS[name], bias), 1e-5, assert_close)
+
+
 @pytest.mark.parametrize("least", [-200, -100, -9, 50, 90, 200])
 def test_table_ends(least, assert_close):
     """Tables that hold some, all or none of the distances, which are -100 .. 69."""

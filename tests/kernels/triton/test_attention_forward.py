@@ -221,8 +221,9 @@ def test_dropout_draws_the_bits_of_the_definition(offsets, p):
     out, _ = run(q, k, v, mask, drop=drop, config=SMALL)
     assert drop is not None
     keep = attention_keep_mask(
-        (2, 2, 40, 70), p, key=drop.key, query_offset=offsets[0], key_offset=offsets[1], head_offset=5
-    )
+        (2, 2, 40, 70), p, key=drop.key, query_offset=offsets[0], key_offset=offsets[1], head_offset=5,
+        device=out.device,
+    )  # fmt: skip
     assert torch.equal(out[..., :70] != 0, keep)
     assert 0.5 * p < 1 - keep.float().mean() < 2 * p
 

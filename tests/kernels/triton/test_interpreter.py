@@ -64,3 +64,22 @@ def test_casts_to_bf16_round_to_nearest():
     nan = torch.full((512,), float("nan"))
     launch(round_kernel, nan, y, SIDE=512)
     assert y.isnan().all()
+
+
+def test_devices_that_a_gpu_would_not_mix_are_refused_here():
+    """The mark of `two_devices` follows operations, indices, moves and gradients."""
+    ours, host = torch.randn(3, requires_grad=True), torch.randn(3, device="cpu")
+    mixtures = (
+        lambda: ours + host,
+        lambda: ours * ours.detach().cpu(),
+        lambda: torch.cat([torch.zeros(2), torch.arange(2).to("cpu")]),
+        lambda: host[torch.arange(2)],
+        lambda: torch.where(host > 0, ours, 0),
+        lambda: torch.autograd.grad(ours.square().sum(), ours)[0] - host,
+    )
+    for mixture in mixtures:
+        with pytest.raises(RuntimeError, match="of the accelerator and of the host"):
+            mixture()
+    assert (ours.detach() + host.to(ours)).isfinite().all()
+    assert ours[torch.arange(2, device="cpu")].shape == (2,)
+    assert (ours.cpu() * host.sum() + host).isfinite().all()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +11,6 @@ from potamos.kernels.diag_ssm import Diagonal, diag_ssm, triton
 from potamos.kernels.diag_ssm.fused import fused_obstacle
 from potamos.kernels.flash_conv import H3State, h3_mix
 
-DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 HEADS, MODES, TAPS = 2, 3, 5
 BACKENDS = ("triton", "torch")
 
@@ -25,12 +22,12 @@ def mixer(make_diagonal):
     def make(length: int):
         torch.manual_seed(length)
         diag, d = make_diagonal(HEADS, MODES, dtype=torch.float32)
-        diag = Diagonal(*(getattr(diag, n).detach().to(DEVICE) for n in ("log_dt", "log_a", "b", "B", "C")))
-        shift, d_k = torch.randn(HEADS, TAPS, device=DEVICE), torch.randn(HEADS, device=DEVICE)
-        q, k, v = (torch.randn(1, HEADS, length, device=DEVICE) for _ in range(3))
+        diag = Diagonal(*(getattr(diag, n).detach() for n in ("log_dt", "log_a", "b", "B", "C")))
+        shift, d_k = torch.randn(HEADS, TAPS), torch.randn(HEADS)
+        q, k, v = (torch.randn(1, HEADS, length) for _ in range(3))
 
         def run(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, H3State]:
-            return h3_mix(q, k, v, shift, diag, d_k=d_k, d=d.detach().to(DEVICE), **options)
+            return h3_mix(q, k, v, shift, diag, d_k=d_k, d=d.detach(), **options)
 
         return q, k, v, run
 
@@ -38,7 +35,7 @@ def mixer(make_diagonal):
 
 
 def ids_from(start: int, length: int) -> Tensor:
-    return (torch.arange(length, device=DEVICE) >= start).int()[None]
+    return (torch.arange(length) >= start).int()[None]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -91,9 +88,9 @@ def test_what_is_not_finite_stays_in_its_document_in_segments(mixer, monkeypatch
 def test_a_broken_state_of_another_document_is_not_read(mixer, backend):
     q, k, v, run = mixer(100)
     v.requires_grad_()
-    ids, none = ids_from(50, 100), torch.zeros(1, dtype=torch.int32, device=DEVICE) - 1
-    nan = torch.full((1, HEADS, 1, MODES, 2), torch.nan, device=DEVICE)
-    broken = H3State(torch.full((1, HEADS, TAPS - 1), torch.nan, device=DEVICE), nan, none)
+    ids, none = ids_from(50, 100), torch.zeros(1, dtype=torch.int32) - 1
+    nan = torch.full((1, HEADS, 1, MODES, 2), torch.nan)
+    broken = H3State(torch.full((1, HEADS, TAPS - 1), torch.nan), nan, none)
     y, after = run(q, k, v, document_ids=ids, state=broken, backend=backend)
     assert torch.equal(y, run(q, k, v, document_ids=ids, backend=backend)[0])
     assert after.diag.isfinite().all()
@@ -103,16 +100,17 @@ def test_a_broken_state_of_another_document_is_not_read(mixer, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_changes_nothing(mixer, make_diagonal, backend):
     q, k, v, run = mixer(100)
+    device = torch.get_default_device().type
     want, after = run(q, k, v, backend=backend)
-    with torch.autocast(DEVICE, torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         y, state = run(q, k, v, backend=backend)
     assert torch.equal(y, want)
     assert state.diag.dtype == torch.float32
     assert torch.equal(state.diag, after.diag)
     diag, d = make_diagonal(HEADS, MODES, dtype=torch.float32)
-    want = diag_ssm(v.cpu(), diag, d=d, backend="torch")[0]
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(diag_ssm(v.cpu(), diag, d=d, backend="torch")[0], want)
+    want = diag_ssm(v, diag, d=d, backend=backend)[0]
+    with torch.autocast(device, torch.bfloat16):
+        assert torch.equal(diag_ssm(v, diag, d=d, backend=backend)[0], want)
 
 
 @pytest.mark.parametrize("narrow", ["q", "k", "v"])

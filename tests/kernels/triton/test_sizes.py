@@ -104,14 +104,14 @@ def test_a_row_beyond_2_to_the_31(documents, only_program, monkeypatch):
             forward_arguments: Any = [*inputs, shift, *operators, None, None, chunks]
             y, final, starts = triton.scan_forward(*forward_arguments)
             arguments: Any = [row_of(grad, rows, row), None, *inputs, shift, *operators, None, chunks, starts]
-            found = triton_backward.scan_backward(*arguments, operators=False, schedule=(1, 1))
+            found = triton_backward.scan_backward(*arguments, schedule=(1, 1))
             local = torch.empty(1, rows, 1, 2 * MODES)
             relative, continues = (None, None) if chunks is None else chunks[:2]
-            constants = {"Q": 64, "NB": 16, "M": 16, "DOT": triton_backward.DOT[torch.float16]}
-            constants |= {"GATE": True, "DOCUMENTS": documents, "FINAL": False}
+            constants = {"Q": 64, "NB": 16, "M": 32, "DOT": triton_backward.DOT[torch.float16]}
+            constants |= {"GATE": True, "DOCUMENTS": documents}
             launches["adjoint_kernel"][(rows,)](
-                inputs[0], row_of(grad, rows, row), operators[1], operators[3], None, relative, continues, local,
-                rows, LENGTH, 1, MODES, 1, 1, 1, LENGTH // 64, **constants,
+                inputs[0], row_of(grad, rows, row), operators[1], operators[3], operators[3], relative, continues,
+                local, rows, LENGTH, 1, MODES, 1, 1, 1, LENGTH // 64, 0, **constants,
             )  # fmt: skip
         grids = forward.grids + launches["scan_backward_kernel"].grids
         assert grids == [(rows,), (rows,)], "one program a row, all on the first axis"
@@ -140,6 +140,20 @@ def test_blocks_beyond_2_to_the_31(only_program):
     here = slice(2 * long_conv_triton.CORRELATE_TILE, 3 * long_conv_triton.CORRELATE_TILE)
     a, b = (torch.complex(*pair[:, here]) for pair in (grad[0, 0, -1], x[0, 0, 0]))
     torch.testing.assert_close(torch.complex(*out[0, 0, -1, :, here]), a * b.conj())
+
+
+@virtual
+def test_a_row_of_the_long_convolution_beyond_2_to_the_31(only_program):
+    """Row 2,097,152 of 1,024 tokens gives bitwise what it gives as the only row."""
+    torch.manual_seed(0)
+    row, taps, results = torch.randn(LENGTH, dtype=torch.float16), torch.randn(1, 40), []
+    for rows, at in ((1, 0), (FAR + 1, FAR)):
+        if at:
+            only_program(at // 2)
+        u = row_of(row, rows, at).transpose(0, 1)
+        results.append(triton_launch.forward(u, taps, None, None)[at, 0])
+    assert results[0].any()
+    assert torch.equal(*results)
 
 
 ROWS = 4 if INTERPRETED else 70_000
