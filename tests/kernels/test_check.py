@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import csv
 import importlib.metadata
+import itertools
 import math
 import subprocess
 import sys
@@ -137,6 +138,10 @@ def test_what_is_no_fault():
     at_limit = [replace(GOOD, shared=SHARED_LIMIT["sm_90a"]), replace(GOOD, target="sm_80", wgmma=0, shared=166_912)]
     assert findings(at_limit, {}) == []
     assert findings([replace(GOOD, dtype="fp32", wgmma=0, mma=0)], {}) == []  # fp32 products use no tensor cores
+    low = replace(GOOD, name="diag_ssm states bf16 16x4", wgmma=0)
+    assert findings([low], {}) == []  # 32 rows are too few for wgmma
+    for other in (replace(low, mma=0), replace(low, name="diag_ssm states bf16 16x8 M64")):
+        assert len(findings([other], {})) == 1
 
 
 def test_known_spills_may_not_grow_nor_outlive_their_cause():
@@ -146,8 +151,16 @@ def test_known_spills_may_not_grow_nor_outlive_their_cause():
     assert len(findings([GOOD], spills)) == 1
     assert all(spill.bytes > 0 and spill.reason for spill in SPILLS.values())
     where = ("h3_mix backward documents bf16 16x8", "sm_90a")
-    assert known_spills("3.6.0")[where].bytes == 28
+    assert known_spills("3.6.0")[where].bytes > 0
     assert where not in known_spills("3.7.1"), "what one compiler spills excuses no other"
+
+
+def test_training_spills_nothing_on_hopper():
+    """The backward of whole rows, as `auto` launches it in 16 bits for up to 32 modes: with Triton 3.7 nothing is
+    excused, with documents or without."""
+    excused = {name for name, target in known_spills("3.7.1") if target == "sm_90a"}
+    for dtype, documents, operation in itertools.product(("bf16", "fp16"), ("", "documents "), ("h3_mix", "diag_ssm")):
+        assert f"{operation} backward {documents}{dtype} 16x8" not in excused
 
 
 def test_the_mixers_forward_is_register_clean_on_hopper():
@@ -161,7 +174,7 @@ def test_the_mixers_forward_is_register_clean_on_hopper():
         assert (reading.wgmma > 0) == (reading.dtype != "fp32"), reading.name
     both = known_spills("3.6.0") | known_spills("3.7.1")
     excused = {name for name, target in both if target == "sm_90a" and name.startswith("h3_mix forward")}
-    assert all("documents fp32" in name for name in excused)
+    assert all("documents" in name and "fp32" in name for name in excused)
 
 
 def test_check_ends_with_1_and_says_why(specimens, tmp_path, monkeypatch):
