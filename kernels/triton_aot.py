@@ -26,6 +26,7 @@ from pathlib import Path
 from types import ModuleType
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -55,7 +56,7 @@ def compile_one(configuration: Configuration, target: str) -> Reading:
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
     options = {"num_warps": configuration.num_warps, "num_stages": configuration.num_stages}
-    triton.knobs.compilation.always_compile = triton.knobs.nvidia.dump_ptxas_log = True
+    knobs.compilation.always_compile = knobs.nvidia.dump_ptxas_log = True
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     report = printed.getvalue()

@@ -45,6 +45,28 @@ def _check_pipeline(system: Any, layout: Layout, size: Sizes) -> None:
     balanced(costs, size.pp * schedule.stages, first, last)
 
 
+def check_micro_batches(layout: Layout, size: Sizes, count: int) -> None:
+    """Refuse a number of micro-batches that the schedule cannot order; names the nearest that it can."""
+    if size.pp == 1 or _takes(layout.schedule, size.pp, count):
+        return
+    more = next(n for n in range(count + 1, 8 * size.pp + count) if _takes(layout.schedule, size.pp, n))
+    less = next((n for n in range(count - 1, 0, -1) if _takes(layout.schedule, size.pp, n)), None)
+    near = f"{more}" if less is None else f"{less} or {more}"
+    raise LayoutError(
+        f"parallel.schedule: {layout.schedule} over {size.pp} stages cannot order {count} micro-batches a step; make them "
+        f"{near} by train.micro_sequences or train.sequences, or choose another schedule"
+    )
+
+
+def _takes(schedule: str, pp: int, count: int) -> bool:
+    """torch's own conditions: no fewer micro-batches than stages, or equal rounds of about as many as ranks."""
+    if schedule in ("1f1b", "dualpipe_v"):
+        return count >= pp * SCHEDULES[schedule].stages
+    if schedule in ("interleaved_1f1b", "zero_bubble"):
+        return count % max(1, count // pp) == 0
+    return True
+
+
 def _check_context(system: nn.Module, layout: Layout, size: Sizes) -> None:
     for path, module in system.named_modules():
         if tensor.is_region(module):

@@ -29,7 +29,8 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
-DEFAULT_TIMEOUT_SECONDS = 600.0
+DEFAULT_TIMEOUT_SECONDS = 3600.0
+"""Longer than the watchdog waits by default: its report says more than a collective's error."""
 
 # Whether the process group is ours to destroy: a caller may have made it before `start`.
 _owns_group = False

@@ -22,6 +22,7 @@ from potamos.data.loader import Loader, Rows
 from potamos.data.skips import SkipList
 from potamos.parallel import launch
 from potamos.parallel.apply import apply
+from potamos.parallel.check import check_micro_batches
 from potamos.parallel.mesh import LayoutError, Sizes, sizes
 from potamos.parallel.watchdog import Watchdog
 from potamos.pretrain import carried, resume, setup
@@ -85,6 +86,7 @@ class Trainer:
             torch.set_num_threads(recipe.train.threads)
         self.sizes = sizes(recipe.parallel.layout(), rank.world)
         self.micro_batches = micro_batches(recipe, self.sizes.data)
+        check_micro_batches(recipe.parallel.layout(), self.sizes, self.micro_batches)
         self.tokenizer = launch.together(lambda: setup.open_tokenizer(recipe))
         self.token_bytes = self.tokenizer.token_bytes()
         self.stream = launch.together(lambda: setup.open_stream(recipe, self.tokenizer))

@@ -34,12 +34,12 @@ def attention_reference(
     if group > 1:
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     queries, keys = q.shape[2], k.shape[2]
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    scores = query @ key.transpose(2, 3) * scale
+    factor = q.shape[3] ** -0.5 if scale is None else scale
+    scores = query @ key.transpose(2, 3) * factor
     if bias is not None:
         columns = (torch.arange(n, device=q.device) for n in (queries, keys))
         rows, others = (x + offset for x, offset in zip(columns, (mask.query_offset, mask.key_offset), strict=True))
-        scores = scores + bias_values(resolve_bias(bias, query, key, scale), rows, others, dtype)
+        scores = scores + bias_values(resolve_bias(bias, query, key, factor), rows, others, dtype)
     if not mask.hides_nothing(queries, keys):
         scores = scores.masked_fill(~mask.visible(queries, keys, q.device), float("-inf"))
     # Softmax by hand: torch's gives NaN, forward and backward, for a row without a finite score.

@@ -289,8 +289,9 @@ CONFIGS = {
     True: (Config(64, 16, 4, True), Config(64, 32, 4, True), Config(128, 32, 8, True)),
     False: (Config(32, 16, 4, False), Config(32, 32, 8, False)),
 }
-"""16-bit and fp32 inputs. None spills a register; larger ones do: fp32 64 x 32 328 bytes forward, and 128 x 64 none
-forward (248 registers) but 772 in the kernel gradient. 64 rows, because Hopper's wgmma has no fewer."""
+"""16-bit and fp32 inputs. None spills a register on Hopper, the largest 8 to 16 bytes on Ampere where the length is not
+a multiple of 16; larger ones do: fp32 64 x 32 328 bytes forward, and 128 x 64 none forward (248 registers) but 772 in
+the kernel gradient. 64 rows, because Hopper's wgmma has no fewer."""
 
 CORRELATE_TILE = 1024
 """Frequencies per program of the correlation of stored spectra."""

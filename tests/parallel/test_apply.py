@@ -481,7 +481,9 @@ def test_the_threads_of_the_last_collectives_end_with_the_run(run_ranks):
     def work(rank, world, wrapped):
         launch.start()
         if wrapped:
-            system = data_module.replicate(torch.nn.Linear(2, 2), torch.distributed.group.WORLD, torch.device("cpu"))
+            everyone = torch.distributed.group.WORLD
+            assert everyone is not None
+            system = data_module.replicate(torch.nn.Linear(2, 2), everyone, torch.device("cpu"))
             system(torch.ones(1, 2)).sum().backward()
         launch.barrier()
         running = threads(4)

@@ -82,6 +82,8 @@ def worth_repeating(layout: Layout) -> bool:
     varied = layout.schedule != PLAIN.schedule or not layout.sequence_parallel or layout.cp_order != PLAIN.cp_order
     varied = varied or layout.checkpointing != PLAIN.checkpointing
     several = sum(size > 1 for size in used)
+    assert isinstance(layout.dp_replicate, int)
+    assert isinstance(layout.dp_shard, int)
     if max(used) > 2 or (several > 1 and varied):
         return False
     if layout.dp_replicate > 1 and several > 1:

@@ -41,6 +41,7 @@ def hanging(folder, stuck: int, *, silent: bool = False):
                         while True:
                             time.sleep(0.05)
                     work = dist.all_reduce(torch.zeros(3, 5), async_op=True)
+                    assert work is not None
                     while not work.is_completed():
                         time.sleep(0.02)
         except Left:

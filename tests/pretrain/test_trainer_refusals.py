@@ -17,6 +17,9 @@ from potamos.data.errors import DatasetError, StateMismatchError, TokenizerMisma
 from potamos.data.manifest import MANIFEST, make_manifest, read_manifest
 from potamos.data.prepare import prepare
 from potamos.data.tokenizer import train_bpe
+from potamos.parallel.check import check_micro_batches
+from potamos.parallel.facts import Layout
+from potamos.parallel.mesh import LayoutError, Sizes
 from potamos.pretrain import checkpoint
 from potamos.pretrain.config import RecipeError
 from potamos.pretrain.trainer import Trainer, micro_batches
@@ -238,3 +241,16 @@ def test_a_last_save_that_fails_is_an_error(trial, finished, run, tmp_path, monk
 def test_a_rank_alone_may_not_be_asked_for_more(trial, run):
     with pytest.raises(ValueError, match=r"dp_replicate 2 needs 2 processes, and this run has 1"):
         trial.trainer(run, "parallel.dp_replicate=2", rank=None)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "count", "near"),
+    [("1f1b", 1, "2"), ("interleaved_1f1b", 5, "4 or 6"), ("zero_bubble", 5, "4 or 6"), ("dualpipe_v", 2, "4")],
+)
+def test_micro_batches_that_a_schedule_cannot_order_are_refused(schedule, count, near):
+    layout, size = Layout(dp_replicate=1, pp=2, schedule=schedule), Sizes(pp=2)
+    with pytest.raises(LayoutError, match=f"{schedule} over 2 stages cannot order {count} .* make them {near} by"):
+        check_micro_batches(layout, size, count)
+    for fine in map(int, near.split(" or ")):
+        check_micro_batches(layout, size, fine)
+    check_micro_batches(layout, Sizes(), count)
