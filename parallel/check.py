@@ -53,8 +53,8 @@ def check_micro_batches(layout: Layout, size: Sizes, count: int) -> None:
     less = next((n for n in range(count - 1, 0, -1) if _takes(layout.schedule, size.pp, n)), None)
     near = f"{more}" if less is None else f"{less} or {more}"
     raise LayoutError(
-        f"parallel.schedule: {layout.schedule} over {size.pp} stages cannot order {count} micro-batches a step; make them "
-        f"{near} by train.micro_sequences or train.sequences, or choose another schedule"
+        f"parallel.schedule: {layout.schedule} over {size.pp} stages cannot order {count} micro-batches a step; make "
+        f"them {near} by train.micro_sequences or train.sequences, or choose another schedule"
     )
 
 
