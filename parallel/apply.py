@@ -50,11 +50,12 @@ class Spread:
         device: torch.device,
         fill: Fill,
         compute: torch.dtype | None = None,
+        length: int | None = None,
     ) -> None:
         self.system, self.layout, self.mesh, self.device = system, layout, mesh, device
         self.sizes = mesh.sizes
         self._term_names: list[str] | None = None
-        check_layout(system, layout, mesh.sizes)
+        check_layout(system, layout, mesh.sizes, length)
         self.shapes = {name: p.shape for name, p in system.named_parameters()}
         self.table = parameter_table(system)
         self.stage_names = self._cut_pipeline()
@@ -374,11 +375,12 @@ def apply(
     device: torch.device,
     fill: Fill,
     compute: torch.dtype | None = None,
+    length: int | None = None,
 ) -> Spread:
     """Spread `system`, built on the meta device, over the processes of a run.
 
     fill (system, slice, shapes) gives the parameters values: `shapes` has each one's whole shape by name, `slice` cuts
     a whole value to what this rank holds. compute: the dtype that blocks multiply in, in which sharded parameters are
-    gathered; None for their own. Raises LayoutError.
+    gathered; None for their own. length: of the rows. Raises LayoutError.
     """
-    return Spread(system, layout, Mesh(sizes(layout, world), rank, device.type), device, fill, compute)
+    return Spread(system, layout, Mesh(sizes(layout, world), rank, device.type), device, fill, compute, length)

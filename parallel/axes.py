@@ -18,9 +18,10 @@ LENGTH = 1
 """Dimension of hidden states (batch, length, width) that is sliced between the regions."""
 
 
-# Newer versions of torch have other names for the same two, and warn of these.
-_all_gather_flat = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-_reduce_scatter_flat = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+# Newer versions of torch have other names for the same two, and warn of these. Looked up at each call, so that who
+# counts collectives sees them.
+_ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+_REDUCE_SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
 
 
 def _all_reduce(x: Tensor, group: dist.ProcessGroup, operation: Any = dist.ReduceOp.SUM) -> Tensor:
@@ -32,14 +33,14 @@ def _all_reduce(x: Tensor, group: dist.ProcessGroup, operation: Any = dist.Reduc
 def _gather(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
     ranks = dist.get_world_size(group)
     whole = x.new_empty(ranks * x.shape[dim], *x.movedim(dim, 0).shape[1:])
-    _all_gather_flat(whole, x.movedim(dim, 0).contiguous(), group=group)
+    getattr(dist, _ALL_GATHER)(whole, x.movedim(dim, 0).contiguous(), group=group)
     return whole.movedim(0, dim)
 
 
 def _scatter_sum(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
     x = x.movedim(dim, 0).contiguous()
     part = x.new_empty(len(x) // dist.get_world_size(group), *x.shape[1:])
-    _reduce_scatter_flat(part, x, group=group)
+    getattr(dist, _REDUCE_SCATTER)(part, x, group=group)
     return part.movedim(0, dim)
 
 

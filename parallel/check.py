@@ -41,6 +41,12 @@ def _check_pipeline(system: Any, layout: Layout, size: Sizes) -> None:
             f"parallel.dp_shard: {size.dp_shard} does not go with schedule {layout.schedule}, whose first and last "
             "stage share a rank; use 1f1b, or dp_replicate"
         )
+    if size.dp_shard > 1 and schedule.splits_backward:
+        # torch sums such a stage's gradients before all of its weights have theirs.
+        raise LayoutError(
+            f"parallel.dp_shard: {size.dp_shard} does not go with schedule {layout.schedule}, which takes gradients of "
+            "weights apart from those of inputs; use interleaved_1f1b, or dp_replicate"
+        )
     costs, first, last = system.stage_costs()
     balanced(costs, size.pp * schedule.stages, first, last)
 

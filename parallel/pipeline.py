@@ -21,13 +21,13 @@ from potamos.parallel.mesh import LayoutError
 
 @dataclass(frozen=True)
 class Schedule:
-    """One way to order the micro-batches. stages: per rank; v: the second half of the stages runs back over the ranks.
-
-    bubble: idle share of a step for P ranks and n micro-batches, by the schedule's formula with equal stages."""
+    """One way to order the micro-batches. stages: per rank; v: the second half of the stages runs back over the ranks;
+    splits_backward: the gradients of weights are taken apart from those of inputs, and later."""
 
     kind: Any
     stages: int = 1
     v: bool = False
+    splits_backward: bool = False
 
 
 SCHEDULES = {
@@ -35,9 +35,9 @@ SCHEDULES = {
     "1f1b": Schedule(schedules.Schedule1F1B),
     "interleaved_1f1b": Schedule(schedules.ScheduleInterleaved1F1B, 2),
     "looped_bfs": Schedule(schedules.ScheduleLoopedBFS, 2),
-    "zero_bubble": Schedule(schedules.ScheduleInterleavedZeroBubble, 2),
-    "zbv": Schedule(schedules.ScheduleZBVZeroBubble, 2, v=True),
-    "dualpipe_v": Schedule(schedules.ScheduleDualPipeV, 2, v=True),
+    "zero_bubble": Schedule(schedules.ScheduleInterleavedZeroBubble, 2, splits_backward=True),
+    "zbv": Schedule(schedules.ScheduleZBVZeroBubble, 2, v=True, splits_backward=True),
+    "dualpipe_v": Schedule(schedules.ScheduleDualPipeV, 2, v=True, splits_backward=True),
 }
 
 
@@ -177,7 +177,11 @@ class Pipeline:
                 continue
             if stage and holder[stage - 1] != me:
                 sent = _receive(ranks[holder[stage - 1]], self.group, self.device)
-            out = self.parts[stage].module(batch, sent, None)
+            part = self.parts[stage]
+            part.batches, part.states, part.results, part.carry = [batch], [None], {}, False
+            part.loss = lambda _: torch.zeros(1, device=self.device)
+            part(*sent, micro=torch.zeros(1, dtype=torch.int64))  # as a module: its shards are gathered for the call
+            out = part.results[0]
             if stage == self.stages - 1:
                 found = out
             else:

@@ -6,30 +6,38 @@ rank fails, the others cannot go on: they are ended within seconds, and its word
 
 from __future__ import annotations
 
+import ctypes
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 GRACE_SECONDS = 5.0
 """How long the other ranks have to end by themselves after one has failed."""
+ECHO = re.compile(r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|Timed out waiting|PeerError|rank \d+: ")
+"""What ranks say that another one has left."""
 
 
 def run_processes(command: Sequence[str], count: int, environment: Mapping[str, str] = os.environ) -> int:
-    """Run `command` once per rank and wait for all; the exit status of the first that failed, or 0.
+    """Run `command` once per rank and wait for all; the exit status of the rank that failed first, or 0.
 
-    Rank 0 writes to this process's terminal. What the others write to standard error is kept and shown if they fail.
+    Rank 0 writes to this process's terminal. What the others write to standard error is kept, and what rank 0 writes
+    once it fails is held back, until all have ended: then the words of the rank that caused it come first.
     """
     with tempfile.TemporaryDirectory(prefix="ranks-") as scratch:
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(count)}
         ranks: list[subprocess.Popen[bytes]] = []
         before = {number: signal.getsignal(number) for number in PASSED_ON}
+        first = _Words()
         try:
             for number in PASSED_ON:
                 signal.signal(number, lambda number, _: [_send(rank, number) for rank in ranks])
@@ -42,11 +50,19 @@ def run_processes(command: Sequence[str], count: int, environment: Mapping[str, 
                             env={**environment, **meeting, **place},
                             stdin=subprocess.DEVNULL,
                             stdout=None if rank == 0 else subprocess.DEVNULL,
-                            stderr=None if rank == 0 else words,
+                            stderr=subprocess.PIPE if rank == 0 else words,
                             start_new_session=True,  # a terminal's Ctrl-C comes through this process, once
+                            preexec_fn=_die_with_parent,
                         )
                     )
-            return _wait(ranks, Path(scratch))
+                if rank == 0:
+                    first.follow(ranks[0])
+            failed_first = _wait(ranks)
+            for rank in ranks:
+                _send(rank, signal.SIGKILL)
+                rank.wait()
+            kept = [first.end(), *(Path(scratch, f"{n}").read_text(errors="replace").strip() for n in range(1, count))]
+            return _tell([rank.returncode for rank in ranks], kept, failed_first)
         finally:
             for rank in ranks:
                 _send(rank, signal.SIGKILL)
@@ -55,28 +71,78 @@ def run_processes(command: Sequence[str], count: int, environment: Mapping[str, 
                 signal.signal(number, handler)
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]], scratch: Path) -> int:
-    """Until all have ended, or one has failed and the others have had their time."""
-    failed: int | None = None
-    deadline = float("inf")
-    while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
-        if failed is None:
-            failed = next((i for i, rank in enumerate(ranks) if rank.poll() not in (None, 0)), None)
-            if failed is not None:
+class _Words:
+    """What rank 0 writes to standard error: passed on at once, until it begins to tell of a failure."""
+
+    def __init__(self) -> None:
+        self._held: list[str] = []
+        self._thread: threading.Thread | None = None
+
+    def follow(self, rank: subprocess.Popen[bytes]) -> None:
+        """Read until the rank closes it."""
+        assert rank.stderr is not None
+        self._thread = threading.Thread(target=self._read, args=(rank.stderr,), daemon=True)
+        self._thread.start()
+
+    def end(self) -> str:
+        """What was held back."""
+        if self._thread is not None:
+            self._thread.join(timeout=5)
+        return "".join(self._held).strip()
+
+    def _read(self, source: IO[bytes]) -> None:
+        for line in source:
+            text = line.decode(errors="replace")
+            if self._held or text.startswith(("Traceback (most recent call last)", "error: ")):
+                self._held.append(text)
+            else:
+                sys.stderr.write(text)
+                sys.stderr.flush()
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
+    """Until all have ended, or one has failed and the others have had their time; the rank seen to fail first."""
+    first, deadline = None, float("inf")
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        if first is None:
+            first = next((n for n, code in enumerate(codes) if code), None)
+            if first is not None:
                 deadline = time.monotonic() + GRACE_SECONDS
+        if None not in codes or time.monotonic() > deadline:
+            return first
         time.sleep(0.02)
-    if failed is None:
-        failed = next((i for i, rank in enumerate(ranks) if rank.poll() not in (None, 0)), None)
-    if failed is None:
-        return 0
-    code = ranks[failed].returncode
-    status = 128 - code if code < 0 else code
-    alike = all(rank.poll() in (code, None) for rank in ranks)
-    if failed > 0 and not (alike and ranks[0].poll() == code):
-        words = (scratch / f"{failed}").read_text(errors="replace").strip()
+
+
+def _tell(codes: Sequence[int], words: Sequence[str], first: int | None) -> int:
+    """Say what each failed rank said, the cause before its echoes; the cause's exit status, or 0."""
+    failed = [n for n, code in enumerate(codes) if code]
+    failed.sort(key=lambda n: (bool(ECHO.search(words[n])), n != first, n))
+    said: set[str] = set()
+    for n in failed:
+        code = codes[n]
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-        print(f"rank {failed} {how}" + (f":\n{words}" if words else ""), file=sys.stderr, flush=True)
-    return status
+        if n == 0 and words[0]:
+            text = words[0]
+        elif words[n] and words[n] not in said:
+            text = f"rank {n} {how}:\n{words[n]}"
+        elif n == failed[0] and n > 0:
+            text = f"rank {n} {how}"
+        else:
+            continue
+        said.add(words[n])
+        print(text, file=sys.stderr, flush=True)
+    if not failed:
+        return 0
+    code = codes[failed[0]]
+    return 128 - code if code < 0 else code
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to end this process when the one that started it ends, however it ends."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def _send(rank: subprocess.Popen[bytes], number: int) -> None:

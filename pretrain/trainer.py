@@ -6,6 +6,7 @@ random choices of (seed, step, sample, place), and every tensor that a step chan
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -44,6 +45,8 @@ from potamos.pretrain.run_folder import RunFolder
 from potamos.pretrain.spikes import SpikeGuard
 from potamos.pretrain.telemetry import Telemetry
 from potamos.pretrain.throughput import memory_bytes, peak_flops
+
+logger = logging.getLogger(__name__)
 
 
 def train(recipe: Recipe, run: Path) -> int:
@@ -105,6 +108,7 @@ class Trainer:
             self.device,
             setup.filler(recipe, self.device),
             None if dtype == torch.float32 else dtype,
+            recipe.data.sequence_length,
         )
         self.system = self.spread.system
         self.model, self.objective = self.system.model, self.system.objective
@@ -130,7 +134,7 @@ class Trainer:
         if loaded is not None:
             launch.together(lambda: self.restore(loaded))
         self.peak = peak_flops(self.device, setup.DTYPES[recipe.train.precision])
-        self.predicted = predict(recipe, rank.world, self.device) if rank.is_main else None
+        self.predicted = self._predict() if rank.is_main else None
         self.telemetry = self._open_telemetry()
         self.window = Window(began=time.perf_counter())
 
@@ -457,11 +461,20 @@ class Trainer:
         telemetry.note(
             f"{recipe.name}: {parameters:,} parameters, step {self.step} of {recipe.train.steps}, {folder.path}"
         )
+        if recipe.telemetry.samples.every is not None and self.sizes.dp_replicate != self.rank.world:
+            telemetry.note(f"no samples are written: {self.sizes} leaves no rank the whole model")
         for notice in setup.notices(recipe, self.stream):
             telemetry.note(notice)
         for key, before, after in self.changes:
             telemetry.note(f"resumed with {key}: {after} (was {before})")
         return telemetry
+
+    def _predict(self) -> float | None:
+        try:
+            return predict(self.recipe, self.rank.world, self.device)
+        except Exception as error:  # whatever it is: a prediction is not worth a run, and only this rank makes one
+            logger.warning("no prediction of the speed: %s", error)
+            return None
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0

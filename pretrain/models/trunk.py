@@ -79,7 +79,9 @@ class Model(nn.Module):
 
     def part(self, layers: Sequence[str], *, first: bool, last: bool) -> ModelPart:
         """The model's part with these layers, sharing its modules: one stage of a pipeline."""
-        return ModelPart(self.frontend, self.stack.part(layers, first=first, last=last), first)
+        # Only the ends embed and score; a module in two parts of one rank could not be sharded with both.
+        frontend = self.frontend if first or last else nn.Identity()
+        return ModelPart(frontend, self.stack.part(layers, first=first, last=last), first)
 
     @property
     def causal(self) -> bool:
@@ -108,8 +110,8 @@ class Model(nn.Module):
 class ModelPart(Model):
     """A model between two cuts. All but the first begin with what the part before them sent (`received`)."""
 
-    def __init__(self, frontend: Frontend, stack: Stack, first: bool) -> None:
-        super().__init__(frontend, stack)
+    def __init__(self, frontend: Frontend | nn.Identity, stack: Stack, first: bool) -> None:
+        super().__init__(frontend, stack)  # pyright: ignore[reportArgumentType]
         self.first = first
         self.received: Out | None = None
 

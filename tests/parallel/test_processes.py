@@ -54,6 +54,27 @@ time.sleep(600)
     assert words.startswith("rank 2 ended with status 1:\nerror: no such shard")
 
 
+def test_the_cause_comes_before_its_echoes(tmp_path):
+    """The others lose their connection and raise too, rank 0 at once."""
+    program = """
+if rank == 1:
+    time.sleep(0.3)
+    raise RuntimeError("the true cause")
+time.sleep(0.5)
+print("a warning", file=sys.stderr)
+raise ConnectionError("Connection reset by peer")
+"""
+    code, _, words = run(tmp_path, program, 3)
+    assert code == 1
+    assert words.startswith("a warning\n"), "what is no failure is passed on at once"
+    assert words.index("rank 1 ended with status 1") < words.index("the true cause") < words.index("Connection reset")
+
+
+def test_a_users_mistake_is_said_once(tmp_path):
+    code, _, words = run(tmp_path, "if rank == 0:\n    print('error: wrong', file=sys.stderr)\nsys.exit(2)", 2)
+    assert (code, words) == (2, "error: wrong\n")
+
+
 def test_a_killed_rank_is_named(tmp_path):
     code, _, words = run(tmp_path, "if rank == 1: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(600)", 2)
     assert code == 137
