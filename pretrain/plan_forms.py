@@ -31,6 +31,7 @@ def counting(form: Form) -> Iterator[None]:
     if form == "torch":
         yield
         return
+    from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
     from potamos.kernels import backend, cross_entropy
@@ -50,7 +51,9 @@ def counting(form: Form) -> Iterator[None]:
                 and "resolve_backend" in vars(module)
             ):
                 stack.enter_context(_replaced(module, "resolve_backend", choose))
-        stack.enter_context(_replaced(JITFunction, "run", lambda *_, **__: None))
+        # Kernels are of the second kind where TRITON_INTERPRET was set when they were imported.
+        for kind in (JITFunction, InterpretedFunction):
+            stack.enter_context(_replaced(kind, "run", lambda *_, **__: None))
         stack.enter_context(_replaced(scans, "_multiprocessors", lambda _: MULTIPROCESSORS))
         chunks = cross_entropy._CHUNK_ROWS
         stack.enter_context(_replaced(cross_entropy, "_CHUNK_ROWS", {**chunks, "cpu": chunks["cuda"]}))

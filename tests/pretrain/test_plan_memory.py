@@ -40,11 +40,14 @@ def planned(of: Recipe, world: int) -> Memory:
     ids=["one process", "dp_shard", "tp", "pp", "dp_replicate, recomputed"],
 )
 def test_the_plan_is_what_ranks_need(world: int, changes: tuple[str, ...], run_ranks) -> None:
-    """Every tensor of one process is accounted for; with ranks, what collectives and wrappers hold, within 5 %."""
+    """Every tensor of one process is accounted for, and a little more: states that a step drops before its backward are
+    counted to its end, 1 % here. With ranks, what collectives and wrappers hold, within 5 %."""
     tiny = recipe(*changes)
     found = run_ranks(world, lambda rank, world: measure(tiny, rank, world).tensors)
     plan = planned(tiny, world)
-    assert plan.peak == pytest.approx(max(found), rel=0.002 if world == 1 else 0.05)
+    assert plan.peak == pytest.approx(max(found), rel=0.02 if world == 1 else 0.05)
+    if world == 1:
+        assert plan.peak >= max(found)
     assert sum(plan.parts.values()) == plan.peak
 
 
