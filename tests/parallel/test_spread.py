@@ -139,7 +139,7 @@ def test_stages_are_of_like_cost():
         cuts = balanced(costs, stages, first=1.0, last=6.0)
 
         def dearest(ranges) -> float:
-            own = [sum(costs[i] for i in r) for r in ranges]
+            own = [math.fsum(costs[i] for i in r) for r in ranges]
             own[0] += 1.0
             own[-1] += 6.0
             return max(own)
