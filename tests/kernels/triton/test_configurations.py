@@ -103,11 +103,16 @@ def test_every_form_of_the_scan(dtype, forms, make_diagonal, monkeypatch):
         monkeypatch.setattr(triton_backward, "plan", lambda channels, batch, supers, cut=cut: (1 if cut else supers, 1))
         diag, d = make_diagonal(1, modes, dtype=torch.float32)
         for length, documents, carried in product((2048 + 7, 1040) if cut else (1, 64), (False, True), (False, True)):
-            batch, document = 2 - length % 2, torch.zeros(2 - length % 2, dtype=torch.int32)
+            batch, document = 1 + length % 2, torch.zeros(1 + length % 2, dtype=torch.int32)
+            taps = 1 + 4 * (length % 2)  # without a filter there is no history
             ids = torch.zeros(batch, length, dtype=torch.int32) if documents else None
             q, k, v = (torch.randn(batch, 1, length + 1, dtype=dtype)[..., 1:].requires_grad_() for _ in range(3))
-            shift, d_k = torch.randn(1, 5), torch.randn(1)
-            state = H3State(torch.randn(batch, 1, 4), torch.randn(batch, 1, 1, modes, 2), document) if carried else None
+            shift, d_k = torch.randn(1, taps), torch.randn(1)
+            state = (
+                H3State(torch.randn(batch, 1, taps - 1), torch.randn(batch, 1, 1, modes, 2), document)
+                if carried
+                else None
+            )
             y, after = h3_mix(q, k, v, shift, diag, d_k=d_k, d=d, document_ids=ids, state=state, backend="triton")
             (y.sum() + (after.diag.sum() if carried else 0)).backward()
             state = DiagState(torch.randn(batch, 1, modes, 2), document) if carried else None
