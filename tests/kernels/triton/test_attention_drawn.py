@@ -65,7 +65,7 @@ def draw_bias(draw: Any, heads: int, dim: int) -> tuple[Any, dict[str, Tensor]]:
     return (lambda x: Disentangled(x.get("keys"), x.get("queries"), rows, least)), leaves
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, database=None)
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
 @given(st.data())
 def test_whatever_is_asked_is_the_definition(data: Any) -> None:
     draw = data.draw
