@@ -38,7 +38,7 @@ class Spread:
     """A system as this rank runs it.
 
     parameters: what this rank holds, by the names of the one-process system; each a slice, a shard or the whole.
-    stored: the same as plain tensors that share the memory, for the optimizer; `hand_gradients` gives them theirs.
+    stored: the same as plain tensors that share the memory, for the optimizer; `run` gives them their gradients.
     shapes, table: of every parameter of the one-process system.
     """
 
@@ -291,7 +291,7 @@ class Spread:
         if self.sizes.cp > 1:
             batches = [batch.slices(self.slices.held, self.slices.count) for batch in batches]
         if self.pipeline is not None:
-            self.pipeline.run(batches, states, loss, train=True, carry=carry)
+            self.pipeline.run(batches, states, loss, carry=carry)
             last = max(self.pipeline.parts)
             results = [self.pipeline.parts[last].results[i] for i in range(len(batches))]
         else:

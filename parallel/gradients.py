@@ -55,6 +55,7 @@ class Gradients:
         self.parameters, self.cuts, self.mesh = parameters, cuts, mesh
         self.tied, self.tied_group, self.counts_tied = set(tied), tied_group, counts_tied
         self.reduced = reduced
+        self._places: tuple[Tensor, Tensor] | None = None  # made once: a step must not wait to copy them to a device
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -89,8 +90,10 @@ class Gradients:
         grads = [self.parameters[n].grad for n in names]
         every = torch._foreach_norm([zero if g is None else local(g) for g in grads])  # pyright: ignore
         norms = torch.stack([norm.to(wide) for norm in every])
-        counted = torch.tensor([self._counts(n) for n in names], device=norms.device)
-        kind = torch.tensor([kinds[n] for n in names], device=norms.device)
+        if self._places is None:
+            places = [self._counts(n) for n in names], [kinds[n] for n in names]
+            self._places = torch.tensor(places[0], device=norms.device), torch.tensor(places[1], device=norms.device)
+        counted, kind = self._places
         own = torch.where(counted, norms.square(), 0)
         total = own.new_zeros(count).index_add_(0, kind, own)
         axes = ("pp", *SHARDS, "tp")

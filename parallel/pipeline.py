@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -71,15 +71,6 @@ def held_stages(schedule: Schedule, rank: int, ranks: int) -> list[int]:
     if schedule.v:
         return [rank, 2 * ranks - 1 - rank]
     return [rank + ranks * k for k in range(schedule.stages)]
-
-
-class Cuttable(Protocol):
-    """A system that can be cut between its layers."""
-
-    def part(self, layers: Sequence[str], *, first: bool, last: bool) -> nn.Module:
-        """The system's part with these layers. Its forward (micro-batch, received, state) takes what the part before
-        sent, a tuple of tensors, and returns the tensors to send, or on the last part the loss terms."""
-        ...
 
 
 class Part(nn.Module):
@@ -144,7 +135,7 @@ class Pipeline:
         device: torch.device,
     ) -> None:
         self.parts, self.name, self.stages, self.group, self.device = parts, schedule, stages, group, device
-        self._made: dict[tuple[int, bool], Any] = {}
+        self._made: dict[int, Any] = {}
 
     def run(
         self,
@@ -152,7 +143,6 @@ class Pipeline:
         states: Sequence[Any],
         loss: Callable[[Any], Tensor],
         *,
-        train: bool,
         carry: bool = False,
     ) -> None:
         """Every micro-batch through every stage; what each part returned is in its `results`, states with `carry`."""
@@ -161,8 +151,7 @@ class Pipeline:
             part.batches, part.states, part.results, part.loss = batches, list(states), {}, loss
         schedule = self._schedule(len(batches))
         micro = torch.arange(len(batches))
-        target = micro if self.stages - 1 in self.parts else None
-        (schedule.step if train else schedule.eval)(micro=micro, **({"target": target} if train else {}))
+        schedule.step(micro=micro, target=micro if self.stages - 1 in self.parts else None)
 
     @torch.no_grad()
     def score(self, batch: Any) -> Any:
@@ -191,17 +180,17 @@ class Pipeline:
         return found
 
     def _schedule(self, count: int) -> Any:
-        if (count, True) not in self._made:
+        if count not in self._made:
             made = [
                 PipelineStage(part, index, self.stages, self.device, group=self.group)
                 for index, part in self.parts.items()
             ]
             kind = SCHEDULES[self.name].kind
             single = SCHEDULES[self.name].stages == 1
-            self._made[count, True] = kind(
+            self._made[count] = kind(
                 made[0] if single else made, count, loss_fn=lambda output, _: output.sum(), scale_grads=False
             )
-        return self._made[count, True]
+        return self._made[count]
 
 
 def _send(tensors: tuple[Tensor, ...], to: int, group: dist.ProcessGroup) -> None:
