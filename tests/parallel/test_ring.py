@@ -31,7 +31,7 @@ def masks() -> dict[str, Mask]:
     torch.manual_seed(1)
     ids = (torch.rand(BATCH, LENGTH) < 0.1).cumsum(1).to(torch.int32)
     ids[1, -5:] = -1
-    packed = {"query_documents": ids, "key_documents": ids}
+    packed: Any = {"query_documents": ids, "key_documents": ids}
     return {
         "causal documents": Mask(**packed),
         "all documents": Mask(causal=False, **packed),
