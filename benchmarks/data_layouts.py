@@ -24,8 +24,8 @@ from urllib.parse import quote
 
 import zstandard
 
-from potamos.data.files import write_atomically
 from potamos.data.sources import Document, documents, open_source
+from potamos.files import write_atomically
 
 SUBSET = "Pile-CC"
 

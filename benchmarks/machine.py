@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from potamos.data.files import write_atomically
+from potamos.files import write_atomically
 
 
 def stamp() -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from potamos.data.files import written_atomically
+from potamos.files import written_atomically
 
 HASH_BYTES = 16
 RANGE_DOCUMENTS = 4_000_000  # compared at a time; 24 bytes each, and as much again to sort them

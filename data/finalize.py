@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from potamos.data.errors import DatasetError, SourceError
-from potamos.data.files import flush_names, write_atomically
 from potamos.data.manifest import MANIFEST, Manifest, make_manifest, read_manifest, totals, verify
 from potamos.data.parts import REJECTS, missing_shard, read_part
 from potamos.data.shards import index_path
 from potamos.data.workfolder import WorkFolder, place_of, read_json, rename_durably, to_json
+from potamos.files import flush_names, write_atomically
 
 GROUPS = "groups.json"
 DATASET_SETTINGS = ("source", "split", "tokenizer", "dtype", "chunk_tokens", "shard_chunks", "deduplicated")

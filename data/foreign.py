@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from potamos.data.archive import map_tar, samples
 from potamos.data.errors import CorruptShardError, DatasetError
-from potamos.data.files import flush_names, write_atomically
 from potamos.data.manifest import MANIFEST, Manifest, check_sizes, make_manifest, read_manifest, totals
 from potamos.data.members import (
     CRC_BLOCK,
@@ -34,6 +33,7 @@ from potamos.data.members import (
     open_member_index,
 )
 from potamos.data.shards import index_path, token_dtype
+from potamos.files import flush_names, write_atomically
 
 if TYPE_CHECKING:
     from potamos.data.tokenizer import Tokenizer

@@ -16,11 +16,11 @@ import numpy as np
 
 from potamos.data.dedup import DocumentHashes, save_array
 from potamos.data.errors import DatasetError, TokenizerError
-from potamos.data.files import write_atomically
 from potamos.data.job import Groups, Job, Meter, is_unchanged, stamp
 from potamos.data.shards import ShardWriter, index_path, token_dtype
 from potamos.data.sources import Document, Input, Record
 from potamos.data.workfolder import WorkFolder, read_json, rename_durably, to_json
+from potamos.files import write_atomically
 
 BATCH_CHARACTERS = 2_000_000
 PART = "part.json"

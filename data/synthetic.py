@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from potamos.data.files import write_atomically
 from potamos.data.manifest import MANIFEST, make_manifest, totals
 from potamos.data.shards import CHUNK, CHUNK_TOKENS, CRC_BLOCK, ShardIndex, ShardWriter, index_path, shard_entry
+from potamos.files import write_atomically
 
 VOCABULARY = 50_257  # GPT-2's, so that ids fill most of 16 bits
 MEAN_DOCUMENT = 900  # tokens, near the Pile's mean of 5.91 KiB at 5 bytes a token and C4's shorter ones

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from potamos.data.errors import DatasetError
-from potamos.data.files import flush_names, write_atomically
+from potamos.files import flush_names, write_atomically
 
 _SHORT_WAIT = 5.0  # seconds: for processes that are only just ending
 

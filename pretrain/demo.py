@@ -25,17 +25,17 @@ from rich.table import Table
 from potamos.data.baselines import table_baselines, xz_bits_per_byte
 from potamos.data.commands import prepare_dataset, summarize, train
 from potamos.data.errors import DatasetError
-from potamos.data.files import write_atomically
 from potamos.data.sources import documents, open_source
 from potamos.data.tokenizer import Tokenizer, load_tokenizer
+from potamos.files import write_atomically
 from potamos.pretrain import show
 from potamos.pretrain.checkpoint import step_folders
 from potamos.pretrain.config import load_recipe, parse_recipe
 from potamos.pretrain.evaluate import Score
 from potamos.pretrain.generate import generate
 from potamos.pretrain.recipe import Recipe
-from potamos.pretrain.run_folder import RunFolder
 from potamos.pretrain.runs import open_run, score_run
+from potamos.slurm.run_folder import RunFolder
 
 RECIPE, CORPUS = "h3_hybrid_tiny", "sotu"
 PROMPT = "The state of the Union is"

@@ -8,8 +8,8 @@ import platform
 import subprocess
 from pathlib import Path
 
-from potamos.data.files import write_atomically
-from potamos.pretrain.run_folder import RunFolder
+from potamos.files import write_atomically
+from potamos.slurm.run_folder import RunFolder
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "tensorboard")
 ROOT = Path(__file__).resolve().parent.parent

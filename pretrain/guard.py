@@ -16,8 +16,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from potamos.data.files import write_atomically
-from potamos.pretrain.run_folder import RunFolder
+from potamos.files import write_atomically
+from potamos.slurm.run_folder import RunFolder
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as a shell reports it: 128 + SIGINT."""

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from potamos.data.files import write_atomically
+from potamos.files import write_atomically
 from potamos.pretrain.records import read_metrics
-from potamos.pretrain.run_folder import RunFolder
+from potamos.slurm.run_folder import RunFolder
 
 TRAINING, VALIDATION, INK = "#3b6ea5", ("#c8553d", "#4f8a5b", "#8a6bb1", "#b58a2c"), "#333333"
 

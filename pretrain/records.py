@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from potamos.pretrain.run_folder import RunFolder
+from potamos.slurm.run_folder import RunFolder
 
 Kind = Literal["start", "train", "validation"]
 FACTS = ("kind", "attempt", "step", "next_sample", "tokens", "time")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from potamos.parallel import launch
 from potamos.pretrain.checkpoint import Checkpoints, Loaded
-from potamos.pretrain.run_folder import RunFolder
+from potamos.slurm.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from potamos.pretrain.models.linear import set_compute_dtype
 from potamos.pretrain.models.trunk import Model
 from potamos.pretrain.objectives.base import System
 from potamos.pretrain.recipe import Recipe
-from potamos.pretrain.run_folder import RunFolder
+from potamos.slurm.run_folder import RunFolder
 
 
 class RunError(ValueError):

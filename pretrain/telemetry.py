@@ -24,12 +24,12 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
-from potamos.data.files import write_atomically
+from potamos.files import write_atomically
 from potamos.pretrain.console import Console, make_console
 from potamos.pretrain.environment import write_environment
 from potamos.pretrain.plot import plot_loss
 from potamos.pretrain.records import RecordWriter, attempt_number, read_metrics
-from potamos.pretrain.run_folder import RunFolder
+from potamos.slurm.run_folder import RunFolder
 
 __all__ = ["Progress", "Telemetry", "attempt_number", "plot_loss", "read_metrics", "write_environment"]
 

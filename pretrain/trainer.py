@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from potamos.data.files import write_atomically
 from potamos.data.loader import Loader, Rows
 from potamos.data.skips import SkipList
+from potamos.files import write_atomically
 from potamos.parallel import launch
 from potamos.parallel.apply import apply
 from potamos.parallel.check import check_micro_batches
@@ -41,10 +41,10 @@ from potamos.pretrain.optim import GradientNorm, Optimizer, schedule_factor
 from potamos.pretrain.plan_time import predict
 from potamos.pretrain.recipe import Recipe
 from potamos.pretrain.records import attempt_number
-from potamos.pretrain.run_folder import RunFolder
 from potamos.pretrain.spikes import SpikeGuard
 from potamos.pretrain.telemetry import Telemetry
 from potamos.pretrain.throughput import memory_bytes, peak_flops
+from potamos.slurm.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 

@@ -342,7 +342,7 @@ def _plain(value: Any) -> Any:
 
 def write_certificates(path: Path, certificates: Sequence[Certificate], refused: Mapping[str, str]) -> None:
     """All of them as one JSON file; ``refused``: layouts that the recipe cannot have, with the reason."""
-    from potamos.data.files import write_atomically
+    from potamos.files import write_atomically
 
     document = {
         "passed": all(certificate.passed for certificate in certificates),

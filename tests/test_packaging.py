@@ -113,7 +113,9 @@ def test_every_module_imports_from_the_installed_wheel(installed, tmp_path):
     )
     done = run_installed(installed, tmp_path, program)
     assert done.returncode == 0, done.stderr
-    modules = [path for path in installed.joinpath("potamos").rglob("*.py") if path.parent.name != "potamos"]
+    modules = [
+        path for path in installed.joinpath("potamos").rglob("*.py") if path != installed / "potamos/__init__.py"
+    ]
     assert int(done.stdout.split()[-1]) == len(modules)
 
 

@@ -31,7 +31,7 @@ from potamos.pretrain import checkpoint, cli, guard, trainer
 from potamos.pretrain.config import load_recipe
 from potamos.pretrain.recipe import Recipe
 from potamos.pretrain.records import read_metrics
-from potamos.pretrain.run_folder import RunFolder
+from potamos.slurm.run_folder import RunFolder
 
 VOCABULARY, LENGTH, CHUNK = 300, 32, 1024
 SENTENCE = (

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from potamos.data.errors import TokenizerError
-from potamos.data.files import write_atomically
 from potamos.data.tokenizer.core import ByteStream
 from potamos.data.tokenizer.fast import BytePairEncoder
 from potamos.data.tokenizer.text import GPT2_CUTS, character_to_byte
+from potamos.files import write_atomically
 
 _END = "<|endoftext|>"
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from potamos.data.errors import TokenizerError
-from potamos.data.files import write_atomically
 from potamos.data.tokenizer.core import END_OF_DOCUMENT, ByteStream
 from potamos.data.tokenizer.fast import BytePairEncoder
 from potamos.data.tokenizer.text import GPT2_CUTS, byte_to_character, character_to_byte
+from potamos.files import write_atomically
 
 _PROBE = (
     "It's 1,234.5 o'clock;\r\n\r\n  they'LL   say \"n'est-ce pas?\"\t<|endoftext|>\u00a0\u2003Naïve 東京。ελληνικά ½Ⅷ² "

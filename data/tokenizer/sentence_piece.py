@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from potamos.data.errors import TokenizerError
-from potamos.data.files import write_atomically
+from potamos.files import write_atomically
 
 _SPACE = "\u2581"  # how a model spells a space
 _BEFORE_WORD = re.compile(r" (?=\S)")

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from potamos.data.errors import TokenizerError
-from potamos.data.files import write_atomically
 from potamos.data.tokenizer.core import Tokenizer
 from potamos.data.tokenizer.loading import load_tokenizer
 from potamos.data.tokenizer.text import byte_to_character, replace_surrogates
+from potamos.files import write_atomically
 
 SPECIAL_TOKENS = ("<|endoftext|>", "[MASK]", "[CLS]", "[SEP]", "[PAD]", "[UNK]")
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from potamos.data.files import write_atomically
 from potamos.data.manifest import MANIFEST, make_manifest, totals
 from potamos.data.shards import ShardWriter, token_dtype
 from potamos.data.tokenizer import Tokenizer, train_bpe
+from potamos.files import write_atomically
 
 VOCABULARY = (
     "the river runs past quiet mills and old stone bridges while rain falls on far hills and the water keeps its "

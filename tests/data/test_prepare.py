@@ -18,12 +18,12 @@ import pytest
 
 from potamos.data.commands import prepare_dataset, sample, summarize, train
 from potamos.data.errors import DatasetError, SourceError, TokenizerError, TokenizerMismatchError
-from potamos.data.files import write_atomically
 from potamos.data.loader import Windows
 from potamos.data.manifest import verify
 from potamos.data.prepare import Progress, prepare
 from potamos.data.sources import MAX_BAD_RATIO, Sotu, TextList
 from potamos.data.tokenizer import Tokenizer, train_bpe
+from potamos.files import write_atomically
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from potamos.parallel.launch import PeerError, Rank
 from potamos.pretrain import cli, guard
 from potamos.pretrain.agreement import blank_rows
 from potamos.pretrain.checkpoint import step_folders
-from potamos.pretrain.run_folder import RunFolder
+from potamos.slurm.run_folder import RunFolder
 
 SECONDS = 20.0  # a hang would last the collectives' timeout, 60 s; the two cores may be busy
 

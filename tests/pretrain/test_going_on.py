@@ -12,8 +12,8 @@ import torch
 from potamos.parallel.launch import PeerError, Rank, together
 from potamos.pretrain.checkpoint import CheckpointError
 from potamos.pretrain.resume import RunBusyError, hold
-from potamos.pretrain.run_folder import RunFolder
 from potamos.pretrain.spikes import SpikeGuard
+from potamos.slurm.run_folder import RunFolder
 
 
 def test_a_run_folder_has_one_trainer(tmp_path: Path) -> None:

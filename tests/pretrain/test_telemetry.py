@@ -24,8 +24,8 @@ from potamos.pretrain import telemetry as telemetry_module
 from potamos.pretrain.console import duration
 from potamos.pretrain.plot import _smooth
 from potamos.pretrain.records import RecordWriter
-from potamos.pretrain.run_folder import RunFolder
 from potamos.pretrain.telemetry import Progress, Telemetry, attempt_number, plot_loss, read_metrics, write_environment
+from potamos.slurm.run_folder import RunFolder
 
 
 class Clock:
