@@ -125,7 +125,7 @@ def from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
     nodes = environment.get("SLURM_STEP_NUM_NODES") or environment.get("SLURM_NNODES", "1")
     if nodes == "1":
         job, restart = (int(environment.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"))
-        found |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + (7 * job + restart) % 20000)}
+        found |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + (7 * job + restart) % 12000)}
     elif tasks.isdigit() and nodes.isdigit() and int(tasks) % int(nodes) == 0:
         found["LOCAL_WORLD_SIZE"] = str(int(tasks) // int(nodes))
     return found

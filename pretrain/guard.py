@@ -47,6 +47,8 @@ def install_signal_handlers() -> None:
     signal.signal(signal.SIGTERM, _request)
     signal.signal(signal.SIGUSR1, _request)
     signal.signal(signal.SIGINT, _interrupt)
+    # A cluster's job starts its ranks with these held back, so that none kills a rank whose handlers are not set yet.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGUSR1})
 
 
 def stop_requested() -> Stop | None:

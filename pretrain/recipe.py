@@ -296,10 +296,15 @@ class Telemetry(Section):
 
 
 class Slurm(Section):
-    """What a job asks of the cluster; null leaves it to the cluster."""
+    """What a job asks of the cluster; null leaves it to the cluster.
+
+    One task a GPU; ``tasks_per_node`` is for nodes without. ``warning`` seconds before the time limit the ranks save;
+    ``crashes`` attempts in a row without a new checkpoint end the run; ``preflight`` examines the nodes first.
+    """
 
     nodes: int | None = Field(None, gt=0)
-    gpus_per_node: int | None = Field(None, gt=0)
+    gpus_per_node: int | None = Field(None, ge=0)
+    tasks_per_node: int | None = Field(None, gt=0)
     cpus_per_task: int | None = Field(None, gt=0)
     memory: str | None = None
     time: str | None = None
@@ -307,6 +312,12 @@ class Slurm(Section):
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
+    reservation: str | None = None
+    exclude: str | None = None
+    warning: int = Field(180, gt=0, lt=65536)
+    crashes: int = Field(3, gt=0)
+    preflight: bool = False
+    container: str | None = None
 
 
 class Recipe(Section):

@@ -81,3 +81,23 @@ class RunFolder:
     def stop(self, attempt: int) -> Path:
         """Present when this attempt stopped on request, after saving."""
         return self.path / f"stop.{attempt}"
+
+    @property
+    def attempts(self) -> Path:
+        """One JSON line a begin and an end of an attempt that a cluster's job made; see `attempt.py`."""
+        return self.path / "attempts.jsonl"
+
+    @property
+    def cancelled(self) -> Path:
+        """Present when someone cancelled the run: no job goes on with it until it is requeued by hand."""
+        return self.path / "cancelled"
+
+    @property
+    def job(self) -> Path:
+        """What was asked of the cluster."""
+        return self.path / "job.json"
+
+    @property
+    def script(self) -> Path:
+        """The batch script."""
+        return self.path / "submit.sbatch"

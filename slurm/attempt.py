@@ -1,0 +1,317 @@
+"""The attempts of a run: what the batch script asks before and after each one, and what `attempts.jsonl` remembers.
+
+    python -P -m potamos.slurm.attempt begin RUN --job 12 --restart 0 --nodes 'n[0-1]' --crashes 3   # prints: 0, or done
+    python -P -m potamos.slurm.attempt end RUN --attempt 0 --status 137 --state RUNNING --crashes 3  # prints: requeue
+
+An attempt ends in one word:
+
+    done      every step of the recipe is trained
+    requeue   it stopped on request after saving, or failed and may try again: back into the queue
+    next      it stopped on request after saving, and another job follows
+    crashed   it failed, and another job follows
+    stopped   someone cancelled it
+    failed    it is of no use to go on; the reason says why
+
+Slurm counts a job's restarts, but preemptions raise that count too. Here what fails in a row *without a new checkpoint*
+is counted, so a run that makes progress never meets the bound. An attempt without an end was killed from outside (a node
+that died, a preemption that would not wait) and is no crash of the run.
+
+Standard library only, and quick to start: it runs on the first node of every attempt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from potamos.slurm.run_folder import RunFolder
+
+STEP_FOLDER = re.compile(r"step-(\d{8,})")
+OUTSIDE = ("PREEMPTED", "NODE_FAIL", "REQUEUED", "BOOT_FAIL", "PENDING", "PREFLIGHT")
+"""States in which the job's end is not the run's doing."""
+
+
+class AttemptError(ValueError):
+    """An attempt cannot begin here. The message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of the run. ``verdict`` is None while it runs, and where nobody was left to judge it."""
+
+    number: int
+    job: str
+    restart: int
+    nodes: str
+    began: str
+    step: int  # of the newest checkpoint at its begin
+    ended: str | None = None
+    end_step: int | None = None
+    status: int | None = None
+    verdict: str | None = None
+    reason: str | None = None
+    fruitless: bool = False  # failed, or was asked to stop, before its first new checkpoint
+
+
+def read_attempts(run: str | os.PathLike[str]) -> list[Attempt]:
+    """The attempts that the batch script began in this folder, in order; lines that are no record are passed over."""
+    attempts: dict[int, Attempt] = {}
+    for record in _records(RunFolder.of(run)):
+        number = record.get("attempt", -1)
+        if record["event"] == "begin":
+            attempts[number] = Attempt(number, *(record.get(k) for k in ("job", "restart", "nodes", "at", "step")))  # pyright: ignore[reportArgumentType]
+        elif record["event"] == "end" and number in attempts:
+            begun = attempts[number]
+            attempts[number] = Attempt(
+                number, begun.job, begun.restart, begun.nodes, begun.began, begun.step,
+                *(record.get(key) for key in ("at", "step", "status", "verdict", "reason")),  # pyright: ignore[reportArgumentType]
+                fruitless=bool(record.get("fruitless")),
+            )  # fmt: skip
+    return list(attempts.values())
+
+
+def note_submission(run: str | os.PathLike[str], jobs: Sequence[str]) -> None:
+    """Remember that these jobs were submitted for the run: what failed before no longer counts."""
+    _append(RunFolder.of(run), {"event": "submitted", "jobs": list(jobs)})
+
+
+def jobs_of(run: str | os.PathLike[str]) -> list[str]:
+    """The jobs submitted for this run and those that took their places, oldest first."""
+    return [job for record in _records(RunFolder.of(run)) if record["event"] == "submitted" for job in record["jobs"]]
+
+
+def begin(folder: RunFolder, job: str, restart: int, nodes: str, crashes: int) -> int | None:
+    """The number of the attempt that begins now, or None where every step is trained already.
+
+    Raises:
+        AttemptError: `crashes` attempts in a row failed without a new checkpoint, the run was cancelled, or this node
+            cannot write into the folder.
+    """
+    if _is_done(folder):
+        return None
+    if folder.cancelled.exists():
+        raise AttemptError(f"{folder.path} was cancelled; go on with: potamos requeue {folder.path}")
+    last = _fruitless(folder)
+    if len(last) >= crashes:
+        raise AttemptError(
+            f"{len(last)} attempts in a row ended without a new checkpoint, the last with: {last[-1].reason}. "
+            f"Mend that, then: potamos requeue {folder.path}"
+        )
+    number = _next_number(folder)
+    record = {"event": "begin", "attempt": number, "job": job, "restart": restart, "nodes": nodes}
+    try:
+        _append(folder, record | {"step": newest_step(folder)})
+    except OSError as error:
+        raise AttemptError(
+            f"{os.uname().nodename} cannot write into {folder.path} ({error.strerror}): the run folder must lie on a "
+            "file system that the nodes share and may write to"
+        ) from error
+    return number
+
+
+def end(folder: RunFolder, number: int, status: int, state: str, *, requeue: bool, crashes: int) -> tuple[str, str]:
+    """How attempt `number` ended, and why; remembers it.
+
+    Args:
+        status: srun's exit status.
+        state: the job's state as Slurm tells it now; empty if it would not say.
+        requeue: whether this job may go back into the queue, rather than another follow.
+    """
+    began = next((attempt.step for attempt in read_attempts(folder) if attempt.number == number), 0)
+    step = newest_step(folder)
+    progress = step > began
+    verdict, reason, fruitless = _judge(folder, number, status, state, progress)
+    if fruitless and len(_fruitless(folder)) + 1 >= crashes:
+        verdict = "failed"
+        reason += f" (for the {crashes}th time in a row without a new checkpoint)" if crashes > 1 else ""
+    elif verdict == "again":
+        stopped = folder.stop(number).exists()
+        verdict = "requeue" if requeue else ("next" if stopped else "crashed")
+    record = {"event": "end", "attempt": number, "status": status, "verdict": verdict, "reason": reason, "step": step}
+    _append(folder, record | {"fruitless": fruitless})
+    return verdict, reason
+
+
+def _judge(folder: RunFolder, number: int, status: int, state: str, progress: bool) -> tuple[str, str, bool]:
+    """Verdict ("again": go on, one way or the other), reason, and whether this attempt was of no use."""
+    if _is_done(folder):
+        return "done", "finished", False
+    if folder.cancelled.exists() or state.startswith("CANCELLED"):
+        return "stopped", "cancelled", False
+    if folder.stop(number).exists():
+        reason = _read(folder.stop(number)).get("reason", "asked to stop")
+        return "again", reason if progress else f"{reason}, before the first new checkpoint", not progress
+    if state.startswith(OUTSIDE):
+        return "again", state.lower().replace("_", " "), False
+    return "again", _why(folder, number, status), not progress
+
+
+def newest_step(folder: RunFolder) -> int:
+    """The step of the newest checkpoint under a final name; 0 without one."""
+    try:
+        names = os.listdir(folder.checkpoints)
+    except OSError:
+        return 0
+    return max((int(match[1]) for name in names if (match := STEP_FOLDER.fullmatch(name))), default=0)
+
+
+def _is_done(folder: RunFolder) -> bool:
+    """Whether the run was trained to the last step that its recipe asks for now."""
+    if not folder.done.exists():
+        return False
+    import yaml
+
+    recipe = yaml.safe_load(folder.recipe.read_text(encoding="utf-8"))
+    return int(_read(folder.done).get("step", 0)) >= int(recipe["train"]["steps"])
+
+
+def _fruitless(folder: RunFolder) -> list[Attempt]:
+    """The attempts of no use since the last one that was of some, or since the run was last submitted.
+
+    Those without an end are passed over: what killed them says nothing about the run.
+    """
+    since = max((n for n, record in enumerate(_records(folder)) if record["event"] == "submitted"), default=-1)
+    numbers = {r["attempt"] for r in list(_records(folder))[since + 1 :] if r["event"] == "begin"}
+    attempts = [attempt for attempt in read_attempts(folder) if attempt.number in numbers]
+    found: list[Attempt] = []
+    for earlier, attempt in zip([None, *attempts], attempts, strict=False):
+        if earlier is not None and attempt.step > earlier.step:
+            found.clear()  # also progress of an attempt that nobody judged
+        if attempt.verdict is not None and attempt.fruitless:
+            found.append(attempt)
+        elif attempt.verdict is not None and (attempt.end_step or 0) > attempt.step:
+            found.clear()
+    return found
+
+
+def _next_number(folder: RunFolder) -> int:
+    """One more than any attempt that left a trace, those outside of Slurm included: their markers must not be ours."""
+    seen = {attempt.number for attempt in read_attempts(folder)}
+    seen |= {int(path.suffix[1:]) for path in folder.path.glob("stop.*") if path.suffix[1:].isdecimal()}
+    state = _read(folder.state).get("attempt")
+    return max(seen | ({state} if isinstance(state, int) else set()), default=-1) + 1
+
+
+# --- reasons ------------------------------------------------------------------------------------------------------
+
+_OWN = re.compile(r"^(?:ERROR: |error: )?([A-Za-z_.]*(?:Error|Exception|Interrupt)\b.*|error: .*)$")
+_OF_ANOTHER = re.compile(r"PeerError|rank \d+: |[Cc]onnection (closed|reset|refused)|Broken pipe|Timed out waiting")
+_SRUN = re.compile(r"srun: error: (\S+: tasks? \S+: .*)$")
+
+
+def _why(folder: RunFolder, number: int, status: int) -> str:
+    """The words of the rank that failed by itself, else what srun says of it, else the status."""
+    others = []
+    for path in sorted(folder.logs.glob(f"attempt-{number}.rank-*.txt"), key=lambda p: _rank(p) or 0):
+        for line in reversed(_last_lines(path)):
+            if match := _OWN.match(line.strip()):
+                text = f"rank {_rank(path)}: {match[1].removeprefix('error: ')}"
+                if not _OF_ANOTHER.search(match[1]):
+                    return text[:300]
+                others.append(text)
+                break
+    lines = _last_lines(folder.logs / f"attempt-{number}.srun.txt")
+    told = [match[1] for line in lines if (match := _SRUN.search(line.strip()))]
+    first = next((line for line in told if "Terminated" not in line), None)
+    return (first or next(iter(others + told), f"srun ended with status {status} and left no words"))[:300]
+
+
+def _rank(path: Path) -> int | None:
+    digits = path.stem.rpartition("-")[2]
+    return int(digits) if digits.isdecimal() else None
+
+
+def _last_lines(path: Path, size: int = 65536) -> list[str]:
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - size))
+            return file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+def _records(folder: RunFolder) -> Iterator[dict[str, Any]]:
+    try:
+        text = folder.attempts.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return
+    for line in text.splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # torn by a full disk or a machine that went down
+        if isinstance(record, dict) and isinstance(record.get("event"), str):
+            yield record
+
+
+def _append(folder: RunFolder, record: dict[str, Any]) -> None:
+    """One write of one line, begun anew where a torn line stands before it, and flushed to the disk."""
+    record["at"] = datetime.now(UTC).isoformat(timespec="milliseconds")
+    with open(folder.attempts, "a+b", buffering=0) as file:
+        torn = False
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            torn = file.read(1) != b"\n"
+        file.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
+        os.fsync(file.fileno())
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+# --- what the batch script calls ----------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m potamos.slurm.attempt", description="Judge attempts of a run.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("begin", "end", "follow"):
+        command = commands.add_parser(name)
+        command.add_argument("run", type=Path)
+        command.add_argument("--crashes", type=int, default=3)
+        command.add_argument("--job", default="")
+        command.add_argument("--restart", type=int, default=0)
+        command.add_argument("--nodes", default="")
+        command.add_argument("--attempt", type=int, default=0)
+        command.add_argument("--status", type=int, default=0)
+        command.add_argument("--state", default="")
+        command.add_argument("--requeue", type=int, default=1)
+    asked = parser.parse_args(arguments)
+    folder = RunFolder(asked.run.absolute())
+    try:
+        if asked.command == "begin":
+            number = begin(folder, asked.job, asked.restart, asked.nodes, asked.crashes)
+            print("done" if number is None else number)
+        elif asked.command == "follow":
+            note_submission(folder, [asked.job.partition(";")[0]])
+        else:
+            requeue = bool(asked.requeue)
+            verdict, reason = end(
+                folder, asked.attempt, asked.status, asked.state, requeue=requeue, crashes=asked.crashes
+            )
+            print(verdict)
+            print(f"attempt {asked.attempt}: {verdict}: {reason}", file=sys.stderr)
+    except (AttemptError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
