@@ -1,20 +1,21 @@
 """The attempts of a run: what the batch script asks before and after each one, and what `attempts.jsonl` remembers.
 
-    python -P -m potamos.slurm.attempt begin RUN --job 12 --restart 0 --nodes 'n[0-1]' --crashes 3   # prints: 0, or done
-    python -P -m potamos.slurm.attempt end RUN --attempt 0 --status 137 --state RUNNING --crashes 3  # prints: requeue
+    python -P -m potamos.slurm.attempt begin RUN --job 12 --nodes "n[0-1]" --crashes 3            # prints 0, or done
+    python -P -m potamos.slurm.attempt end RUN --attempt 0 --status 137 --told "$(scontrol ...)"  # prints requeue
 
 An attempt ends in one word:
 
     done      every step of the recipe is trained
     requeue   it stopped on request after saving, or failed and may try again: back into the queue
+    waiting   the same, and Slurm has put it back into the queue already
     next      it stopped on request after saving, and another job follows
     crashed   it failed, and another job follows
     stopped   someone cancelled it
     failed    it is of no use to go on; the reason says why
 
 Slurm counts a job's restarts, but preemptions raise that count too. Here what fails in a row *without a new checkpoint*
-is counted, so a run that makes progress never meets the bound. An attempt without an end was killed from outside (a node
-that died, a preemption that would not wait) and is no crash of the run.
+is counted, so a run that makes progress never meets the bound. An attempt without an end was killed from outside (a
+node that died, a preemption that would not wait) and is no crash of the run.
 
 Standard library only, and quick to start: it runs on the first node of every attempt.
 """
@@ -27,7 +28,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,15 +36,13 @@ from typing import Any
 from potamos.slurm.run_folder import RunFolder
 
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
-OUTSIDE = ("PREEMPTED", "NODE_FAIL", "REQUEUED", "BOOT_FAIL", "PENDING", "PREFLIGHT")
-"""States in which the job's end is not the run's doing."""
 
 
 class AttemptError(ValueError):
     """An attempt cannot begin here. The message says why and what to do."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Attempt:
     """One start of the run. ``verdict`` is None while it runs, and where nobody was left to judge it."""
 
@@ -61,20 +60,56 @@ class Attempt:
     fruitless: bool = False  # failed, or was asked to stop, before its first new checkpoint
 
 
+@dataclass(frozen=True)
+class Told:
+    """What Slurm says of the job while an attempt ends. Where it says nothing, nothing came from outside."""
+
+    requeued: bool = False
+    cancelled: bool = False
+    out_of_time: bool = False
+    preempted: bool = False
+
+    @classmethod
+    def read(cls, line: str, restart: int) -> Told:
+        """From a line of `scontrol show job -o`, and the count of restarts with which the script began.
+
+        A job that is being cancelled and one that is being requeued are both COMPLETING; only the latter has one
+        restart more than its script knows of. One that ran into its limit has run for as long.
+        """
+        said = {key: value for key, _, value in (word.partition("=") for word in line.split())}
+        state, count = said.get("JobState", ""), said.get("Restarts", "0")
+        requeued = count.isdecimal() and int(count) > restart
+        ended = state in ("COMPLETING", "CANCELLED", "TIMEOUT") and not requeued
+        out_of_time = state == "TIMEOUT" or (ended and seconds(said.get("RunTime")) >= seconds(said.get("TimeLimit")))
+        preempted = said.get("PreemptTime", "None") != "None"
+        return cls(requeued, ended and not out_of_time, ended and out_of_time, preempted)
+
+    def __str__(self) -> str:
+        if self.preempted:
+            return "preempted"
+        return "requeued from outside" if self.requeued else ("time limit" if self.out_of_time else "")
+
+
+def seconds(text: str | None) -> float:
+    """Of days-hours:minutes:seconds as Slurm prints it; anything else (UNLIMITED, nothing) has no end."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text or "")
+    if match is None:
+        return float("inf")
+    days, hours, minutes, rest = (int(part or 0) for part in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + rest
+
+
 def read_attempts(run: str | os.PathLike[str]) -> list[Attempt]:
     """The attempts that the batch script began in this folder, in order; lines that are no record are passed over."""
     attempts: dict[int, Attempt] = {}
     for record in _records(RunFolder.of(run)):
         number = record.get("attempt", -1)
         if record["event"] == "begin":
-            attempts[number] = Attempt(number, *(record.get(k) for k in ("job", "restart", "nodes", "at", "step")))  # pyright: ignore[reportArgumentType]
+            facts = {key: record[key] for key in ("job", "restart", "nodes", "step")}
+            attempts[number] = Attempt(number=number, began=record["at"], **facts)
         elif record["event"] == "end" and number in attempts:
-            begun = attempts[number]
-            attempts[number] = Attempt(
-                number, begun.job, begun.restart, begun.nodes, begun.began, begun.step,
-                *(record.get(key) for key in ("at", "step", "status", "verdict", "reason")),  # pyright: ignore[reportArgumentType]
-                fruitless=bool(record.get("fruitless")),
-            )  # fmt: skip
+            facts = {key: record[key] for key in ("status", "verdict", "reason", "fruitless")}
+            attempts[number] = replace(attempts[number], ended=record["at"], end_step=record["step"], **facts)
     return list(attempts.values())
 
 
@@ -117,41 +152,39 @@ def begin(folder: RunFolder, job: str, restart: int, nodes: str, crashes: int) -
     return number
 
 
-def end(folder: RunFolder, number: int, status: int, state: str, *, requeue: bool, crashes: int) -> tuple[str, str]:
+def end(folder: RunFolder, number: int, status: int, told: Told, *, requeue: bool, crashes: int) -> tuple[str, str]:
     """How attempt `number` ended, and why; remembers it.
 
     Args:
         status: srun's exit status.
-        state: the job's state as Slurm tells it now; empty if it would not say.
         requeue: whether this job may go back into the queue, rather than another follow.
+        crashes: how many attempts in a row may be of no use.
     """
     began = next((attempt.step for attempt in read_attempts(folder) if attempt.number == number), 0)
-    step = newest_step(folder)
-    progress = step > began
-    verdict, reason, fruitless = _judge(folder, number, status, state, progress)
-    if fruitless and len(_fruitless(folder)) + 1 >= crashes:
-        verdict = "failed"
-        reason += f" (for the {crashes}th time in a row without a new checkpoint)" if crashes > 1 else ""
-    elif verdict == "again":
-        stopped = folder.stop(number).exists()
-        verdict = "requeue" if requeue else ("next" if stopped else "crashed")
+    step, stop = newest_step(folder), folder.stop(number)
+    fruitless, verdict = False, "waiting" if told.requeued else "requeue"
+    if _is_done(folder):
+        verdict, reason = "done", "finished"
+    elif folder.cancelled.exists() or told.cancelled:
+        verdict, reason = "stopped", "cancelled"
+    else:
+        fruitless = step <= began and not (told.requeued or told.preempted)
+        reason = str(_read(stop).get("reason", "asked to stop")) if stop.exists() else _why(folder, number, status)
+        reason = ", ".join(filter(None, [reason, str(told)])) + (", before the first new checkpoint" * fruitless)
+        if fruitless and len(_fruitless(folder)) + 1 >= crashes:
+            verdict, reason = "failed", f"{reason} ({crashes} such attempts in a row)"
+        elif not requeue:
+            verdict = "next" if stop.exists() else "crashed"
     record = {"event": "end", "attempt": number, "status": status, "verdict": verdict, "reason": reason, "step": step}
     _append(folder, record | {"fruitless": fruitless})
     return verdict, reason
 
 
-def _judge(folder: RunFolder, number: int, status: int, state: str, progress: bool) -> tuple[str, str, bool]:
-    """Verdict ("again": go on, one way or the other), reason, and whether this attempt was of no use."""
-    if _is_done(folder):
-        return "done", "finished", False
-    if folder.cancelled.exists() or state.startswith("CANCELLED"):
-        return "stopped", "cancelled", False
-    if folder.stop(number).exists():
-        reason = _read(folder.stop(number)).get("reason", "asked to stop")
-        return "again", reason if progress else f"{reason}, before the first new checkpoint", not progress
-    if state.startswith(OUTSIDE):
-        return "again", state.lower().replace("_", " "), False
-    return "again", _why(folder, number, status), not progress
+def replaced(folder: RunFolder, number: int, bad_nodes: str) -> None:
+    """Attempt `number` found nodes that cannot be used, and another job takes its place."""
+    reason = f"nodes {bad_nodes} failed the check before training"
+    facts = {"status": 0, "verdict": "next", "reason": reason, "step": newest_step(folder), "fruitless": False}
+    _append(folder, {"event": "end", "attempt": number, **facts})
 
 
 def newest_step(folder: RunFolder) -> int:
@@ -290,7 +323,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("--nodes", default="")
         command.add_argument("--attempt", type=int, default=0)
         command.add_argument("--status", type=int, default=0)
-        command.add_argument("--state", default="")
+        command.add_argument("--told", default="")
+        command.add_argument("--bad-nodes", default="")
         command.add_argument("--requeue", type=int, default=1)
     asked = parser.parse_args(arguments)
     folder = RunFolder(asked.run.absolute())
@@ -300,11 +334,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("done" if number is None else number)
         elif asked.command == "follow":
             note_submission(folder, [asked.job.partition(";")[0]])
+        elif asked.bad_nodes:
+            replaced(folder, asked.attempt, asked.bad_nodes)
         else:
             requeue = bool(asked.requeue)
-            verdict, reason = end(
-                folder, asked.attempt, asked.status, asked.state, requeue=requeue, crashes=asked.crashes
-            )
+            told = Told.read(asked.told, asked.restart)
+            verdict, reason = end(folder, asked.attempt, asked.status, told, requeue=requeue, crashes=asked.crashes)
             print(verdict)
             print(f"attempt {asked.attempt}: {verdict}: {reason}", file=sys.stderr)
     except (AttemptError, OSError) as error:

@@ -23,19 +23,20 @@ export PYTHONPATH=$CODE PYTHONUNBUFFERED=1
 # Judges begin and end of every attempt, and keeps attempts.jsonl; prints one word.
 judge() { "$PYTHON" -P -m potamos.slurm.attempt "$@"; }
 
-# Back into the queue; Slurm ends this script while it waits. After the failure of a node Slurm has done it already, and
-# says that the job is pending: that is as good.
-requeue() {
-    local answer state
-    answer=$(scontrol requeue "$JOB" 2>&1) && { sleep 300; exit 0; }
-    state=$(job_state)
-    case $state in
-    PENDING* | REQUEUE* | COMPLETING*) echo "already on its way back into the queue: $state"; sleep 300; exit 0 ;;
-    esac
-    fail "job $JOB could not be requeued ($answer); go on with: potamos requeue $(printf %q "$RUN")"
-}
+# What Slurm says of this job now. All on one line; empty where the controller does not answer.
+told() { scontrol show job "$JOB" -o 2>/dev/null | head -n1; }
 
-job_state() { scontrol show job "$JOB" -o 2>/dev/null | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p' | head -n1; }
+# Back into the queue; Slurm ends this script while it waits. A refusal is no failure where Slurm was quicker (a node
+# died, a preemption): it says that the job is pending.
+requeue() {
+    local answer
+    answer=$(scontrol requeue "$JOB" 2>&1) || case $answer in
+    *pending* | *"already"*) echo "already on its way back into the queue" ;;
+    *) fail "job $JOB could not be requeued ($answer); go on with: potamos requeue $(printf %q "$RUN")" ;;
+    esac
+    sleep 300
+    exit 0
+}
 
 # Runs a command beside the shell and waits until it is really gone: a signal that the shell traps ends `wait` early.
 # The tasks have got that signal from Slurm themselves.
@@ -69,13 +70,15 @@ SRUN=(srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_C
 if [ "$PREFLIGHT" = 1 ]; then
     attend "${SRUN[@]}" --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" --output="logs/preflight-$ATTEMPT.%N.txt" \
         ${CONTAINER[@]+"${CONTAINER[@]}"} "$RANK_PYTHON" -P -m potamos.parallel.node_check --out logs --attempt "$ATTEMPT" --gpus "$GPUS"
-    bad=$("$PYTHON" -P -m potamos.parallel.node_check --judge logs --attempt "$ATTEMPT" --nodes "$NODES" | paste -sd,)
+    bad=$("$PYTHON" -P -m potamos.parallel.node_check --judge logs --attempt "$ATTEMPT" --nodes "$NODES") || fail "the nodes could not be judged"
+    bad=$(paste -sd, <<<"$bad")
     if [ -n "$bad" ]; then
         # A running job cannot be given other nodes, so another takes its place.
-        [ -n "${SLURM_JOB_EXCLUDED:=${POTAMOS_EXCLUDE:-}}" ] && bad="$bad,$SLURM_JOB_EXCLUDED"
-        judge end . --attempt "$ATTEMPT" --status 0 --state PREFLIGHT --requeue "$REQUEUE" --crashes "$CRASHES" >/dev/null
-        export POTAMOS_EXCLUDE=$bad
-        next=$(sbatch --parsable --chdir="$(dirname "$CODE")" --exclude="$bad" ${SLURM_ARRAY_TASK_ID:+"--array=$SLURM_ARRAY_TASK_ID"} "$(dirname "$CODE")/submit.sbatch") ||
+        judge end . --attempt "$ATTEMPT" --bad-nodes "$bad" >/dev/null
+        bad=$bad${EXCLUDE:+,$EXCLUDE}${POTAMOS_EXCLUDE:+,$POTAMOS_EXCLUDE}
+        home=$(dirname "$CODE")
+        next=$(POTAMOS_EXCLUDE=$bad sbatch --parsable --chdir="$home" --exclude="$bad" \
+            ${SLURM_ARRAY_TASK_ID:+"--array=$SLURM_ARRAY_TASK_ID"} "$home/submit.sbatch") ||
             fail "nodes $bad failed the check, and no job without them could be submitted"
         judge follow . --job "$next"
         echo "nodes $bad failed the check; job ${next%%;*} goes on without them"
@@ -89,11 +92,12 @@ attend "${SRUN[@]}" --output="logs/attempt-$ATTEMPT.rank-%t.txt" --open-mode=app
     "$RANK_PYTHON" -P -m potamos.pretrain.cli train recipe.yaml --run . 2> >(tee -a "logs/attempt-$ATTEMPT.srun.txt" >&2)
 status=$?
 
-verdict=$(judge end . --attempt "$ATTEMPT" --status "$status" --state "$(job_state)" --requeue "$REQUEUE" --crashes "$CRASHES") || exit 1
+verdict=$(judge end . --attempt "$ATTEMPT" --status "$status" --told "$(told)" --restart "$RESTART" --requeue "$REQUEUE" --crashes "$CRASHES") || exit 1
 echo "$(date -Is) attempt $ATTEMPT: srun's status $status, $verdict"
 case $verdict in
 done | next | stopped) exit 0 ;;
 requeue) requeue ;;
+waiting) sleep 300; exit 0 ;;
 esac
 [ "$status" -ne 0 ] && exit "$status"
 exit 1

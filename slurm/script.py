@@ -59,6 +59,7 @@ def _values(job: Job) -> list[str]:
         f"RANK_PYTHON={shlex.quote(python)}",
         f"CONTAINER_OPTIONS={_array(options)}",
         f"CONTAINER={_array(before)}",
+        f"EXCLUDE={shlex.quote(job.exclude or '')}",
         f"GPUS={job.gpus_per_node}",
         f"REQUEUE={int(job.requeue)}",
         f"CRASHES={job.crashes}",
