@@ -1,0 +1,249 @@
+"""How attempts of a run are judged, from the marks that a run leaves and the lines that Slurm printed (22.05.8)."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from potamos.slurm import attempt as attempts
+from potamos.slurm.attempt import AttemptError, Told, begin, end, jobs_of, note_submission, read_attempts, replaced
+from potamos.slurm.run_folder import RunFolder
+
+RUNNING = "JobId=3 JobName=t JobState=RUNNING Reason=None Restarts=2 RunTime=00:01:00 TimeLimit=00:10:00"
+PREEMPTED = RUNNING + " PreemptEligibleTime=2026-11-22T10:10:30 PreemptTime=2026-11-22T10:12:00"
+CANCELLED = RUNNING.replace("RUNNING", "COMPLETING") + " EndTime=2026-11-22T10:10:32 PreemptTime=None"
+REQUEUED = CANCELLED.replace("Restarts=2", "Restarts=3").replace("00:01:00", "00:00:00")
+TIMEOUT = CANCELLED.replace("00:01:00", "00:10:02")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    run = RunFolder(tmp_path / 'a run\'s "folder"')
+    run.logs.mkdir(parents=True)
+    run.recipe.write_text("train: {steps: 100}\n")
+    return run
+
+
+def start(folder, crashes=3):
+    return begin(folder, "3", 2, "n[0-1]", crashes)
+
+
+def saved(folder, step):
+    (folder.checkpoints / f"step-{step:08d}").mkdir(parents=True)
+
+
+def asked_to_stop(folder, number, reason="SIGUSR1"):
+    folder.stop(number).write_text(json.dumps({"attempt": number, "reason": reason, "step": 7}))
+
+
+def ends(folder, number, *, status=0, told=RUNNING, requeue=True, crashes=3):
+    return end(folder, number, status, Told.read(told, 2), requeue=requeue, crashes=crashes)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (RUNNING, Told()),
+        (PREEMPTED, Told(preempted=True)),
+        (CANCELLED, Told(cancelled=True)),
+        (REQUEUED, Told(requeued=True)),
+        (TIMEOUT, Told(out_of_time=True)),
+        (CANCELLED.replace("TimeLimit=00:10:00", "TimeLimit=UNLIMITED"), Told(cancelled=True)),
+        (CANCELLED.replace("00:01:00", "1-00:10:02").replace("00:10:00", "1-00:10:00"), Told(out_of_time=True)),
+        ("", Told()),
+        ("slurm_load_jobs error: Unable to contact slurm controller (connect failure)", Told()),
+    ],
+)  # fmt: skip
+def test_what_slurm_says_of_a_job(line, told):
+    assert Told.read(line, 2) == told
+
+
+def test_finished(folder):
+    number = start(folder)
+    saved(folder, 100)
+    folder.done.write_text('{"step": 100}')
+    assert ends(folder, number) == ("done", "finished")
+    assert start(folder) is None  # a requeue of a finished run does nothing
+    folder.recipe.write_text("train: {steps: 101}\n")
+    assert start(folder) == 1  # and one that was given more steps goes on
+
+
+def test_a_run_that_saved_on_request_goes_back_into_the_queue(folder):
+    number = start(folder)
+    saved(folder, 7)
+    asked_to_stop(folder, number)
+    assert ends(folder, number) == ("requeue", "SIGUSR1")
+    assert ends(folder, number, requeue=False) == ("next", "SIGUSR1")  # in a chain, another job goes on
+
+
+@pytest.mark.parametrize(
+    ("told", "verdict", "reason"),
+    [
+        (PREEMPTED, "requeue", "SIGTERM, preempted"),
+        (REQUEUED, "waiting", "SIGTERM, requeued from outside"),
+        (TIMEOUT, "requeue", "SIGTERM, time limit"),
+        (CANCELLED, "stopped", "cancelled"),
+    ],
+)
+def test_who_sent_the_signal(folder, told, verdict, reason):
+    number = start(folder)
+    saved(folder, 7)
+    asked_to_stop(folder, number, "SIGTERM")
+    assert ends(folder, number, told=told) == (verdict, reason)
+
+
+def test_a_cancelled_run_is_never_requeued(folder):
+    number = start(folder)
+    folder.cancelled.touch()
+    assert ends(folder, number, status=137) == ("stopped", "cancelled")
+    with pytest.raises(AttemptError, match="cancelled"):
+        start(folder)
+
+
+def test_crashes_in_a_row_meet_the_bound(folder):
+    verdicts = [ends(folder, start(folder), status=1)[0] for _ in range(3)]
+    assert verdicts == ["requeue", "requeue", "failed"]
+    with pytest.raises(AttemptError, match=r"3 attempts in a row .* status 1 .* potamos requeue"):
+        start(folder)
+    note_submission(folder, ["9"])  # someone mended it and submitted again
+    assert start(folder) == 3
+
+
+def test_progress_never_meets_the_bound(folder):
+    for step in range(1, 20):
+        number = start(folder)
+        saved(folder, step)
+        assert ends(folder, number, status=137)[0] == "requeue"
+    assert [a.fruitless for a in read_attempts(folder)] == [False] * 19
+
+
+def test_a_crash_after_progress_begins_the_count_anew(folder):
+    for made_progress in (False, False, True, False, False):
+        number = start(folder)
+        if made_progress:
+            saved(folder, 5)
+        assert ends(folder, number, status=1)[0] == "requeue"
+    assert ends(folder, start(folder), status=1)[0] == "failed"
+
+
+def test_progress_of_an_attempt_that_nobody_judged_counts(folder):
+    for _ in range(2):
+        ends(folder, start(folder), status=1)
+    start(folder)
+    saved(folder, 8)  # and then its node died
+    assert ends(folder, start(folder), status=1)[0] == "requeue"
+
+
+def test_deaths_from_outside_are_no_crashes(folder):
+    for _ in range(9):
+        start(folder)  # never judged: the node died
+    for told in (PREEMPTED, REQUEUED) * 3:
+        assert ends(folder, start(folder), status=143, told=told)[0] in ("requeue", "waiting")
+    assert not any(attempt.fruitless for attempt in read_attempts(folder))
+
+
+def test_a_limit_too_short_to_save_anything_new_is_an_end(folder):
+    for number in range(3):
+        assert start(folder) == number
+        asked_to_stop(folder, number)
+        verdict, reason = ends(folder, number)
+    assert verdict == "failed"
+    assert "SIGUSR1, before the first new checkpoint (3 such attempts in a row)" in reason
+
+
+def test_neither_done_nor_stopped_is_a_crash_whatever_the_status(folder):
+    verdict, reason = ends(folder, start(folder), status=0)
+    assert verdict == "requeue"
+    assert "status 0" in reason
+    assert ends(folder, start(folder), status=0, requeue=False)[0] == "crashed"
+
+
+def test_nodes_that_fail_the_check_are_no_crash(folder):
+    number = start(folder)
+    replaced(folder, number, "n3,n4")
+    last = read_attempts(folder)[-1]
+    assert (last.verdict, last.fruitless) == ("next", False)
+    assert "n3,n4" in (last.reason or "")
+
+
+@pytest.mark.parametrize(
+    ("logs", "reason"),
+    [
+        (
+            {"rank-0": "error: rank 1: no room\n", "rank-1": "x\nerror: no room on the disk\n"},
+            "rank 1: no room on the disk",
+        ),
+        (
+            {
+                "rank-0": "torch.distributed.DistBackendError: Connection closed by peer\n",
+                "rank-3": "Traceback ...\ntorch.OutOfMemoryError: no memory\nmore\n",
+            },
+            "rank 3: torch.OutOfMemoryError: no memory",
+        ),
+        (
+            {"srun": "srun: error: n1: task 1: Terminated\nsrun: error: n0: task 0: Killed\n", "rank-0": "step 3\n"},
+            "n0: task 0: Killed",
+        ),
+        ({"rank-10": "ValueError: ten\n", "rank-9": "ValueError: nine\n"}, "rank 9: ValueError: nine"),
+        ({}, "srun ended with status 9 and left no words"),
+    ],
+)
+def test_the_reason_is_the_words_of_the_rank_that_failed(folder, logs, reason):
+    number = start(folder)
+    for name, text in logs.items():
+        (folder.logs / f"attempt-{number}.{name}.txt").write_text(text)
+    (folder.logs / "attempt-7.rank-0.txt").write_text("ValueError: of another attempt\n")
+    assert ends(folder, number, status=9)[1].startswith(reason)
+
+
+def test_numbers_avoid_the_marks_of_attempts_outside_of_slurm(folder):
+    asked_to_stop(folder, 4)
+    folder.state.write_text('{"attempt": 6, "step": 3}')
+    assert start(folder) == 7
+    assert start(folder) == 8
+
+
+def test_torn_lines_are_passed_over_and_not_written_into(folder):
+    start(folder)
+    with open(folder.attempts, "a") as file:
+        file.write('{"event": "end", "attem')
+    assert start(folder) == 1
+    assert [a.number for a in read_attempts(folder)] == [0, 1]
+
+
+def test_jobs_of_a_run_in_order(folder):
+    note_submission(folder, ["3", "4"])
+    note_submission(folder, ["9"])
+    assert jobs_of(folder) == ["3", "4", "9"]
+
+
+def test_a_folder_that_this_node_cannot_write(folder):
+    folder.attempts.mkdir()
+    with pytest.raises(AttemptError, match=r"cannot write into .* file system that the nodes share"):
+        start(folder)
+
+
+def test_a_folder_on_a_full_disk(folder, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(attempts, "_append", full)
+    with pytest.raises(AttemptError, match=r"cannot write into .* \(No space left on device\)"):
+        start(folder)
+
+
+def test_the_commands_of_the_script(folder):
+    def call(*arguments):
+        command = [sys.executable, "-P", "-m", "potamos.slurm.attempt", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, cwd=folder.path, timeout=60)
+
+    assert call("begin", ".", "--job", "3", "--restart", "2", "--nodes", "n0").stdout == "0\n"
+    done = call("end", ".", "--attempt", "0", "--status", "1", "--told", CANCELLED, "--restart", "2")
+    assert (done.returncode, done.stdout) == (0, "stopped\n")
+    assert "attempt 0: stopped: cancelled" in done.stderr
+    folder.cancelled.touch()
+    refused = call("begin", ".")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.stderr.startswith("error: ")
+    assert "Traceback" not in refused.stderr
