@@ -72,17 +72,17 @@ def _meet(record: Record, card: dict[str, Any], seconds: float) -> tuple[Store |
     """The store, None where it cannot be reached, and all nodes' cards in the order of ranks, None where one lacks."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     patience, began = timedelta(seconds=seconds), time.monotonic()
+    record.met = False  # also where the attempt itself never ends
     try:
         store = TCPStore(address, port, record.world, record.rank == 0, timeout=patience, wait_for_workers=False)
-        record.met = True
-        store.set(f"here/{record.rank}", json.dumps(card))
     except RuntimeError as error:
-        record.met = False
         doing = "cannot listen at" if record.rank == 0 else "cannot reach the head node at"
         record.network = f"{doing} {address}:{port}: {_first_line(error)}"
         return None, None
+    record.met = True
     names = [f"here/{rank}" for rank in range(record.world)]
     try:
+        store.set(names[record.rank], json.dumps(card))
         left = max(0.1, seconds - (time.monotonic() - began))
         store.wait(names, timedelta(seconds=left))
         if store.check(["closed"]):

@@ -39,7 +39,7 @@ def nodes(
     *more: str,
     before: Callable[[int], object] = lambda rank: None,
     after: Callable[[int], object] = lambda rank: None,
-    timeout: float = 5.0,
+    timeout: float = 30.0,
 ) -> Callable[[int, int], int]:
     """What each rank runs: the check of node n<rank>, as a launcher of one task a node starts it."""
     (folder / "logs").mkdir(exist_ok=True)
@@ -302,34 +302,36 @@ def test_a_node_that_comes_too_late_is_the_bad_one(
     assert "2 of 2 others waited for it" in said
 
 
+def forked(work: Callable[[], object]) -> int:
+    """The exit status of a process of its own: a stage that hangs ends its whole process."""
+    if (pid := os.fork()) == 0:
+        with contextlib.suppress(BaseException):
+            work()
+        os._exit(9)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
 def test_a_stage_that_hangs_is_left_and_named(tmp_path: Path) -> None:
     """The process ends by itself, its record written, while a call into a dead file system does not return."""
-    (tmp_path / "logs").mkdir()
-    began, pid = time.monotonic(), os.fork()
-    if pid == 0:
-        os.chdir(tmp_path)
-        os.environ["SLURMD_NODENAME"] = "n0"
-        node_check.main(["--out", "logs", "--attempt", "3", "--timeout=0.3"], StuckDisk())
-        os._exit(9)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    began = time.monotonic()
+    work = nodes(tmp_path, lambda _: StuckDisk(), timeout=0.3)
+    assert forked(lambda: work(0, 1)) == 0
     assert time.monotonic() - began < 20
     assert record(tmp_path, 0).problems == [("disks", "no end within 0.3 s")]
 
 
 def test_no_head_to_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "logs").mkdir()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "SLURMD_NODENAME": "n1"}
+    place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     for name, value in {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.chdir(tmp_path)
-    assert node_check.main(["--out", "logs", "--attempt", "3", "--timeout=0.5", *FEW]) == 0
+    work = nodes(tmp_path, timeout=1.0)
+    assert forked(lambda: os._exit(work(1, 2))) == 0
     found = record(tmp_path, 1)
-    assert found.met is False
-    assert found.problems == []
-    assert str(found.network).startswith(f"cannot reach the head node at 127.0.0.1:{port}: ")
+    assert (found.met, found.problems) == (False, [])
+    assert re.match(rf"cannot reach the head node at 127.0.0.1:{port}: |the meeting did not end", str(found.network))
 
 
 def test_a_wrong_sum_is_found(tmp_path: Path, run_ranks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
