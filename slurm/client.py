@@ -151,8 +151,8 @@ def show(kind: str, name: str | None = None) -> list[dict[str, str]]:
 _COLUMNS = ("%i", "%F", "%T", "%r", "%N", "%L", "%P", "%S", "%u", "%j", "%Z")
 
 
-def queue(jobs: Iterable[str] | None = None) -> dict[str, QueueEntry]:
-    """What waits or runs, by id, one entry for each task of an array; of ``jobs`` alone if given.
+def queue(jobs: Iterable[str] | None = None, *, user: str | None = None) -> dict[str, QueueEntry]:
+    """What waits or runs, by id, one entry for each task of an array; of ``jobs`` or of one user alone if given.
 
     Args:
         jobs: ids; ``12`` stands for every task of array 12. Those that the cluster has forgotten are left out.
@@ -161,6 +161,8 @@ def queue(jobs: Iterable[str] | None = None) -> dict[str, QueueEntry]:
     if wanted == []:
         return {}
     command = ["squeue", "--noheader", "--array", "--all", "-o", SEPARATOR.join(_COLUMNS)]
+    if user is not None:
+        command += ["--user", user]
     try:
         out = run(*command, *(["--jobs", ",".join(wanted)] if wanted is not None else []))
     except SlurmError as error:

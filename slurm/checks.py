@@ -1,0 +1,186 @@
+"""What a job is refused for before it is queued: what its partition has, where its folder lies, room on the disk."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from potamos.slurm import client
+from potamos.slurm.client import Partition, SlurmError
+from potamos.slurm.job import Job
+
+EARLY = 60
+"""Seconds that Slurm may send its warning before the moment asked for."""
+NODE_LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/run", "/local", "/localscratch")
+LOCAL_KINDS = ("tmpfs", "ramfs", "overlay", "squashfs")
+_UNITS = {"K": 1 / 1024, "M": 1, "G": 1024, "T": 1024**2}
+
+
+class SubmitError(SlurmError):
+    """A job that would not run as asked. Names the value, its place and what to do."""
+
+
+# --- the cluster ----------------------------------------------------------------------------------------------------
+
+
+def check_cluster(job: Job, partitions: Mapping[str, Partition]) -> tuple[Partition, list[str]]:
+    """The partition that the job asks for, and remarks.
+
+    Raises:
+        SubmitError: there is no such partition, or it has less than the job asks for.
+    """
+    known = ", ".join(partitions) or "none"
+    names = job.partition.split(",") if job.partition else [p.name for p in partitions.values() if p.default]
+    if not names:
+        raise SubmitError(f"slurm.partition: this cluster has no default; name one with --partition (known: {known})")
+    for name in names:
+        if name not in partitions:
+            raise SubmitError(f"slurm.partition: {name!r} is no partition of this cluster (known: {known})")
+    refusals: list[SubmitError] = []
+    for name in names:  # of several, Slurm takes whichever serves first
+        try:
+            return partitions[name], _check_partition(job, partitions[name])
+        except SubmitError as error:
+            refusals.append(error)
+    raise refusals[0]
+
+
+def _check_partition(job: Job, partition: Partition) -> list[str]:
+    name, notes = partition.name, []
+    if partition.state in ("DRAIN", "INACTIVE"):
+        raise SubmitError(f"slurm.partition: {name} takes no jobs now ({partition.state}); name another (--partition)")
+    if partition.state != "UP":
+        notes.append(f"partition {name} is {partition.state}: the job waits until it is UP")
+    most = min(partition.nodes, partition.max_nodes if partition.max_nodes is not None else partition.nodes)
+    if job.nodes > most:
+        raise SubmitError(f"slurm.nodes: {job.nodes} nodes, but a job in partition {name} can have {most}; see --nodes")
+    if job.gpus_per_node > partition.gpus_per_node:
+        raise SubmitError(
+            f"slurm.gpus_per_node: {job.gpus_per_node}, but a node of partition {name} has {partition.gpus_per_node}; "
+            "see --gpus-per-node, or name another partition"
+        )
+    cpus = job.tasks_per_node * (job.cpus_per_task or 1)
+    if cpus > partition.cpus:
+        raise SubmitError(
+            f"slurm.cpus_per_task: {job.tasks_per_node} tasks a node of {job.cpus_per_task or 1} each are {cpus}, but "
+            f"a node of partition {name} has {partition.cpus} CPUs; ask for at most "
+            f"{max(1, partition.cpus // job.tasks_per_node)} a task, or fewer tasks"
+        )
+    if job.memory is not None and _mebibytes(job.memory) > partition.memory:
+        raise SubmitError(
+            f"slurm.memory: {job.memory}, but a node of partition {name} has {partition.memory}M; ask for less"
+        )
+    _check_time(job, partition)
+    return notes
+
+
+def _check_time(job: Job, partition: Partition) -> None:
+    limit = client.parse_time(job.time) if job.time is not None else partition.default_time
+    if job.time is not None and limit is not None and partition.max_time is not None and limit > partition.max_time:
+        longest = client.format_time(partition.max_time)
+        raise SubmitError(
+            f"slurm.time: {job.time}, but partition {partition.name} allows {longest}; ask for that (--time "
+            f"{longest}): a run is requeued until it is finished"
+        )
+    if limit is not None and limit <= job.warning + EARLY:
+        raise SubmitError(
+            f"slurm.time: {job.time or client.format_time(limit)} ends within a minute of slurm.warning, "
+            f"{job.warning} s, at which the run saves and stops; ask for more (--time), or lower slurm.warning"
+        )
+
+
+def _mebibytes(memory: str) -> float:
+    return int(memory.rstrip("KMGT")) * _UNITS.get(memory[-1], 1)
+
+
+# --- the folder -----------------------------------------------------------------------------------------------------
+
+
+def check_place(folder: Path, shared: Sequence[Path] = ()) -> list[str]:
+    """Remarks on where a run folder lies: nodes must see it.
+
+    Raises:
+        SubmitError: it is in none of the folders that the site file calls shared.
+    """
+    place = folder.resolve()
+    if shared:
+        if not any(place.is_relative_to(each.resolve()) for each in shared):
+            raise SubmitError(
+                f"{folder} lies in none of the folders that the nodes share ({', '.join(map(str, shared))}; `shared` "
+                "in the site file); name another with --run"
+            )
+        return []
+    local = next((each for each in (*NODE_LOCAL, os.environ.get("TMPDIR", "")) if each and _inside(place, each)), None)
+    kind = _kind_of(place)
+    if local is None and kind not in LOCAL_KINDS:
+        return []
+    return [f"{folder} lies in {local or f'a file system of kind {kind}'}, which other nodes usually do not see"]
+
+
+def _inside(place: Path, folder: str) -> bool:
+    return place.is_relative_to(Path(folder).resolve())
+
+
+def _kind_of(place: Path) -> str | None:
+    """The kind of the file system that holds a place; None where the system does not tell."""
+    try:
+        mounts = Path("/proc/self/mounts").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    found = [(line.split(" ")[1].replace("\\040", " "), line.split(" ")[2]) for line in mounts if line.count(" ") >= 3]
+    return max(((len(at), kind) for at, kind in found if _inside(place, at)), default=(0, None))[1]
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that this user cannot make or write into. Raises SubmitError."""
+    place = existing(folder)
+    if not place.is_dir():
+        raise SubmitError(f"{place} is a file; name a folder with --run")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise SubmitError(f"{place} cannot be written by {user_name()}; name another folder with --run")
+
+
+def check_disk(folder: Path, checkpoint: int, kept: int, runs: int = 1) -> list[str]:
+    """Refuse a disk without room for what a run keeps; remarks where all that it keeps for good will not fit.
+
+    Args:
+        checkpoint: bytes of one.
+        kept: how many the run keeps at a time; one more is written before the oldest goes.
+        runs: runs that write here at a time.
+
+    Raises:
+        SubmitError: not enough is free.
+    """
+    place = existing(folder)
+    free, needed = shutil.disk_usage(place).free, checkpoint * (kept + 1) * runs
+    present = len(list(folder.glob("checkpoints/step-*"))) + len(list(folder.glob("*/checkpoints/step-*")))
+    if free + present * checkpoint >= needed:
+        return []
+    raise SubmitError(
+        f"{place}: {gigabytes(free)} are free, but checkpoint.keep {kept} needs {gigabytes(needed)} "
+        f"({kept + 1} checkpoints of {gigabytes(checkpoint)}{f' in {runs} runs' if runs > 1 else ''}); free some, "
+        "lower checkpoint.keep, or name a folder on another disk with --run"
+    )
+
+
+def gigabytes(count: float) -> str:
+    """Bytes as people read them."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def existing(folder: Path) -> Path:
+    """The nearest folder that exists."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder
+
+
+def user_name() -> str:
+    """Whom the system takes this process for, whatever its variables say."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())

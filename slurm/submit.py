@@ -1,0 +1,235 @@
+"""Hand a job to Slurm: hold its folder, prepare it, queue it, and remember what was asked.
+
+What can be known before is checked before (`checks.py`); what only the controller can tell (accounts, limits of a user,
+a reservation) `sbatch --test-only` says first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from potamos.files import write_atomically
+from potamos.slurm import client
+from potamos.slurm.attempt import jobs_of, note_submission
+from potamos.slurm.checks import SubmitError, check_writable, user_name
+from potamos.slurm.client import QueueEntry
+from potamos.slurm.job import Container, Job
+from potamos.slurm.prepare import SUBMIT_LOCK, Prepared, check_folder, is_done, prepare, read_json
+from potamos.slurm.run_folder import RunFolder
+
+JOB_ID = re.compile(r"[1-9][0-9]*(_[0-9]+)?", re.ASCII)
+PATIENCE = 120
+"""Seconds that sbatch may take: one that is cut short may have queued the job all the same."""
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """What was queued. ``ids`` in the order in which they run."""
+
+    ids: tuple[str, ...]
+    prepared: Prepared
+
+
+# --- one submission at a time ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a folder against other submissions, from any machine where its file system has locks.
+
+    Raises:
+        SubmitError: another submission holds it.
+    """
+    check_writable(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / SUBMIT_LOCK, "a", encoding="utf-8") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise SubmitError(f"{folder} is being submitted by another command; wait for that one") from None
+        yield
+
+
+def check_idle(job: Job) -> None:
+    """Refuse folders with a job in the queue: two jobs in one would replace each other's checkpoints.
+
+    Raises:
+        SubmitError: names the job.
+    """
+    ids = {job_id for run in job.runs for job_id in jobs_of(run)}
+    entries = list(client.queue(ids).values()) if ids else []
+    if not job.tasks:  # also one that was queued by a command which was killed before it could write that down
+        places = {str(job.folder), str(job.folder.resolve())}
+        entries += [entry for entry in client.queue(user=user_name()).values() if entry.folder in places]
+    if entries:
+        raise SubmitError(_busy(job, entries[0]))
+
+
+def _busy(job: Job, entry: QueueEntry) -> str:
+    return (
+        f"{job.folder} has job {entry.id} already ({entry.state}{f', {entry.reason}' if entry.reason else ''}); wait "
+        f"for it, end it (potamos cancel {shlex.quote(str(job.folder))}), or name another folder with --run"
+    )
+
+
+# --- submitting -----------------------------------------------------------------------------------------------------
+
+
+def command(job: Job, *, after: str | None = None, previous: str | None = None) -> list[str]:
+    """The words that submit a job's script. ``after``: a job that must succeed; ``previous``: one that must end."""
+    words = ["sbatch", "--parsable", f"--chdir={job.folder}"]
+    if previous is not None:
+        words += [f"--dependency=afterany:{previous}", "--kill-on-invalid-dep=yes"]
+    elif after is not None:
+        words += [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
+    return [*words, str(RunFolder(job.folder).script)]
+
+
+def check_dependency(after: str | None) -> None:
+    """Refuse what is no number of a job. Raises SubmitError."""
+    if after is not None and not JOB_ID.fullmatch(after):
+        raise SubmitError(f"--after: {after!r} is no job; give the number that sbatch or potamos submit printed")
+
+
+def submit(
+    job: Job,
+    recipes: Sequence[str],
+    environment: str,
+    *,
+    after: str | None = None,
+    chain: int = 1,
+    refresh_code: bool = False,
+) -> Submitted:
+    """Prepare a job's folder and queue it, once, or ``chain`` times one after another.
+
+    Args:
+        recipes: the resolved recipe of each of ``job.runs``, as text.
+        environment: what is installed here, as text.
+        after: a job that must have succeeded first.
+        refresh_code: see `prepare`.
+
+    Raises:
+        NoSlurm, SlurmError: Slurm is not here, or refuses.
+        SubmitError, PrepareError: the folder is taken, or its runs are finished.
+    """
+    check_dependency(after)
+    check_folder(job)
+    with held(job.folder):
+        check_idle(job)
+        if all(is_done(RunFolder(run), recipe) for run, recipe in zip(job.runs, recipes, strict=True)):
+            raise SubmitError(
+                f"{job.folder} is finished; raise train.steps to go on, or name another folder with --run"
+            )
+        prepared = prepare(job, recipes, environment, refresh_code=refresh_code)
+        asked = {"job": _plain(job), "after": after, "chain": chain}
+        return Submitted(_queue(job, asked), prepared)
+
+
+def resubmit(run: str | os.PathLike[str]) -> list[str]:
+    """Queue a run once more, as it was asked for before; of an array, this run alone. The ids.
+
+    Raises:
+        NoSlurm, SlurmError: Slurm is not here, or refuses.
+        SubmitError: the run was never submitted, has a job already, or its folder is being submitted.
+    """
+    folder = RunFolder.of(run)
+    asked = read_json(folder.job)
+    try:
+        job = job_of(asked)
+    except (KeyError, TypeError, ValueError):
+        raise SubmitError(f"{folder.path} was never submitted; do so with: potamos submit RECIPE --run ...") from None
+    with held(job.folder):
+        place = folder.path.absolute()
+        one = _only(job, place) if job.tasks else job
+        check_idle(one)
+        return list(_queue(one, asked | {"after": None}, narrowed=bool(job.tasks)))
+
+
+def _only(job: Job, run: Path) -> Job:
+    """The task of an array that trains this folder."""
+    places = [each for each in job.runs if each.resolve() == run.resolve()]
+    if not places:
+        raise SubmitError(f"{run} is no run of the array in {job.folder}")
+    task = job.tasks[job.runs.index(places[0])]
+    return replace(job, runs=(places[0],), tasks=(task,), array=str(task))
+
+
+def _queue(job: Job, asked: Mapping[str, Any], *, narrowed: bool = False) -> tuple[str, ...]:
+    """Test, then queue; what was queued is taken back if the rest of its chain is refused.
+
+    narrowed: to a task of an array, though its script asks for all.
+    """
+    options = [f"--array={job.array}"] if narrowed else []
+    first = _with(command(job, after=asked["after"]), options)
+    client.run(*_with(first, ["--test-only"]), timeout=PATIENCE)
+    marks = _unmark(job)
+    ids: list[str] = []
+    try:
+        for _ in range(asked["chain"]):
+            words = _with(command(job, after=asked["after"], previous=ids[-1] if ids else None), options)
+            ids.append(client.run(*words, timeout=PATIENCE).strip().partition(";")[0])
+    except BaseException:
+        if ids:
+            client.run("scancel", *ids, check=False)
+        for path, content in marks.items():
+            write_atomically(path, content)
+        raise
+    _remember(job, {**asked, "ids": ids, "submitted": _now(), "command": first}, job.runs if narrowed else None)
+    return tuple(ids)
+
+
+def _unmark(job: Job) -> dict[Path, bytes]:
+    """Take away the marks of cancelled runs, which would end the job as it begins; what they held."""
+    marks = {}
+    for path in (RunFolder(run).cancelled for run in job.runs):
+        if path.exists():
+            marks[path] = path.read_bytes()
+            path.unlink()
+    return marks
+
+
+def _remember(job: Job, asked: Mapping[str, Any], places: Sequence[Path] | None = None) -> None:
+    content = (json.dumps(asked, indent=1) + "\n").encode()
+    for place in places or dict.fromkeys((*job.runs, job.folder)):
+        write_atomically(RunFolder(place).job, content)
+    for task, run in zip(job.tasks or (None,), job.runs, strict=True):
+        note_submission(run, [job_id if task is None else f"{job_id}_{task}" for job_id in asked["ids"]])
+
+
+def _with(words: list[str], options: Sequence[str]) -> list[str]:
+    return [*words[:-1], *options, words[-1]]
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+# --- job.json -------------------------------------------------------------------------------------------------------
+
+
+def _plain(job: Job) -> dict[str, Any]:
+    return json.loads(json.dumps(asdict(job), default=str))
+
+
+def job_of(asked: Mapping[str, Any]) -> Job:
+    """The job that `job.json` tells of. Raises KeyError, TypeError or ValueError if it tells of none."""
+    told: dict[str, Any] = dict(asked["job"])
+    told |= {"folder": Path(told["folder"]), "runs": tuple(Path(run) for run in told["runs"])}
+    told |= {key: tuple(told[key]) for key in ("tasks", "prologue")}
+    if told["container"] is not None:
+        container: dict[str, Any] = dict(told["container"])
+        container |= {key: tuple(container[key]) for key in ("mounts", "arguments")}
+        told["container"] = Container(**container)
+    return Job(**told)
