@@ -1,0 +1,204 @@
+"""Stopping runs for good, and sending them back into the queue."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from potamos.files import write_atomically
+from potamos.slurm import client
+from potamos.slurm.attempt import newest_step
+from potamos.slurm.checks import user_name
+from potamos.slurm.client import QueueEntry, SlurmError
+from potamos.slurm.run_folder import RunFolder
+from potamos.slurm.status import (
+    WAITING,
+    Facts,
+    Status,
+    entries_of,
+    find_runs,
+    judge,
+    lock_holder,
+    printable,
+    read_facts,
+)
+from potamos.slurm.submit import resubmit
+
+GRACE = 60.0  # seconds that the ranks get to finish their step and save
+LEAVE = 30.0  # seconds that Slurm gets to end what did not leave by itself
+AT_ONCE = 500  # ids that one command is given: a command line has an end
+
+HELD = ("JobHeldUser", "JobHeldAdmin", "launch failed requeued held", "job requeued in held state")
+
+
+class ControlError(ValueError):
+    """A run to which this cannot be done. Says why, and what can be."""
+
+
+# --- cancel ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cancelled:
+    """A run that was cancelled: its jobs, the step of its newest checkpoint, and whether it trained until then."""
+
+    folder: Path
+    jobs: Sequence[str]
+    saved: int
+    trained: bool
+    left: bool  # whether its jobs are gone
+
+    def __str__(self) -> str:
+        name = printable(self.folder)
+        if not self.left:
+            return f"{name}: job {', '.join(self.jobs)} is still ending; see potamos status"
+        if not self.trained:
+            return f"{name}: taken out of the queue" + (f"; saved at step {self.saved}" if self.saved else "")
+        return f"{name}: " + (f"saved at step {self.saved}" if self.saved else "ended before its first checkpoint")
+
+
+def cancel(
+    folders: Iterable[str | os.PathLike[str]],
+    *,
+    grace: float = GRACE,
+    tell: Callable[[str], object] = lambda text: None,
+    poll: float = 1.0,
+) -> list[Cancelled]:
+    """End every job of these runs, those that wait in a chain or an array included; nothing requeues them.
+
+    A run is marked before its jobs hear of it, so that a batch script which ends meanwhile does not put it back. What
+    waits is taken out at once. What runs is told to save, as before a time limit, and gets ``grace`` seconds for it
+    (0: none); what is still there then is ended by Slurm.
+
+    Args:
+        folders: runs, or folders of runs such as a sweep's.
+
+    Raises:
+        StatusError: no such folder.
+        ControlError: none of them waits or runs.
+        SlurmError: Slurm cannot be asked, or refuses.
+    """
+    facts = [read_facts(run) for run in find_runs(folders)]
+    queue = client.queue({job for fact in facts for job in fact.jobs})
+    own = [(fact, entries) for fact in facts if (entries := entries_of(fact.jobs, queue))]
+    if not own:
+        raise ControlError(_nothing(facts))
+    for fact, _ in own:
+        mark_cancelled(fact.folder)
+    waits = [entry.id for _, entries in own for entry in entries if entry.state in WAITING]
+    runs = [entry.id for _, entries in own for entry in entries if entry.state not in WAITING]
+    _scancel(waits)  # first: the next of a chain would begin when this one ends
+    left: set[str] = {*waits, *runs}
+    if runs and grace > 0:
+        _scancel(runs, "--signal=USR1")
+        tell(f"{len(runs)} {'job' if len(runs) == 1 else 'jobs'} told to save; up to {grace:.0f} s for it")
+        left = _await(left, grace, poll)
+    if left:
+        _scancel(sorted(left))
+        left = _await(left, LEAVE, poll)
+    return [
+        Cancelled(
+            fact.folder.path,
+            [entry.id for entry in entries],
+            newest_step(fact.folder),
+            trained=any(entry.id in runs for entry in entries),
+            left=not any(entry.id in left for entry in entries),
+        )
+        for fact, entries in own
+    ]
+
+
+def mark_cancelled(folder: RunFolder) -> None:
+    """Leave word that nothing may go on with this run until someone requeues it."""
+    facts = {"by": user_name(), "host": socket.gethostname(), "at": datetime.now(UTC).isoformat("T", "seconds")}
+    write_atomically(folder.cancelled, (json.dumps(facts) + "\n").encode())
+
+
+def _nothing(facts: Sequence[Facts]) -> str:
+    if not facts:
+        return "there is no run to cancel"
+    names = ", ".join(printable(fact.folder.path) for fact in facts[:4]) + (", ..." if len(facts) > 4 else "")
+    holders = [holder for fact in facts if (holder := lock_holder(fact.folder.lock))]
+    if holders:
+        return f"{names}: no job of Slurm's, but {holders[0]} trains it; press Ctrl-C there, or send it SIGTERM"
+    return f"{names}: no job of it waits or runs; see potamos status"
+
+
+def _scancel(ids: Sequence[str], *options: str) -> None:
+    for begin in range(0, len(ids), AT_ONCE):
+        try:
+            client.run("scancel", *options, *ids[begin : begin + AT_ONCE])
+        except SlurmError as error:
+            # A job that has just ended, or that has no step to signal yet, is no reason to leave the others alone.
+            if not any(
+                word in str(error) for word in ("Invalid job id", "completed", "can not be altered", "No active")
+            ):
+                raise
+
+
+def _await(ids: Iterable[str], seconds: float, poll: float) -> set[str]:
+    """Those of these jobs that are still there when the time is over."""
+    left, end = set(ids), time.monotonic() + seconds
+    while True:
+        queue = client.queue(left)
+        left = {job for job in left if entries_of([job], queue)}
+        if not left or time.monotonic() >= end:
+            return left
+        time.sleep(min(poll, max(0.0, end - time.monotonic())))
+
+
+# --- requeue --------------------------------------------------------------------------------------------------------
+
+
+def requeue(run: str | os.PathLike[str]) -> str:
+    """Send a run back into the queue; what was done, as a sentence.
+
+    A running job is ended by Slurm, which gives it KillWait to save, and goes on from its newest checkpoint. A run that
+    was cancelled, failed or stopped is submitted again, as it was asked for before, and its earlier failures no longer
+    count.
+
+    Raises:
+        ControlError: it is finished, waits already, or is trained outside of Slurm.
+        SlurmError: Slurm cannot be asked, or refuses.
+    """
+    folder = RunFolder.of(run)
+    name = printable(folder.path)
+    if not folder.path.is_dir():
+        raise ControlError(f"there is no run folder {name}")
+    facts = read_facts(folder)
+    queue = client.queue(facts.jobs)
+    status, own = judge(facts, queue, datetime.now(UTC)), entries_of(facts.jobs, queue)
+    if status.state == "finished":
+        raise ControlError(
+            f"{name} is finished at step {(facts.done or {}).get('step')}: raise train.steps to go on, as in "
+            f"potamos submit RECIPE train.steps=N --run {name}"
+        )
+    active = [entry for entry in own if entry.state not in (*WAITING, "COMPLETING")]
+    if active:
+        client.run("scontrol", "requeue", active[0].id)
+        return f"{name}: job {active[0].id} goes back into the queue"
+    if own:
+        return _of_waiting(name, own, status)
+    if holder := lock_holder(folder.lock):
+        raise ControlError(f"{name} is trained by {holder}; stop that first, with Ctrl-C or SIGTERM")
+    jobs = resubmit(folder)
+    return f"{name}: submitted again, job {', '.join(jobs)}" + (f", from step {status.saved}" if status.saved else "")
+
+
+def _of_waiting(name: str, own: Sequence[QueueEntry], status: Status) -> str:
+    held = [entry.id for entry in own if entry.reason in HELD or entry.state == "REQUEUE_HOLD"]
+    if not held:
+        ending = own[0].state == "COMPLETING"
+        raise ControlError(
+            f"{name}: job {own[0].id} is still ending; try again in a moment"
+            if ending
+            else f"{name}: job {own[0].id} waits already ({status.why or own[0].reason})"
+        )
+    client.run("scontrol", "release", ",".join(held))
+    return f"{name}: job {', '.join(held)} was held; released"

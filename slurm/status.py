@@ -1,0 +1,374 @@
+"""Where runs stand: from what their folders say, and one question to Slurm. Needs no accounting, nor Slurm itself."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import struct
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from potamos.slurm import client
+from potamos.slurm.attempt import Attempt, jobs_of, newest_step, read_attempts
+from potamos.slurm.client import QueueEntry, SlurmError
+from potamos.slurm.run_folder import RunFolder
+
+STATES = {
+    "prepared": "never submitted or started",
+    "queued": "waits for its first start",
+    "running": "trains",
+    "requeued": "waits to go on",
+    "finished": "every step is trained",
+    "stopped": "was asked to stop, and saved",
+    "cancelled": "was cancelled",
+    "failed": "ended with an error, and nothing goes on with it",
+    "stale": "its state says that it trains, but no job and no process does",
+    "unknown": "has a job, and Slurm cannot be asked here",
+}
+WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
+DEPTH = 3  # of folders below the one asked for
+NAMED = 1000  # jobs that squeue is asked for by name; beyond that it is asked for all
+QUIET = 600.0  # seconds without news after which a running run is remarked on
+NO_RUNS = frozenset({"code", "checkpoints", "logs", "tensorboard"})  # what a folder of runs may hold beside them
+
+
+class StatusError(ValueError):
+    """A folder that holds no run. Names it, and where the runs are."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a run folder says of its run. `done` and `stop` are the markers' content, None without one."""
+
+    folder: RunFolder
+    state: dict[str, Any]
+    done: dict[str, Any] | None
+    stop: dict[str, Any] | None
+    cancelled: bool
+    attempts: Sequence[Attempt]
+    jobs: Sequence[str]
+
+    @property
+    def last_attempt(self) -> int | None:
+        """The number of the newest attempt, in a job or outside of one."""
+        seen = [a.number for a in self.attempts]
+        seen += [
+            n for n in (_whole(self.state.get("attempt")), _whole((self.stop or {}).get("attempt"))) if n is not None
+        ]
+        return max(seen, default=None)
+
+
+@dataclass(frozen=True)
+class Status:
+    """One run. Numbers are None where nobody has told them yet.
+
+    ``why``: why it waits, or why it ended, or what ended the attempt before. ``eta``: seconds. ``job``: that which
+    runs, waits, or ran last. ``behind``: jobs of its chain that wait for this one. ``attempts``: starts of the run;
+    ``crashes``: those that failed by themselves. ``saved``: step of the newest checkpoint.
+    """
+
+    folder: Path
+    state: str
+    why: str = ""
+    step: int | None = None
+    total_steps: int | None = None
+    loss: float | None = None
+    tokens_per_second: float | None = None
+    eta: float | None = None
+    nodes: str = ""
+    job: str | None = None
+    behind: int = 0
+    attempts: int = 0
+    crashes: int = 0
+    saved: int = 0
+    time_left: int | None = None
+    updated: str | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON has it, with the folder's own name."""
+        return {"name": self.folder.name, **vars(self), "folder": str(self.folder.absolute())}
+
+
+# --- finding --------------------------------------------------------------------------------------------------------
+
+
+def find_runs(folders: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """The run folders among these and below, each once, in the order of their names.
+
+    Raises:
+        StatusError: a folder does not exist.
+    """
+    found: dict[Path, None] = {}
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            beside = folder.parent if folder.parent.is_dir() else Path("runs")
+            near = [str(run) for run in _below(beside, 1)][:8] if beside.is_dir() else []
+            there = f"; there are: {', '.join(map(printable, near))}" if near else ""
+            raise StatusError(f"there is no folder {printable(folder)}{there}")
+        found |= dict.fromkeys([folder] if is_run(folder) else _below(folder, DEPTH))
+    return list(found)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run was prepared or started here. A sweep's own folder is none."""
+    return any((folder / name).exists() for name in ("recipe.yaml", "state.json"))
+
+
+def _below(folder: Path, depth: int) -> list[Path]:
+    try:
+        with os.scandir(folder) as entries:
+            names = sorted(e.name for e in entries if e.name not in NO_RUNS and e.name[0] != "." and e.is_dir())
+    except OSError:
+        return []  # not ours to read
+    found = []
+    for path in (folder / name for name in names):
+        if is_run(path):
+            found.append(path)
+        elif depth > 1:
+            found += _below(path, depth - 1)
+    return found
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def statuses(
+    folders: Iterable[str | os.PathLike[str]], *, now: datetime | None = None, tell: Callable[[str], None] | None = None
+) -> list[Status]:
+    """Where each of these run folders stands.
+
+    Args:
+        tell: is told, once, why Slurm could not be asked, if there was anything to ask it.
+    """
+    now = now or datetime.now(UTC)
+    with ThreadPoolExecutor(16) as pool:  # a shared file system answers many questions as fast as one
+        facts = list(pool.map(_read, folders))
+        entries, silence = ask(job for fact in facts if isinstance(fact, Facts) for job in fact.jobs)
+        if silence and tell:
+            tell(silence)
+        return list(pool.map(lambda fact: judge(fact, entries, now) if isinstance(fact, Facts) else fact, facts))
+
+
+def _read(folder: str | os.PathLike[str]) -> Facts | Status:
+    """One damaged folder must not hide the others."""
+    try:
+        return read_facts(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return Status(Path(folder), "unknown", why=f"its files cannot be read: {type(error).__name__}: {error}")
+
+
+def ask(jobs: Iterable[str]) -> tuple[Mapping[str, QueueEntry] | None, str | None]:
+    """The queue's entries of these jobs; None, and why, where Slurm does not say."""
+    wanted = {job.partition("_")[0] for job in jobs}  # an array as a whole, however many tasks it has
+    try:
+        return client.queue(wanted if len(wanted) <= NAMED else None), None
+    except SlurmError as error:
+        return None, f"what waits and runs is not known: {error}"
+
+
+def read_facts(run: str | os.PathLike[str]) -> Facts:
+    folder = RunFolder.of(run)
+    stops = [path for path in folder.path.glob("stop.*") if path.suffix[1:].isdecimal()]
+    newest = max(stops, key=lambda path: int(path.suffix[1:]), default=None)
+    return Facts(
+        folder=folder,
+        state=read_json(folder.state) or {},
+        done=read_json(folder.done),
+        stop=read_json(newest) if newest else None,
+        cancelled=folder.cancelled.exists(),
+        attempts=read_attempts(folder),
+        jobs=jobs_of(folder),
+    )
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A small file of facts; None if it is absent, {} if it is not what it should be."""
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError:
+        return None
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def lock_holder(path: Path) -> str | None:
+    """Who holds a run's lock, in its own words; None where nobody does. Looks without taking it, which a starting run
+    would trip over."""
+    linux = sys.platform.startswith("linux")
+    layout = "hhqqi4x" if linux else "qqihh4x"  # struct flock: type, whence, start, length, process
+    asked = (fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0) if linux else (0, 0, 0, fcntl.F_WRLCK, os.SEEK_SET)
+    try:
+        with open(path, "rb") as file:
+            answer = struct.unpack(layout, fcntl.fcntl(file, fcntl.F_GETLK, struct.pack(layout, *asked)))
+            held = answer[0 if linux else 3] != fcntl.F_UNLCK
+            return (file.read(200).decode(errors="replace").strip() or "a process") if held else None
+    except OSError:
+        return None
+
+
+# --- judging --------------------------------------------------------------------------------------------------------
+
+
+def judge(facts: Facts, queue: Mapping[str, QueueEntry] | None, now: datetime) -> Status:
+    """A run's status from its folder and the queue (None where Slurm cannot be asked)."""
+    own = entries_of(facts.jobs, queue or {})
+    runs = [entry for entry in own if entry.state not in WAITING]
+    waits = [entry for entry in own if entry.state in WAITING]
+    base = _figures(facts)
+    if facts.done is not None and not runs and not (waits and _submitted_since(facts)):
+        return replace(base, state="finished", why="")
+    if runs and not (runs[0].state == "COMPLETING" and facts.cancelled):
+        return _running(base, facts, runs[0], len(waits), now)
+    if waits and not facts.cancelled:
+        return _waiting(base, facts, waits)
+    return _ended(base, facts, queue is not None, now)
+
+
+def entries_of(jobs: Iterable[str], queue: Mapping[str, QueueEntry]) -> list[QueueEntry]:
+    """The entries of these jobs, in their order; those of every task where a job is named that is an array."""
+    found = {entry.id: entry for job in jobs for entry in queue.values() if job in (entry.id, entry.array)}
+    return list(found.values())
+
+
+def _figures(facts: Facts) -> Status:
+    state, attempts = facts.state, facts.attempts
+    started = _whole(state.get("attempt"))
+    return Status(
+        folder=facts.folder.path,
+        state="",
+        step=_whole(state.get("step")),
+        total_steps=_whole(state.get("total_steps")),
+        loss=_number(state.get("loss")),
+        tokens_per_second=_number(state.get("tokens_per_second")),
+        nodes=str(attempts[-1].nodes or "") if attempts else "",
+        job=facts.jobs[-1] if facts.jobs else None,
+        attempts=len(attempts) or (0 if started is None else started + 1),
+        crashes=sum(map(crashed, attempts)),
+        saved=newest_step(facts.folder),
+        updated=state.get("updated") if isinstance(state.get("updated"), str) else None,
+    )
+
+
+def crashed(attempt: Attempt) -> bool:
+    """Whether an attempt failed by itself, rather than being asked to stop, cancelled or put back from outside."""
+    return attempt.verdict in ("requeue", "crashed", "failed") and bool(attempt.status)
+
+
+def _running(base: Status, facts: Facts, entry: QueueEntry, behind: int, now: datetime) -> Status:
+    told = facts.attempts[-1].number if facts.attempts else None
+    since = _age(base.updated, now)
+    before = [attempt for attempt in facts.attempts if attempt.number != told]
+    if facts.cancelled:
+        why = "is being cancelled"
+    elif entry.state != "RUNNING":
+        why = entry.state.lower().replace("_", " ")
+    elif told is None or _whole(facts.state.get("attempt")) != told:
+        why = "starting"  # what state.json says is of the attempt before
+        since = None
+    else:
+        why = f"before: {_end_of(before[-1])}" if before else ""
+    if since is not None and since > QUIET:
+        why = f"no news for {_minutes(since)}" + (f"; {why}" if why else "")
+    return replace(
+        base, state="running", why=why, nodes=entry.nodes or base.nodes, job=entry.id, behind=behind,
+        time_left=entry.time_left, eta=_eta(facts.state, since) if since is not None else None,
+    )  # fmt: skip
+
+
+def _waiting(base: Status, facts: Facts, waits: Sequence[QueueEntry]) -> Status:
+    first = waits[0]
+    again = any(attempt.job == first.id for attempt in facts.attempts) or bool(facts.attempts and len(facts.jobs) > 1)
+    why = first.reason or first.state.lower().replace("_", " ")
+    if first.start:
+        why += f", may start {first.start.replace('T', ' ')}"
+    if facts.attempts:
+        why += f"; before: {_end_of(facts.attempts[-1])}"
+    return replace(base, state="requeued" if again else "queued", why=why, job=first.id, behind=len(waits) - 1)
+
+
+def _ended(base: Status, facts: Facts, asked: bool, now: datetime) -> Status:
+    """A run that no job runs or waits for, as far as is known."""
+    reason, last = str(facts.state.get("reason") or ""), facts.attempts[-1] if facts.attempts else None
+    if facts.cancelled:
+        return replace(base, state="cancelled", why="")
+    holder = lock_holder(facts.folder.lock) if reason == "running" else None
+    if holder is not None:
+        since = _age(base.updated, now)
+        return replace(base, state="running", why=holder, eta=_eta(facts.state, since or 0.0))
+    if facts.jobs and not asked and not (last and last.verdict in ("failed", "stopped", "crashed")):
+        return replace(
+            base, state="unknown", why=f"job {facts.jobs[-1]}; {_end_of(last)}" if last else f"job {facts.jobs[-1]}"
+        )
+    if last is not None and last.verdict == "failed":
+        return replace(base, state="failed", why=last.reason or "")
+    if reason == "running":
+        return replace(base, state="stale", why=f"no job and no process trains it; last news {base.updated or 'never'}")
+    if reason.startswith("failed"):
+        return replace(base, state="failed", why=(last.reason if last and last.reason else reason))
+    if facts.stop is not None and facts.stop.get("attempt") == facts.last_attempt:
+        return replace(base, state="stopped", why=str(facts.stop.get("reason") or reason))
+    if last is not None:
+        return replace(base, state="cancelled" if last.verdict == "stopped" else "failed", why=_end_of(last))
+    if facts.jobs:
+        return replace(base, state="cancelled", why=f"job {facts.jobs[-1]} left the queue before it began")
+    if reason:
+        return replace(base, state="stopped", why=reason)
+    return replace(base, state="prepared")
+
+
+def _end_of(attempt: Attempt) -> str:
+    if attempt.verdict is None:
+        return "killed from outside"
+    return attempt.reason or attempt.verdict
+
+
+def _submitted_since(facts: Facts) -> bool:
+    """Whether a finished run was submitted again, to go on; else what waits is the rest of its chain."""
+    job = read_json(facts.folder.job) or {}
+    submitted, done = _time(job.get("submitted")), _time((facts.done or {}).get("at"))
+    return submitted is not None and done is not None and submitted > done
+
+
+# --- values that others wrote ---------------------------------------------------------------------------------------
+
+
+def _whole(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _time(text: object) -> datetime | None:
+    try:
+        time = datetime.fromisoformat(text) if isinstance(text, str) else None
+    except ValueError:
+        return None
+    return time.replace(tzinfo=UTC) if time is not None and time.tzinfo is None else time
+
+
+def _age(text: str | None, now: datetime) -> float | None:
+    time = _time(text)
+    return None if time is None else max(0.0, (now - time).total_seconds())
+
+
+def _eta(state: Mapping[str, Any], since: float) -> float | None:
+    left = _number(state.get("eta"))
+    return None if left is None else max(0.0, left - since)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
+
+
+def printable(text: object) -> str:
+    """A name as one line: control characters, and what is no text, written as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
