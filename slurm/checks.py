@@ -11,6 +11,7 @@ from pathlib import Path
 from potamos.slurm import client
 from potamos.slurm.client import Partition, SlurmError
 from potamos.slurm.job import Job
+from potamos.slurm.storage import file_system
 
 EARLY = 60
 """Seconds that Slurm may send its warning before the moment asked for."""
@@ -105,33 +106,28 @@ def check_place(folder: Path, shared: Sequence[Path] = ()) -> list[str]:
     Raises:
         SubmitError: it is in none of the folders that the site file calls shared.
     """
-    place = folder.resolve()
+    why = seen_here_alone(folder, shared)
+    if why and shared:
+        raise SubmitError(f"{folder} {why}; name another folder with --run")
+    return [f"{folder} {why}"] if why else []
+
+
+def seen_here_alone(path: Path, shared: Sequence[Path] = ()) -> str | None:
+    """Why the nodes may not see a path; None where nothing speaks against it. ``shared``: folders that they see."""
+    place = path.resolve()
     if shared:
-        if not any(place.is_relative_to(each.resolve()) for each in shared):
-            raise SubmitError(
-                f"{folder} lies in none of the folders that the nodes share ({', '.join(map(str, shared))}; `shared` "
-                "in the site file); name another with --run"
-            )
-        return []
-    local = next((each for each in (*NODE_LOCAL, os.environ.get("TMPDIR", "")) if each and _inside(place, each)), None)
-    kind = _kind_of(place)
-    if local is None and kind not in LOCAL_KINDS:
-        return []
-    return [f"{folder} lies in {local or f'a file system of kind {kind}'}, which other nodes usually do not see"]
+        if any(place.is_relative_to(each.resolve()) for each in shared):
+            return None
+        return f"lies in none of the folders that the nodes share (`shared` in the site file: {_listed(shared)})"
+    for local in (*NODE_LOCAL, os.environ.get("TMPDIR", "")):
+        if local and place.is_relative_to(Path(local).resolve()):
+            return f"lies in {local}, which other nodes usually do not see"
+    kind, _ = file_system(place)
+    return f"lies in a {kind}, which other nodes do not see" if kind in LOCAL_KINDS else None
 
 
-def _inside(place: Path, folder: str) -> bool:
-    return place.is_relative_to(Path(folder).resolve())
-
-
-def _kind_of(place: Path) -> str | None:
-    """The kind of the file system that holds a place; None where the system does not tell."""
-    try:
-        mounts = Path("/proc/self/mounts").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return None
-    found = [(line.split(" ")[1].replace("\\040", " "), line.split(" ")[2]) for line in mounts if line.count(" ") >= 3]
-    return max(((len(at), kind) for at, kind in found if _inside(place, at)), default=(0, None))[1]
+def _listed(paths: Sequence[Path]) -> str:
+    return ", ".join(map(str, paths))
 
 
 def check_writable(folder: Path) -> None:

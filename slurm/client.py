@@ -62,7 +62,8 @@ class QueueEntry:
 
 @dataclass(frozen=True)
 class Partition:
-    """Times in seconds, None without a limit; memory in MiB. What a node has is that of the largest in it."""
+    """Times in seconds, None without a limit; memory in MiB. What a node has is that of the largest in it. ``gpu``: the
+    type of its GPUs as the cluster calls it, if it does."""
 
     name: str
     nodes: int
@@ -74,6 +75,7 @@ class Partition:
     gpus_per_node: int
     cpus: int
     memory: int
+    gpu: str | None = None
 
 
 # --- running --------------------------------------------------------------------------------------------------------
@@ -187,11 +189,14 @@ def _entry(line: str) -> QueueEntry:
 def partitions() -> dict[str, Partition]:
     """Every partition that this user may see, with what its nodes have."""
     sizes: dict[str, list[tuple[int, int, int]]] = {}
+    types: dict[str, str] = {}
     for line in run("sinfo", "--noheader", "--all", "--exact", "-o", SEPARATOR.join(("%R", "%G", "%c", "%m"))).split(
         "\n"
     ):
         if line.count(SEPARATOR) == 3:
             name, gres, cpus, memory = line.split(SEPARATOR)
+            if match := re.search(r"(?:^|,)gpu:([^:,(]*[^:,(\d][^:,(]*)", gres):
+                types.setdefault(name, match[1])
             sizes.setdefault(name, []).append((gpus(gres), int(cpus.strip("+") or 0), int(memory.strip("+") or 0)))
     found = {}
     for record in show("partition"):
@@ -209,6 +214,7 @@ def partitions() -> dict[str, Partition]:
             gpus_per_node=most[0],
             cpus=most[1],
             memory=most[2],
+            gpu=types.get(name),
         )
     return found
 

@@ -148,6 +148,7 @@ def test_partitions_have_the_largest_of_their_nodes(command, tmp_path: Path):
     main, urgent = client.partitions()["main"], client.partitions()["urgent"]
     assert (main.gpus_per_node, main.cpus, main.memory, main.nodes, main.max_nodes) == (8, 128, 512000, 4, 2)
     assert (main.max_time, main.default_time, main.default, main.state) == (None, 600, True, "UP")
+    assert (main.gpu, urgent.gpu) == ("h100", "a100")
     assert (urgent.gpus_per_node, urgent.max_time, urgent.default) == (4, 36 * 3600, False)
 
 
