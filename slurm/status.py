@@ -302,25 +302,27 @@ def _ended(base: Status, facts: Facts, asked: bool, now: datetime) -> Status:
     if holder is not None:
         since = _age(base.updated, now)
         return replace(base, state="running", why=holder, eta=_eta(facts.state, since or 0.0))
-    if facts.jobs and not asked and not (last and last.verdict in ("failed", "stopped", "crashed")):
-        return replace(
-            base, state="unknown", why=f"job {facts.jobs[-1]}; {_end_of(last)}" if last else f"job {facts.jobs[-1]}"
-        )
-    if last is not None and last.verdict == "failed":
-        return replace(base, state="failed", why=last.reason or "")
+    # What judged an earlier attempt does not speak for one that ran after it, outside of Slurm.
+    verdict = last.verdict if last is not None and last.number == facts.last_attempt else None
+    why = _end_of(last) if last is not None else ""
+    if verdict in ("failed", "stopped"):
+        return replace(base, state="failed" if verdict == "failed" else "cancelled", why=why)
+    if facts.jobs and not asked:
+        return replace(base, state="unknown", why=f"job {facts.jobs[-1]}" + (f"; {why}" if why else ""))
+    if verdict is not None:  # it was to go on, and nothing does
+        saved = facts.stop is not None and facts.stop.get("attempt") == facts.last_attempt
+        return replace(base, state="stopped" if saved else "failed", why=f"{why}; no job follows")
     if reason == "running":
         return replace(base, state="stale", why=f"no job and no process trains it; last news {base.updated or 'never'}")
     if reason.startswith("failed"):
-        return replace(base, state="failed", why=(last.reason if last and last.reason else reason))
+        return replace(base, state="failed", why=reason)
     if facts.stop is not None and facts.stop.get("attempt") == facts.last_attempt:
         return replace(base, state="stopped", why=str(facts.stop.get("reason") or reason))
     if last is not None:
-        return replace(base, state="cancelled" if last.verdict == "stopped" else "failed", why=_end_of(last))
+        return replace(base, state="failed", why=f"{why}; no job follows")
     if facts.jobs:
         return replace(base, state="cancelled", why=f"job {facts.jobs[-1]} left the queue before it began")
-    if reason:
-        return replace(base, state="stopped", why=reason)
-    return replace(base, state="prepared")
+    return replace(base, state="stopped" if reason else "prepared", why=reason)
 
 
 def _end_of(attempt: Attempt) -> str:

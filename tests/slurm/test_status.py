@@ -1,0 +1,357 @@
+"""Where runs stand: folders as runs leave them, and the queue as Slurm 22.05.8 prints it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from potamos.slurm import status
+from potamos.slurm.client import QueueEntry
+from potamos.slurm.status import Status, StatusError, find_runs, read_facts, statuses
+
+NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
+ODD = 'it\'s "odd"\n$(touch x)\x1b[31m;[b]'
+SEPARATOR = "\x1f"
+
+
+def ago(seconds: float) -> str:
+    return (NOW - timedelta(seconds=seconds)).isoformat(timespec="seconds")
+
+
+def entry(job: str, state: str = "RUNNING", **other: Any) -> QueueEntry:
+    values = {"reason": "", "nodes": "n[0-1]" if state == "RUNNING" else "", "time_left": 600, "partition": "main"}
+    values |= {"start": "", "user": "ann", "name": "x", "folder": "/r"} | other
+    return QueueEntry(id=job, array=job.partition("_")[0] if "_" in job else None, state=state, **values)
+
+
+class Run:
+    """A run folder, as trainer, batch script and commands write it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        (path / "logs").mkdir(parents=True)
+        (path / "recipe.yaml").write_text("name: x\ntrain: {steps: 100}\n")
+
+    def state(self, reason: str = "running", **other: Any) -> Run:
+        facts = {"attempt": 0, "step": 40, "total_steps": 100, "next_sample": 160, "loss": 2.5, "eta": 90.0}
+        facts |= {"tokens_per_second": 1234.5, "reason": reason, "updated": ago(30)} | other
+        (self.path / "state.json").write_text(json.dumps(facts))
+        return self
+
+    def event(self, event: str, **other: Any) -> Run:
+        with open(self.path / "attempts.jsonl", "a") as file:
+            file.write(json.dumps({"event": event, "at": ago(60)} | other) + "\n")
+        return self
+
+    def submitted(self, *jobs: str) -> Run:
+        return self.event("submitted", jobs=list(jobs))
+
+    def begin(self, attempt: int, job: str = "12", step: int = 0, restart: int = 0) -> Run:
+        return self.event("begin", attempt=attempt, job=job, restart=restart, nodes="n[2-3]", step=step)
+
+    def end(self, attempt: int, verdict: str, reason: str, status: int = 0, step: int = 40) -> Run:
+        facts = {"attempt": attempt, "verdict": verdict, "reason": reason, "status": status, "step": step}
+        return self.event("end", fruitless=False, **facts)
+
+    def mark(self, name: str, **facts: Any) -> Run:
+        (self.path / name).write_text(json.dumps(facts | {"at": ago(60)}))
+        return self
+
+    def judged(self, *entries: QueueEntry, asked: bool = True) -> Status:
+        queue = {e.id: e for e in entries}
+        return status.judge(read_facts(self.path), queue if asked else None, NOW)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path / "runs" / "x")
+
+
+# --- one run --------------------------------------------------------------------------------------------------------
+
+
+def test_prepared_queued_and_running(run: Run):
+    assert run.judged().state == "prepared"
+    run.submitted("12")
+    queued = run.judged(entry("12", "PENDING", reason="Resources", start="2026-11-22T13:00:00"))
+    assert (queued.state, queued.why) == ("queued", "Resources, may start 2026-11-22 13:00:00")
+    run.begin(0)
+    starting = run.judged(entry("12"))
+    assert (starting.state, starting.why, starting.eta, starting.step) == ("running", "starting", None, None)
+    run.state()
+    trains = run.judged(entry("12"), entry("13"))
+    assert trains == Status(
+        folder=run.path, state="running", why="", step=40, total_steps=100, loss=2.5, tokens_per_second=1234.5,
+        eta=60.0, nodes="n[0-1]", job="12", attempts=1, crashes=0, saved=0, time_left=600, updated=ago(30),
+    )  # fmt: skip
+
+
+def test_what_an_earlier_attempt_wrote_is_not_told_as_news(run: Run):
+    run.submitted("12").begin(0).end(0, "requeue", "SIGUSR1").begin(1, step=40, restart=1).state()
+    found = run.judged(entry("12"))
+    assert (found.why, found.eta, found.step) == ("starting", None, 40)
+    run.state(attempt=1)
+    assert run.judged(entry("12")).why == "before: SIGUSR1"
+
+
+def test_requeued_after_a_save_a_crash_and_a_death(run: Run):
+    run.submitted("12").begin(0).end(0, "requeue", "rank 1: ValueError: x", status=1).begin(1, restart=1).state()
+    waits = run.judged(entry("12", "PENDING", reason="BeginTime"))
+    assert (waits.state, waits.attempts, waits.crashes) == ("requeued", 2, 1)
+    assert waits.why == "BeginTime; before: killed from outside"
+    run.end(1, "requeue", "SIGUSR1")
+    waits = run.judged(entry("12", "PENDING", reason="BeginTime"))
+    assert (waits.why, waits.crashes) == ("BeginTime; before: SIGUSR1", 1)
+    assert run.judged(entry("12", "REQUEUED")).state == "requeued"
+
+
+def test_a_chain_counts_what_waits_behind(run: Run):
+    run.submitted("12", "13", "14").begin(0).state()
+    behind = [entry("13", "PENDING", reason="Dependency"), entry("14", "PENDING", reason="Dependency")]
+    trains = run.judged(*behind, entry("12"))
+    assert (trains.state, trains.job, trains.behind) == ("running", "12", 2)
+    run.end(0, "next", "SIGUSR1")
+    waits = run.judged(*behind)
+    assert (waits.state, waits.job, waits.behind) == ("requeued", "13", 1)
+
+
+def test_a_finished_run_stays_so_while_the_rest_of_its_chain_waits(run: Run):
+    run.submitted("12", "13").begin(0).end(0, "done", "finished").state("finished", step=100).mark(
+        "done.json", step=100
+    )
+    assert run.judged(entry("13", "PENDING", reason="Dependency")).state == "finished"
+    run.mark("job.json", submitted=ago(10))  # again, for more steps
+    assert run.judged(entry("13", "PENDING", reason="Priority")).state == "requeued"
+    assert run.judged(entry("13")).state == "running"
+    assert run.judged(asked=False).state == "finished"
+
+
+def test_one_task_of_an_array_is_not_its_neighbor(run: Run):
+    run.submitted("12_3")
+    others = [entry("12_2"), entry("12_30", "PENDING"), entry("12", "PENDING")]
+    assert run.judged(*others).state == "cancelled"
+    assert run.judged(*others, entry("12_3")).state == "running"
+    run.submitted("15")  # in its place, after a check of nodes
+    assert run.judged(*others, entry("15_3")).job == "15_3"
+
+
+@pytest.mark.parametrize(
+    ("verdict", "reason", "code", "state", "why"),
+    [
+        ("failed", "rank 3: RuntimeError: x", 1, "failed", "rank 3: RuntimeError: x"),
+        ("stopped", "cancelled", 0, "cancelled", "cancelled"),
+        ("crashed", "rank 3: RuntimeError: x", 1, "failed", "rank 3: RuntimeError: x; no job follows"),
+        ("next", "SIGUSR1", 0, "failed", "SIGUSR1; no job follows"),
+    ],
+)
+def test_how_runs_end(run: Run, verdict: str, reason: str, code: int, state: str, why: str):
+    run.submitted("12").begin(0).end(0, verdict, reason, status=code).state("failed: RuntimeError")
+    found = run.judged()
+    assert (found.state, found.why, found.nodes, found.eta) == (state, why, "n[2-3]", None)
+    assert run.judged(entry("11")).state == state  # someone else's job
+    assert run.judged(asked=False).state == (state if verdict in ("failed", "stopped") else "unknown")
+
+
+def test_a_chain_that_is_used_up(run: Run):
+    run.submitted("12").begin(0).end(0, "next", "SIGUSR1").state("SIGUSR1").mark("stop.0", attempt=0, reason="SIGUSR1")
+    assert (run.judged().state, run.judged().why) == ("stopped", "SIGUSR1; no job follows")
+    run.state("running", attempt=1)  # someone goes on with it by hand
+    assert run.judged().state == "stale"
+
+
+def test_cancelled_by_command(run: Run):
+    run.submitted("12", "13").begin(0).state().mark("cancelled")
+    assert run.judged().state == "cancelled"
+    assert run.judged(entry("13", "PENDING", reason="Dependency")).state == "cancelled"
+    assert run.judged(entry("12", "COMPLETING")).state == "cancelled"
+    assert run.judged(entry("12")).why == "is being cancelled"
+
+
+def test_a_job_that_left_without_a_word(run: Run):
+    run.submitted("12")
+    assert (run.judged().state, run.judged().why) == ("cancelled", "job 12 left the queue before it began")
+    assert run.judged(asked=False).state == "unknown"
+    run.begin(0).state()
+    assert run.judged().state == "stale"
+    assert run.judged(asked=False).state == "unknown"
+
+
+def test_runs_outside_of_slurm(run: Run):
+    run.state("SIGINT").mark("stop.0", attempt=0, reason="SIGINT", step=40)
+    assert (run.judged().state, run.judged().why) == ("stopped", "SIGINT")
+    run.state("running", attempt=1)
+    assert run.judged().state == "stale"
+    assert run.judged().attempts == 2
+    run.state("failed: KeyError", attempt=2)
+    assert (run.judged().state, run.judged().why) == ("failed", "failed: KeyError")
+    run.state("finished", step=100).mark("done.json", step=100)
+    assert run.judged(asked=False).state == "finished"
+
+
+def test_a_lock_tells_a_living_run_from_a_dead_one(run: Run):
+    run.state()
+    lock = run.path / "lock"
+    code = (
+        "import fcntl, sys; f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); f.write('process 7 on vm\\n')"
+    )
+    code += "; f.flush(); print('held', flush=True); sys.stdin.read()"
+    child = subprocess.Popen([sys.executable, "-c", code, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert child.stdout is not None
+        child.stdout.readline()
+        found = run.judged()
+        assert (found.state, found.why, found.eta) == ("running", "process 7 on vm", 60.0)
+        with open(lock, "a+") as file, pytest.raises(OSError):  # looking has not taken it
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        child.communicate()
+    assert run.judged().state == "stale"
+    assert status.lock_holder(run.path / "none") is None
+
+
+def test_silence_is_remarked_on(run: Run):
+    run.submitted("12").begin(0).state(updated=ago(1200))
+    found = run.judged(entry("12"))
+    assert (found.why, found.eta) == ("no news for 20 min", 0.0)
+    run.state(updated=(NOW + timedelta(hours=1)).isoformat())  # a clock that is ahead
+    assert run.judged(entry("12")).eta == 90.0
+
+
+# --- files that are not as they should be ---------------------------------------------------------------------------
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda inner: st.lists(inner, max_size=2)
+)
+STATE = st.dictionaries(
+    st.sampled_from(["attempt", "step", "total_steps", "loss", "eta", "reason", "updated", "tokens_per_second", "at"]),
+    VALUES,
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(STATE, STATE, st.sampled_from(["state.json", "done.json", "stop.0", "job.json"]))
+def test_any_content_gives_a_status(tmp_path_factory: pytest.TempPathFactory, state: Any, mark: Any, name: str):
+    run = Run(tmp_path_factory.mktemp("run") / "x").submitted("12").begin(0)
+    (run.path / "state.json").write_text(json.dumps(state))
+    (run.path / name).write_text(json.dumps(mark))
+    for found in (run.judged(), run.judged(entry("12")), run.judged(entry("12", "PENDING")), run.judged(asked=False)):
+        assert found.state in status.STATES
+        json.dumps(found.plain())
+
+
+def test_a_damaged_run_does_not_hide_the_others(tmp_path: Path, no_slurm: None):
+    for name, content in {"a": b"\xff\xfe{", "b": b"[]", "c": b"3", "d": b""}.items():
+        (Run(tmp_path / name).path / "state.json").write_bytes(content)
+    (Run(tmp_path / "e").path / "attempts.jsonl").write_text('{"event": "begin"}\nnot json\n{"event": "submitted"}\n')
+    Run(tmp_path / "f").state("finished").mark("done.json", step=100)
+    found = statuses(find_runs([tmp_path]))
+    assert [each.folder.name for each in found] == list("abcdef")
+    assert (found[4].state, found[5].state) == ("unknown", "finished")
+    assert "attempts" in found[4].why or "files" in found[4].why
+
+
+# --- many runs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path_factory.mktemp("empty")))
+
+
+@pytest.fixture
+def squeue(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A squeue that prints this and counts its calls."""
+    folder = tmp_path_factory.mktemp("bin")
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+    def make(text: str) -> Path:
+        (folder / "out").write_text(text)
+        (folder / "squeue").write_text(f"#!/bin/sh\nprintf '%s\\n' \"$*\" >> {folder}/calls\ncat {folder}/out\n")
+        (folder / "squeue").chmod(0o755)
+        return folder / "calls"
+
+    return make
+
+
+def line(*columns: str) -> str:
+    return SEPARATOR.join(columns) + "\n"
+
+
+def test_hundreds_of_runs_are_one_question(tmp_path: Path, squeue: Callable[[str], Path]):
+    # As 22.05.8 prints them with --array: ids, the array's id, state, reason, nodes, time left, partition, start, ...
+    calls = squeue(
+        line("7_0", "7", "RUNNING", "None", "n0", "9:58", "main", "2026-11-22T10:05:35", "ann", "x", "/r")
+        + line("7_1", "7", "PENDING", "JobArrayTaskLimit", "", "10:00", "main", "N/A", "ann", "x", "/r")
+        + line(
+            "900", "900", "PENDING", "JobHeldUser", "", "1-00:00:00", "main", "N/A", "ann", "a b|c'd\"e", "/tmp/odd\n"
+        )
+    )
+    for k in range(300):
+        Run(tmp_path / f"x{k:03}").state("finished").mark("done.json", step=100).submitted(str(100 + k))
+    for k in range(3):
+        Run(tmp_path / "sweep" / f"lr={k}").submitted(f"7_{k}")
+    Run(tmp_path / "held").submitted("900")
+    began = time.perf_counter()
+    found = {str(each.folder.relative_to(tmp_path)): each for each in statuses(find_runs([tmp_path]))}
+    assert time.perf_counter() - began < 5
+    assert len(found) == 304
+    assert len(calls.read_text().splitlines()) == 1
+    assert found["sweep/lr=0"].state == "running"
+    assert (found["sweep/lr=1"].state, found["sweep/lr=1"].why) == ("queued", "JobArrayTaskLimit")
+    assert found["sweep/lr=2"].state == "cancelled"
+    assert (found["held"].state, found["held"].why, found["held"].job) == ("queued", "JobHeldUser", "900")
+    assert found["x299"].state == "finished"
+
+
+def test_without_slurm_it_is_said_once(tmp_path: Path, no_slurm: None):
+    told: list[str] = []
+    Run(tmp_path / "a").state("finished").mark("done.json", step=100)
+    assert statuses(find_runs([tmp_path]), tell=told.append)[0].state == "finished"
+    assert told == []  # nothing to ask
+    for name in "bc":
+        Run(tmp_path / name).submitted("12").begin(0).state()
+    assert [each.state for each in statuses(find_runs([tmp_path]), tell=told.append)] == [
+        "finished",
+        "unknown",
+        "unknown",
+    ]
+    assert len(told) == 1
+    assert "squeue" in told[0]
+
+
+def test_runs_are_found_below_and_nothing_else(tmp_path: Path):
+    run = Run(tmp_path / "runs" / "plain")
+    (run.path / "checkpoints" / "step-00000040").mkdir(parents=True)
+    (run.path / "checkpoints" / "step-00000040" / "recipe.yaml").write_text("x")
+    sweep = tmp_path / "runs" / "sweep"
+    for name in ("a", "b"):
+        Run(sweep / name)
+    (sweep / "code" / "potamos" / "recipes").mkdir(parents=True)
+    (sweep / "code" / "recipe.yaml").write_text("x")
+    (tmp_path / "runs" / ".hidden").mkdir()
+    (tmp_path / "runs" / ".hidden" / "state.json").write_text("{}")
+    (tmp_path / "runs" / "file").write_text("")
+    Run(tmp_path / "runs" / ODD.replace("/", ""))
+    names = [path.name for path in find_runs([tmp_path / "runs", run.path])]
+    assert names == [ODD, "plain", "a", "b"]
+    with pytest.raises(StatusError, match=r"no folder .*there are: .*plain"):
+        find_runs([tmp_path / "runs" / "absent"])
+
+
+def test_names_are_printed_as_one_line_and_are_found_again():
+    shown = status.printable(ODD)
+    assert shown == 'it\'s "odd"\\n$(touch x)\\x1b[31m;[b]'
+    assert status.printable(os.fsdecode(b"a\xffb")) == "a\\udcffb"
+    assert status.printable("größe 大") == "größe 大"
