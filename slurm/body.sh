@@ -57,7 +57,8 @@ MASTER_ADDR=$(scontrol show node "$head" -o | sed -n 's/.* NodeAddr=\([^ ]*\).*/
 [ -n "$MASTER_ADDR" ] || fail "node $head has no NodeAddr in 'scontrol show node'; the ranks could not meet"
 # A requeued job must not meet what is left of the old one. Below the ports that the system deals to others (32768).
 MASTER_PORT=$((20000 + (7 * SLURM_JOB_ID + RESTART) % 12000))
-while (exec 3<>"/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2>/dev/null; do
+# This script runs on that first node, so a port that answers here is another job's.
+while (exec 3<>"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do
     MASTER_PORT=$((20000 + (MASTER_PORT - 20000 + 1) % 12000))
 done
 export MASTER_ADDR MASTER_PORT POTAMOS_ATTEMPT=$ATTEMPT

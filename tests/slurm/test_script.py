@@ -1,0 +1,372 @@
+"""The batch script as text, and run by bash with commands that only write down what they were told."""
+
+import os
+import shlex
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from potamos.slurm.job import Container, Job, JobError
+from potamos.slurm.script import BODY, header, script
+
+RUN = Path("/shared/runs/trial")
+JOB = Job(name="trial", folder=RUN, runs=(RUN,), nodes=2, gpus_per_node=8, tasks_per_node=8, time="2-00:00:00")
+
+
+def values(text: str) -> str:
+    """The part of a script between its header and its body."""
+    return text.partition(BODY.read_text())[0]
+
+
+def evaluate(text: str, *names: str) -> dict[str, list[str]]:
+    """What bash makes of the assignments: each variable's words."""
+    show = "".join(f'printf "%s\\0" {name} "${{{name}[@]}}" ""\n' for name in names)
+    done = subprocess.run(["bash", "-u"], input=values(text) + show, capture_output=True, text=True, timeout=10)
+    assert done.returncode == 0, done.stderr
+    found, rest = {}, done.stdout.split("\0")[:-1]
+    while rest:
+        end = rest.index("")
+        found[rest[0]], rest = rest[1:end], rest[end + 1 :]
+    return found
+
+
+def test_what_the_scheduler_reads():
+    lines = header(JOB)
+    for line in (
+        "#SBATCH --signal=USR1@180",  # to the ranks; with B: only the shell would hear it
+        "#SBATCH --open-mode=append",
+        "#SBATCH --requeue",
+        "#SBATCH --nodes=2",
+        "#SBATCH --gpus-per-node=8",
+        "#SBATCH --ntasks-per-node=8",
+        "#SBATCH --time=2-00:00:00",
+        "#SBATCH --output=logs/job-%j.txt",
+    ):
+        assert line in lines
+    assert "#SBATCH --no-requeue" in header(replace(JOB, requeue=False))
+    assert not any("None" in line for line in lines)
+
+
+def test_the_script_is_bash():
+    container = Container("apptainer", "/images/a b.sif")
+    for job in (
+        JOB,
+        replace(JOB, container=container),
+        replace(JOB, prologue=("module load cuda", "source 'a b'/env")),
+    ):
+        done = subprocess.run(["bash", "-n"], input=script(job), capture_output=True, text=True, timeout=10)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_header_comes_before_any_command():
+    """sbatch stops reading at the first line that is neither a comment nor empty."""
+    before, found, _ = script(JOB).partition("TASKS=")
+    assert found
+    assert [line for line in before.splitlines() if line and not line.startswith("#")] == []
+
+
+WILD = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0\n"), min_size=1, max_size=30)
+PATHS = st.text(st.characters(exclude_categories=("Cs", "Cc"), exclude_characters="/"), min_size=1, max_size=30)
+
+
+@settings(max_examples=60, deadline=None)
+@given(folder=PATHS, python=WILD, image=WILD, value=WILD)
+def test_every_value_arrives_in_bash_as_it_was(folder, python, image, value):
+    run = Path("/shared") / ("x" + folder)
+    job = replace(
+        JOB,
+        folder=run,
+        runs=(run,),
+        python=python,
+        container=Container("apptainer", image, mounts=(value,)),
+        environment={"WILD": value},
+    )
+    found = evaluate(script(job), "RUNS", "CODE", "PYTHON", "CONTAINER", "WILD")
+    assert found["RUNS"] == [str(run)]
+    assert found["CODE"] == [f"{run}/code"]
+    assert found["PYTHON"] == [python]
+    assert found["WILD"] == [value]
+    assert found["CONTAINER"] == ["apptainer", "exec", "--nv", "--bind", str(run), "--bind", value, image]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    text=st.one_of(WILD, st.sampled_from(["a b", "$(id)", "a;id", "a\nb", "`id`", "--wrap=id", "", "a'b", 'a"b', "é"]))
+)
+@pytest.mark.parametrize(
+    "key", ["partition", "account", "qos", "reservation", "exclude", "constraint", "memory", "time"]
+)
+def test_no_value_brings_a_second_word_to_the_scheduler(key, text):
+    try:
+        job = replace(JOB, **{key: text})
+    except JobError as error:
+        said = str(error)
+    else:
+        said = None
+    if said is not None:
+        assert f"slurm.{key}: {text!r}" in said
+        return
+    lines = header(job)
+    assert len(lines) == len(set(lines))
+    assert all(
+        line.isprintable() and line.isascii() and shlex.split(line, comments=False) == line.split() for line in lines
+    )
+    assert all(len(line.split()) == 2 for line in lines)
+
+
+def test_a_relative_folder_or_one_with_a_line_end_is_refused():
+    for folder in (Path("runs/trial"), Path("/shared/a\nb")):
+        with pytest.raises(JobError, match=r"choose another|whole path"):
+            replace(JOB, folder=folder, runs=(folder,))
+
+
+def test_tasks_per_gpu():
+    with pytest.raises(JobError, match="each GPU has one task"):
+        replace(JOB, tasks_per_node=4)
+
+
+def test_pyxis_gets_options_and_apptainer_a_command():
+    pyxis = script(
+        replace(JOB, container=Container("pyxis", "nvcr.io/torch:1", mounts=("/data", "/a:/b"), python="py"))
+    )
+    found = evaluate(pyxis, "CONTAINER_OPTIONS", "CONTAINER", "RANK_PYTHON", "PYTHON")
+    assert found["CONTAINER_OPTIONS"] == [
+        "--container-image=nvcr.io/torch:1",
+        f"--container-mounts={RUN}:{RUN},/data:/data,/a:/b",
+    ]
+    assert found["CONTAINER"] == []
+    assert (found["RANK_PYTHON"], found["PYTHON"]) == (["py"], ["python3"])
+
+
+# --- the body, with the cluster's commands replaced by ones that write down what they were told --------------------
+
+
+class Desk:
+    """A folder of commands in front of PATH, and what they were called with."""
+
+    def __init__(self, tmp_path: Path):
+        self.bin, self.calls, self.run = tmp_path / "bin", tmp_path / "calls", tmp_path / "it's a run"
+        for folder in (self.bin, self.run / "code" / "potamos" / "slurm"):
+            folder.mkdir(parents=True)
+        (self.run / "recipe.yaml").write_text("train: {steps: 5}\n")
+        self.command(
+            "scontrol",
+            'case "$1 $2" in "show hostnames") printf "n7\\nn8\\n" ;;'
+            ' "show node") echo "NodeName=$3 Arch=x NodeAddr=${ADDRESS-10.0.0.7} NodeHostName=$3" ;;'
+            ' "show job") echo "JobState=${STATE-RUNNING} Restarts=${RESTARTS-0} RunTime=0:00:09 TimeLimit=00:10:00" ;;'
+            ' requeue*) [ -z "${DENY-}" ] || { echo "$DENY" >&2; exit 1; } ;; esac',
+        )
+        self.command("sleep", "")
+
+    def command(self, name: str, body: str) -> None:
+        path = self.bin / name
+        note = 'printf "%s" "${0##*/}" >>"$CALLS"; printf " %q" "$@" >>"$CALLS"; echo >>"$CALLS"'
+        path.write_text(f"#!/bin/bash\n{note}\n{body}\n")
+        path.chmod(0o755)
+
+    def start(self, job: Job | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+        job = job or Job(name="t", folder=self.run, runs=(self.run,), nodes=2, tasks_per_node=2, python=self.python)
+        place = {
+            "SLURM_JOB_ID": "41",
+            "SLURM_JOB_NODELIST": "n[7-8]",
+            "SLURM_JOB_NUM_NODES": "2",
+            "CALLS": str(self.calls),
+        }
+        kept = {"PATH": f"{self.bin}:{os.environ['PATH']}", "POTAMOS_SOURCE": str(Path(BODY).parents[1])}
+        return subprocess.run(
+            ["bash", "-s"],
+            input=script(job),
+            text=True,
+            capture_output=True,
+            timeout=60,
+            cwd="/",
+            env={**kept, **place, **environment},
+        )
+
+    @property
+    def python(self) -> str:
+        """The real interpreter, on the real package: CODE of these jobs holds none."""
+        import sys
+
+        path = self.bin / "py"
+        source = Path(BODY).parents[1] / ".typing"
+        path.write_text(
+            f'#!/bin/bash\nexport PYTHONPATH={shlex.quote(str(source))}\nexec {shlex.quote(sys.executable)} "$@"\n'
+        )
+        path.chmod(0o755)
+        return str(path)
+
+    def told(self, name: str) -> list[list[str]]:
+        lines = self.calls.read_text().splitlines() if self.calls.exists() else []
+        return [shlex.split(line)[1:] for line in lines if line.split()[0] == name]
+
+
+@pytest.fixture
+def desk(tmp_path):
+    return Desk(tmp_path)
+
+
+def test_how_the_ranks_are_started(desk):
+    desk.command(
+        "srun",
+        'env | grep -E "^(MASTER|POTAMOS_A|OMP|RANK|WORLD)" | sort >"$CALLS.env"; echo "{\\"step\\": 5}" >done.json',
+    )
+    done = desk.start(SLURM_RESTART_COUNT="2", SLURM_CPUS_PER_TASK="3", RANK="5", WORLD_SIZE="9")
+    assert done.returncode == 0, done.stderr
+    (words,) = desk.told("srun")
+    assert words[:2] == ["--kill-on-bad-exit=1", "--cpus-per-task=3"]
+    assert "--output=logs/attempt-0.rank-%t.txt" in words
+    assert "--open-mode=append" in words
+    at = words.index("env")
+    assert words[at : at + 4] == ["env", "--block-signal=USR1", "--block-signal=TERM", desk.python]
+    assert words[at + 4 :] == ["-P", "-m", "potamos.pretrain.cli", "train", "recipe.yaml", "--run", "."]
+    port = 20000 + 7 * 41 + 2
+    environment = Path(f"{desk.calls}.env").read_text().split()
+    assert environment == ["MASTER_ADDR=10.0.0.7", f"MASTER_PORT={port}", "OMP_NUM_THREADS=3", "POTAMOS_ATTEMPT=0"]
+    assert desk.told("scontrol")[-1][0] != "requeue"
+
+
+def test_without_an_address_nothing_starts(desk):
+    desk.command("srun", "")
+    done = desk.start(ADDRESS="")
+    assert done.returncode == 1
+    assert "node n7 has no NodeAddr" in done.stderr
+    assert desk.told("srun") == []  # least of all a world of one on each node
+
+
+def test_a_taken_port_is_passed_over(desk):
+    import socket
+
+    desk.command("srun", 'env | grep MASTER_PORT >"$CALLS.env"; echo "{\\"step\\": 5}" >done.json')
+    for job in range(40, 60):  # one whose port is free here
+        with socket.socket() as server:
+            try:
+                server.bind(("127.0.0.1", 20000 + 7 * job))
+            except OSError:
+                continue
+            server.listen()
+            assert desk.start(SLURM_JOB_ID=str(job)).returncode == 0
+            assert Path(f"{desk.calls}.env").read_text().strip() == f"MASTER_PORT={20000 + 7 * job + 1}"
+            return
+    pytest.fail("no port between 20280 and 20420 is free")
+
+
+def test_success_without_a_mark_is_no_success(desk):
+    """A batch script whose last command succeeds is COMPLETED, whatever became of the ranks."""
+    desk.command("srun", "exit 0")
+    done = desk.start(job=Job(name="t", folder=desk.run, runs=(desk.run,), python=desk.python, crashes=1))
+    assert done.returncode == 1
+    assert "failed" in done.stdout
+    assert ["requeue", "41"] not in desk.told("scontrol")
+
+
+def test_the_ranks_status_is_the_jobs(desk):
+    desk.command("srun", "exit 143")
+    done = desk.start(job=Job(name="t", folder=desk.run, runs=(desk.run,), python=desk.python, crashes=1))
+    assert done.returncode == 143
+
+
+def stopping(number=0):
+    return f'mkdir -p checkpoints/step-00000003; echo "{{\\"reason\\": \\"SIGUSR1\\"}}" >stop.{number}'
+
+
+def test_a_run_that_saved_is_requeued_by_the_script(desk):
+    desk.command("srun", stopping())
+    done = desk.start()
+    assert ["requeue", "41"] in desk.told("scontrol")
+    assert done.returncode == 0
+
+
+def test_slurm_was_quicker(desk):
+    desk.command("srun", stopping())
+    done = desk.start(DENY="Job is pending execution for job 41")
+    assert (done.returncode, "already on its way" in done.stdout) == (0, True)
+    done = desk.start(DENY="Access/permission denied for job 41")
+    assert done.returncode == 1
+    assert "could not be requeued" in done.stderr
+    assert "potamos requeue" in done.stderr
+
+
+def test_a_job_that_slurm_requeued_is_left_to_it(desk):
+    desk.command("srun", "exit 143")
+    done = desk.start(STATE="COMPLETING", RESTARTS="1")
+    assert done.returncode == 0
+    assert ["requeue", "41"] not in desk.told("scontrol")
+
+
+def test_a_cancelled_job_is_not_requeued(desk):
+    desk.command("srun", stopping())
+    done = desk.start(STATE="COMPLETING")
+    assert done.returncode == 0
+    assert ["requeue", "41"] not in desk.told("scontrol")
+    assert '"stopped"' in (desk.run / "attempts.jsonl").read_text()
+
+
+def test_an_arrays_task_is_requeued_by_its_own_name(desk, tmp_path):
+    """The plain number of the last task is that of the whole array."""
+    runs = (tmp_path / "a b", tmp_path / "c'd")
+    for run in runs:
+        run.mkdir()
+        (run / "recipe.yaml").write_text("train: {steps: 5}\n")
+    job = Job(name="t", folder=desk.run, runs=runs, tasks=(4, 7), array="4,7", python=desk.python)
+    desk.command("srun", stopping() + '; pwd >"$CALLS.pwd"')
+    assert desk.start(job, SLURM_ARRAY_JOB_ID="41", SLURM_ARRAY_TASK_ID="7").returncode == 0
+    assert Path(f"{desk.calls}.pwd").read_text().strip() == str(runs[1])
+    assert ["requeue", "41_7"] in desk.told("scontrol")
+    refused = desk.start(job, SLURM_ARRAY_JOB_ID="41", SLURM_ARRAY_TASK_ID="5")
+    assert refused.returncode == 1
+    assert "task 5 has no run folder" in refused.stderr
+
+
+def test_a_signal_to_the_script_does_not_end_the_wait(desk):
+    """`wait` returns at once when the shell traps a signal; the ranks are still saving then."""
+    desk.command(
+        "srun",
+        f'kill -TERM $PPID; /bin/sleep 0.3; kill -TERM $PPID; /bin/sleep 0.3; {stopping()}; echo saved >"$CALLS.saved"',
+    )
+    done = desk.start()
+    assert done.stdout.count("was sent SIGTERM") == 2
+    assert Path(f"{desk.calls}.saved").exists()
+    assert '"requeue"' in (desk.run / "attempts.jsonl").read_text()
+
+
+def test_a_chain_leaves_the_rest_to_the_next_job(desk):
+    job = Job(name="t", folder=desk.run, runs=(desk.run,), python=desk.python, requeue=False)
+    desk.command("srun", stopping())
+    assert desk.start(job).returncode == 0
+    desk.command("srun", "exit 9")
+    assert desk.start(job).returncode == 9
+    assert not [words for words in desk.told("scontrol") if words[0] == "requeue"]
+
+
+def test_a_finished_run_ends_at_once(desk):
+    (desk.run / "done.json").write_text('{"step": 5}')
+    desk.command("srun", "")
+    assert desk.start().returncode == 0
+    assert desk.told("srun") == []
+
+
+def test_a_folder_that_is_not_there(desk, tmp_path):
+    gone = tmp_path / "gone"
+    done = desk.start(Job(name="t", folder=desk.run, runs=(gone,), python=desk.python))
+    assert done.returncode == 1
+    assert f"{gone} cannot be entered on" in done.stderr
+
+
+def test_bad_nodes_are_left_to_a_new_job(desk):
+    job = Job(name="t", folder=desk.run, runs=(desk.run,), python=str(desk.bin / "judge"), preflight=True, exclude="n1")
+    real = desk.python
+    desk.command("judge", f'case "$*" in *--judge*) echo n8 ;; *slurm.attempt*) exec {shlex.quote(real)} "$@" ;; esac')
+    desk.command("srun", "")
+    desk.command("sbatch", "echo 42")
+    done = desk.start(job, POTAMOS_EXCLUDE="n3")
+    assert done.returncode == 0, done.stderr
+    assert len(desk.told("srun")) == 1  # the check alone
+    (words,) = desk.told("sbatch")
+    assert "--exclude=n8,n1,n3" in words
+    assert words[-1] == f"{desk.run}/submit.sbatch"
+    assert "n8 failed the check" in (desk.run / "attempts.jsonl").read_text()
