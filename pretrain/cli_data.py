@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from potamos.pretrain import cli_small_jobs as jobs
 from potamos.pretrain import show
 from potamos.pretrain.arguments import (
     Dataset,
@@ -74,21 +75,50 @@ def prepare(
     wait: Annotated[float, typer.Option(help="Seconds to wait for what other processes are at.")] = 600.0,
     threads: Annotated[int | None, typer.Option(help="Threads of the tokenizer; all cores by default.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace another dataset of this name.")] = False,
+    slurm: jobs.Slurm = None,
+    partition: jobs.Partition = None,
+    account: jobs.Account = None,
+    qos: jobs.Qos = None,
+    constraint: jobs.Constraint = None,
+    time: jobs.Time = None,
+    memory: jobs.Memory = None,
+    cpus: jobs.Cpus = None,
+    at_once: jobs.AtOnce = None,
 ) -> None:
     """Turn a corpus into token shards. After a kill, the same command goes on where it was.
 
     Example: potamos data prepare sotu demo/train --tokenizer demo/tokenizer.json --split train
 
-    Of 30 processes, each adds its own --rank and --world 30; when all have ended, run: potamos data finalize
+    On a cluster, by 30 jobs: potamos data prepare 'pile/*.jsonl.zst' data/pile --tokenizer bpe.json --slurm 30
+
+    Of 30 processes started by other means, each adds its own --rank and --world 30; when all have ended, run: potamos
+    data finalize
     """
+    wanted = jobs.resources(
+        slurm, partition=partition, account=account, qos=qos, constraint=constraint, time=time, memory=memory,
+        cpus=cpus, gpus=None, at_once=at_once,
+    )  # fmt: skip
+    if slurm is not None and (rank, world) != (0, 1):
+        raise jobs.OptionError(f"--slurm {slurm} gives each job its own --rank and --world: leave them out")
     from potamos.data.commands import finalize_datasets, left_out
     from potamos.data.prepare import prepare_parts
+    from potamos.data.sources import open_source
     from potamos.data.tokenizer import load_tokenizer
     from potamos.pretrain.progress import preparing
 
     loaded = load_tokenizer(
         kind, tokenizer, end_of_document=end_of_document, special_tokens=special or (), threads=threads
     )
+    if slurm is not None and wanted is not None:
+        words = jobs.options(
+            tokenizer=tokenizer, kind=kind, end_of_document=end_of_document, special=special, split=split,
+            deduplicate=deduplicate, by=by, max_line_bytes=max_line_bytes, max_bad_ratio=max_bad_ratio,
+            threads=threads or wanted.cpus, force=force,
+        )  # fmt: skip
+        inputs = len(open_source(source, split, max_line_bytes=max_line_bytes).inputs())
+        return jobs.submit_prepare(
+            wanted, slurm, inputs, source, out, words, deduplicate=deduplicate, force=force, wait=wait
+        )
     with preparing() as progress:
         share = prepare_parts(
             source,
