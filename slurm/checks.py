@@ -100,6 +100,25 @@ def _mebibytes(memory: str) -> float:
 # --- the folder -----------------------------------------------------------------------------------------------------
 
 
+def check_names(job: Job) -> None:
+    """Refuse folders whose names Slurm would read as patterns: the job would end before its first line, without a log.
+
+    Raises:
+        SubmitError: names the character.
+    """
+    for path in (job.folder, *job.runs):
+        for mark in "%\\":
+            if mark in str(path):
+                raise SubmitError(
+                    f"{path}: Slurm reads the {mark} of a folder's name as part of a pattern, and would find no place "
+                    "for the job's log; name another with --run"
+                )
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise SubmitError(f"{path!a}: the name is no text in UTF-8; name another with --run") from None
+
+
 def check_place(folder: Path, shared: Sequence[Path] = ()) -> list[str]:
     """Remarks on where a run folder lies: nodes must see it.
 

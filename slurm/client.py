@@ -16,6 +16,11 @@ SEPARATOR = "\x1f"  # of columns: no name, folder or reason holds it, and Slurm 
 _KEPT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
 _DROPPED = re.compile(r"(SLURM|SLURMD|SBATCH|SRUN|SALLOC|SQUEUE|SINFO|SCANCEL|SCONTROL|SACCT)_")
 
+NO_CLUSTER = (
+    ". Is this a machine of the cluster, and is its controller up (scontrol ping)? SLURM_CONF names the cluster's "
+    "slurm.conf where it lies elsewhere"
+)
+
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<rest>\d+(?::\d+){0,2})", re.ASCII)
 # A record's key is a word before `=`; what follows reaches to the next such word, so values may hold spaces.
 _KEY = re.compile(r"(?:^|(?<=\s))([A-Z][\w/]*(?::\w+)*)=")
@@ -105,7 +110,9 @@ def run(*argv: str, timeout: float = 30, check: bool = True) -> str:
             f"`{argv[0]}` did not answer within {timeout:g} s: the controller may be down; see `scontrol ping`"
         ) from None
     if check and done.returncode:
-        raise SlurmError(f"`{argv[0]}` says: {complaint(done.stderr or done.stdout) or f'exit {done.returncode}'}")
+        said = complaint(done.stderr or done.stdout) or f"exit {done.returncode}"
+        lost = "configuration source" in said or "Unable to contact slurm" in said
+        raise SlurmError(f"`{argv[0]}` says: {said}{NO_CLUSTER if lost else ''}")
     return done.stdout
 
 
