@@ -17,11 +17,13 @@ DISTRIBUTED_LIMIT ?= 600
 KERNELS_LIMIT ?= 600
 RESUME_LIMIT ?= 300
 LEARNING_LIMIT ?= 180
+SLURM_LIMIT ?= 480
+NIGHTLY_LIMIT ?= 1200
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup demo corpora test unit distributed kernels gpu resume learning check format wheel clean
+.PHONY: help setup demo corpora test unit distributed kernels gpu resume slurm nightly learning check format wheel clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -62,7 +64,7 @@ corpora: $(VENV)/.development ## prepare, verify and train on three real corpora
 
 # --- tests ------------------------------------------------------------------------------------------------------------
 
-test: unit distributed kernels resume learning ## every test, in the five targets below
+test: unit distributed kernels resume slurm learning ## every test, in the six targets below
 
 # $(call pytest,marks,limit). At its limit a target gets SIGINT, so that pytest says where it was, and SIGKILL ten seconds
 # later; `timeout` signals the whole process group, so no rank and no run outlives its target. pytest itself names a
@@ -78,7 +80,7 @@ define pytest
 endef
 
 unit: $(VENV)/.development ## tests of single functions and modules
-	$(call pytest,not (distributed or kernels or resume or slow),$(UNIT_LIMIT))
+	$(call pytest,not (distributed or kernels or resume or slurm or nightly or slow),$(UNIT_LIMIT))
 
 distributed: $(VENV)/.development ## tests that start several gloo ranks
 	$(call pytest,distributed and not resume,$(DISTRIBUTED_LIMIT))
@@ -94,8 +96,14 @@ gpu: ## test and time the kernels on this machine's GPU, with its own python3 (8
 resume: $(VENV)/.development ## killed runs continue, bit for bit
 	$(call pytest,resume,$(RESUME_LIMIT))
 
+slurm: $(VENV)/.development ## runs on a real Slurm that is started here; skipped where Debian's packages are absent
+	$(call pytest,slurm and not nightly,$(SLURM_LIMIT))
+
+nightly: $(VENV)/.development ## what takes minutes of waiting: Slurm's own delays and time limits
+	$(call pytest,nightly,$(NIGHTLY_LIMIT))
+
 learning: $(VENV)/.development ## what a mixer must be able to learn, and what not
-	$(call pytest,slow,$(LEARNING_LIMIT))
+	$(call pytest,slow and not (slurm or nightly),$(LEARNING_LIMIT))
 
 check: $(VENV)/.development ## lint, format and types, changing nothing
 	$(BIN)/ruff check .

@@ -15,7 +15,17 @@ from typing import Annotated
 
 import typer
 
-from potamos.pretrain import cli_data, cli_kernels, cli_plan, cli_verify, show
+from potamos.pretrain import (
+    cli_cluster,
+    cli_data,
+    cli_evaluate,
+    cli_kernels,
+    cli_plan,
+    cli_runs,
+    cli_submit,
+    cli_verify,
+    show,
+)
 from potamos.pretrain.arguments import Device, Overrides, RecipeName, RunPath, Step
 
 TRACEBACK = "POTAMOS_TRACEBACK"
@@ -32,8 +42,17 @@ recipe_app = typer.Typer(help="Look at one recipe.", no_args_is_help=True)
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_kernels.app, name="kernels")
+app.add_typer(cli_cluster.app, name="cluster")
 app.command()(cli_verify.verify)
 app.command()(cli_plan.plan)
+app.command()(cli_submit.submit)
+app.command()(cli_runs.sweep)
+app.command()(cli_runs.status)
+app.command()(cli_runs.logs)
+app.command()(cli_runs.cancel)
+app.command()(cli_runs.requeue)
+app.command()(cli_runs.board)
+app.command()(cli_runs.doctor)
 
 
 def _version(wanted: bool) -> None:
@@ -130,33 +149,7 @@ def generate(
     show.stream(prompt, pieces)
 
 
-@app.command()
-def evaluate(
-    run: RunPath,
-    overrides: Overrides = None,
-    data: Annotated[
-        Path | None, typer.Option(help="A prepared dataset; the recipe's validation sets by default.")
-    ] = None,
-    length: Annotated[
-        str | None, typer.Option(help="Tokens of a row, or a multiple of the training rows, as in 4x.")
-    ] = None,
-    step: Step = None,
-    device: Device = "auto",
-) -> None:
-    """Score held-out text: bits per byte, perplexity, loss.
-
-    Rows of any length score the same tokens. Key=value changes what does not touch the weights, such as the pattern.
-
-    Example: potamos evaluate runs/h3_hybrid_tiny --data demo/validation
-
-    Longer rows: potamos evaluate runs/xpos_tiny 'model.pattern={kind: blockwise, size: 128}' --length 4x
-    """
-    from potamos.pretrain.runs import open_run, score_run
-
-    opened = open_run(run, step=step, device=device, overrides=overrides or [])
-    scores = score_run(opened, data, length=length)
-    show.note(f"{run} at step {opened.step}")
-    show.scores(scores)
+app.command()(cli_evaluate.evaluate)
 
 
 @app.command()

@@ -75,6 +75,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         path = item.path.relative_to(TESTS) if item.path.is_relative_to(TESTS) else item.path
         marks = {mark for folder, mark in FOLDER_MARKS.items() if folder in path.parts[:-1]}
         marks |= {mark for stem, mark in FILE_MARKS.items() if path.stem.startswith(stem)}
+        if "slurm_folder" in getattr(item, "fixturenames", ()):  # whatever starts a cluster puts it there
+            marks.add("slurm")
         if "run_ranks" in getattr(item, "fixturenames", ()):
             marks.add("distributed")
         for mark in marks:

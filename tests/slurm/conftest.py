@@ -1,0 +1,93 @@
+"""A real Slurm for the tests of this folder: `cluster` is one of four nodes, given clean to each test that takes it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from potamos.slurm import daemons
+from potamos.slurm.cluster import Cluster
+
+# Upper bounds, not waits: a machine that runs other work besides is many times slower.
+PATIENCE = 120.0
+
+
+@pytest.fixture(scope="session")
+def slurm_folder() -> Iterator[Path]:
+    """A folder with a short name (sockets have long ones) that every user may enter; pytest's own may be neither."""
+    try:
+        daemons.programs()
+    except daemons.ClusterError as error:
+        if os.environ.get("POTAMOS_NEED_SLURM") == "1":
+            raise
+        pytest.skip(str(error))
+    folder = Path(tempfile.mkdtemp(prefix="potamos-slurm-"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def start_cluster(slurm_folder: Path) -> Iterator[Callable[..., Cluster]]:
+    """`start_cluster(**shape)`: a cluster of its own, stopped when the session ends."""
+    started: list[Cluster] = []
+
+    def start(**shape: Any) -> Cluster:
+        cluster = Cluster.up(slurm_folder / f"c{len(started)}", deadline=PATIENCE, **shape)
+        started.append(cluster)
+        return cluster
+
+    yield start
+    for cluster in started:
+        cluster.down(deadline=PATIENCE)
+
+
+@pytest.fixture(scope="session")
+def session_cluster(start_cluster: Callable[..., Cluster]) -> Cluster:
+    """Four nodes, 8 GPUs and 64 CPUs each, no time limit. Nodes are noticed dead late: tests set them down."""
+    return start_cluster(nodes=4, node_timeout=60, kill_wait=15, grace=20)
+
+
+@pytest.fixture(scope="session")
+def large_cluster(start_cluster: Callable[..., Cluster]) -> Cluster:
+    """Sixteen such nodes, for what only the largest recipes need. Set SLURM_CONF from its `environment`."""
+    return start_cluster(nodes=16)
+
+
+@pytest.fixture
+def cluster(session_cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """The session's cluster, idle and with an empty queue; SLURM_CONF names it for whatever the test starts."""
+    for name in [name for name in os.environ if name.startswith(("SLURM", "SBATCH"))]:
+        monkeypatch.delenv(name)
+    for name, value in session_cluster.environment.items():
+        monkeypatch.setenv(name, value)
+    yield session_cluster
+    restore(session_cluster)
+
+
+def restore(cluster: Cluster) -> None:
+    """No jobs, every node idle: what a test may have left otherwise."""
+    if "slurmctld" in cluster.dead():
+        cluster.start_controller()
+    for k in range(cluster.shape.nodes):
+        if f"slurmd.n{k}" in cluster.dead():
+            cluster.start_node(k)
+    began, killed = time.monotonic(), False
+    cluster.run("scancel", "--user", str(os.geteuid()))
+    while cluster.run("squeue", "-h", "-o", "%i %T %R").strip():
+        if not killed and time.monotonic() - began > 2:  # what catches SIGTERM
+            cluster.run("scancel", "--signal=KILL", "--full", "--user", str(os.geteuid()))
+            killed = True
+        assert time.monotonic() - began < PATIENCE, cluster.run("squeue")
+        time.sleep(0.1)
+    for name, state in cluster.states().items():
+        if state.startswith(("down", "drain", "drng")):
+            cluster.run("scontrol", "update", f"nodename={name}", "state=resume")
+    cluster.wait(lambda: set(cluster.states().values()) == {"idle"}, PATIENCE, "all nodes to be idle")
