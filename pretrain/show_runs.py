@@ -28,7 +28,7 @@ MARKS = {"ok": ("ok", "green"), "warning": ("warning", "yellow"), "wrong": ("WRO
 
 def statuses(found: Sequence[Status]) -> None:
     """A line for each run; what is not known is left empty."""
-    rows = table("run", "state", right=("step", "loss", "tokens/s", "ETA", "crashes"), last="nodes")
+    rows = table("run", "state", right=("step", "loss", "tokens/s", "ETA", "starts"), last="nodes")
     rows.add_column("why", overflow="fold")
     rows.columns[0].no_wrap, rows.columns[0].overflow = False, "fold"  # a name is for copying: never cut short
     for status in found:
@@ -42,7 +42,7 @@ def statuses(found: Sequence[Status]) -> None:
             "" if status.loss is None else f"{status.loss:.4f}",
             "" if status.tokens_per_second is None else f"{status.tokens_per_second:,.0f}",
             "" if status.eta is None else duration(status.eta),
-            f"{status.crashes} of {status.attempts}" if status.attempts else "",
+            (f"{status.attempts}" if status.attempts else "") + (f", {status.crashes} crashed" if status.crashes else ""),
             Text(printable(status.nodes)),
             Text(printable(why), style="dim"),
         )
