@@ -50,11 +50,7 @@ def check(
     Raises:
         LaunchError: the environment does not say which rank this is and where to meet.
     """
-    from potamos.parallel import node_network
-    from potamos.parallel.launch import Rank
-
-    place = Rank.from_environment()
-    record = Record(node_name(), attempt, place.rank, place.world)
+    record = Record(node_name(), attempt)
 
     def leave_with_record() -> None:
         writer = threading.Thread(target=_write, args=(out, record), daemon=True)
@@ -71,6 +67,11 @@ def check(
         leave_with_record()
 
     stages, began = Stages(limits.timeout, expired), time.monotonic()
+    with stages.stage("importing torch"):
+        from potamos.parallel import node_network
+        from potamos.parallel.launch import Rank
+    place = Rank.from_environment()
+    record.rank, record.world = place.rank, place.world
     with stages.stage("disks"):
         examine_disks(record, limits, machine, run)
     with stages.stage("run folder"):
@@ -101,8 +102,8 @@ def _write(out: Path, record: Record) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None, machine: Machine | None = None) -> int:
-    """The exit status. 0: this node was examined, whatever was found, or no node is bad. 2: a wrong call. Of
-    ``--judge`` also 3, bad nodes are printed, and 4, no node has passed, which leaving them out would not mend."""
+    """The exit status. 0: examined or judged, whatever was found. 2: a wrong call. 4, of ``--judge``: no node has
+    passed, which leaving them out would not mend."""
     asked = _parser().parse_args(arguments)
     if asked.judge is not None:
         from potamos.parallel.node_judge import judge

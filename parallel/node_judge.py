@@ -9,7 +9,7 @@ from pathlib import Path
 
 from potamos.parallel.node_record import Record, record_path
 
-ALL_GOOD, SOME_BAD, ALL_BAD = 0, 3, 4
+JUDGED, NONE_PASSED = 0, 4
 SHARED_CHECKS = ("run folder", "run disk")
 """What is as likely the fault of a server that all nodes use."""
 SLOW = 0.5
@@ -20,8 +20,8 @@ def judge(folder: Path, attempt: int, nodes: Sequence[str]) -> int:
     """Print the bad nodes, a line each, and why on standard error.
 
     Returns:
-        0: none is bad. 3: some are, and they are printed. 4: no node has passed, so that leaving them out would not
-        help: the job, the shared folder or the cluster is at fault; nothing is printed.
+        0, or 4 where no node has passed, so that leaving them out would not help: the job, the shared folder or the
+        cluster is at fault. Then nothing is printed.
     """
     records = {node: read_record(folder, attempt, node) for node in nodes}
     bad = find_bad(records)
@@ -29,13 +29,12 @@ def judge(folder: Path, attempt: int, nodes: Sequence[str]) -> int:
         print(f"{node}: {reason}", file=sys.stderr)
     for warning in slow_nodes([record for record in records.values() if record is not None]):
         print(f"warning: {warning}", file=sys.stderr)
-    if not bad:
-        return ALL_GOOD
-    if len(bad) == len(nodes) and not (len(nodes) == 1 and _is_of_one_node(records[nodes[0]])):
+    if bad and len(bad) == len(nodes) and not (len(nodes) == 1 and _is_of_one_node(records[nodes[0]])):
         print(f"none of {len(nodes)} nodes passed the check; leaving them out would not mend that", file=sys.stderr)
-        return ALL_BAD
-    print("\n".join(bad))
-    return SOME_BAD
+        return NONE_PASSED
+    for node in bad:
+        print(node)
+    return JUDGED
 
 
 def read_record(folder: Path, attempt: int, node: str) -> Record | None:

@@ -30,7 +30,7 @@ class Record:
 
     node: str
     attempt: int
-    rank: int = 0
+    rank: int = -1  # not known yet
     world: int = 1
     problems: list[tuple[str, str]] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)

@@ -159,7 +159,7 @@ def test_a_fault_of_one_node_is_found_there_alone(
     for rank in (0, 2):
         assert (record(tmp_path, rank).problems, record(tmp_path, rank).network) == ([], None)
     status, bad, said = judged(tmp_path, 3, capsys)
-    assert (status, bad) == (3, ["n1"])
+    assert (status, bad) == (0, ["n1"])
     assert said.startswith(f"n1: {check}: ") or f"; {check}: " in said
 
 
@@ -193,7 +193,7 @@ def test_a_missing_gpu_is_counted(tmp_path: Path, run_ranks: Any, capsys: pytest
     ((check, words),) = record(tmp_path, 0).problems
     assert (check, words.partition(" (")[0]) == ("gpus", "sees 0 of 2 GPUs")
     assert record(tmp_path, 1).problems == []
-    assert judged(tmp_path, 2, capsys)[:2] == (3, ["n0"])
+    assert judged(tmp_path, 2, capsys)[:2] == (0, ["n0"])
 
 
 def test_gpus_that_are_occupied_wrong_or_dead_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,7 +249,7 @@ def test_a_node_that_cannot_write_its_record_has_the_head_write_it(
     found = record(tmp_path, 1)
     assert found.problems == [("run folder", "could not write its record; the head node wrote it down")]
     assert found.figures["all_reduce_gb_s"], "all of its figures are there"
-    assert judged(tmp_path, 3, capsys)[:2] == (3, ["n1"])
+    assert judged(tmp_path, 3, capsys)[:2] == (0, ["n1"])
 
 
 def _refuse(*_: object) -> None:
@@ -267,7 +267,7 @@ def test_a_folder_that_is_not_shared_is_found(
     found = read_record(other / "logs", 3, "n2")
     assert found is not None
     assert found.problems == [("run folder", f"{other} is not the one of n0: it is not shared")]
-    assert judged(tmp_path, 3, capsys)[:2] == (3, ["n2"])
+    assert judged(tmp_path, 3, capsys)[:2] == (0, ["n2"])
 
 
 # --- nodes that hang, come late or cannot be reached -------------------------------------------------------------
@@ -286,7 +286,7 @@ def test_a_node_that_sleeps_is_found_by_its_missing_file(
         assert found.missing == [2]
         assert "rank 2 of 4" in str(found.network)
     status, bad, said = judged(tmp_path, 4, capsys)
-    assert (status, bad) == (3, ["n2"])
+    assert (status, bad) == (0, ["n2"])
     assert said == "n2: left no record: it hangs, was ended, or cannot write into the folder\n"
 
 
@@ -298,7 +298,7 @@ def test_a_node_that_comes_too_late_is_the_bad_one(
         run_ranks(3, nodes(tmp_path, before=late, timeout=1.0), init=False)
     assert record(tmp_path, 1).problems == []
     status, bad, said = judged(tmp_path, 3, capsys)
-    assert (status, bad) == (3, ["n1"])
+    assert (status, bad) == (0, ["n1"])
     assert "2 of 2 others waited for it" in said
 
 
@@ -407,7 +407,7 @@ def test_nodes_that_all_fail_are_not_left_out(tmp_path: Path, capsys: pytest.Cap
     assert said.endswith("none of 2 nodes passed the check; leaving them out would not mend that\n")
     assert judged(tmp_path, 1, capsys)[:2] == (4, [])  # of one node, too, where the folder is at fault
     write(tmp_path, Record("n0", 3, problems=[("gpus", "sees 7 of 8 GPUs")]))
-    assert judged(tmp_path, 1, capsys)[:2] == (3, ["n0"])
+    assert judged(tmp_path, 1, capsys)[:2] == (0, ["n0"])
 
 
 @pytest.mark.parametrize("line", ["", "{", "[]", '{"node": "n0"}', '{"node": "n0", "attempt": 3, "new": 1}', "3"])
@@ -415,13 +415,13 @@ def test_a_torn_or_foreign_record_counts_as_none(line: str, tmp_path: Path, caps
     (tmp_path / "logs").mkdir()
     record_path(tmp_path / "logs", 3, "n0").write_text(line)
     write(tmp_path, good(1, 2))
-    assert judged(tmp_path, 2, capsys)[:2] == (3, ["n0"])
+    assert judged(tmp_path, 2, capsys)[:2] == (0, ["n0"])
 
 
 def test_an_older_attempts_record_does_not_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path, good(0, 2), good(1, 2))
     os.rename(record_path(tmp_path / "logs", 3, "n1"), record_path(tmp_path / "logs", 2, "n1"))
-    assert judged(tmp_path, 2, capsys)[:2] == (3, ["n1"])
+    assert judged(tmp_path, 2, capsys)[:2] == (0, ["n1"])
 
 
 def test_a_slow_node_is_pointed_out_but_not_bad(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -460,7 +460,7 @@ def test_the_command_as_a_script_calls_it(tmp_path: Path) -> None:
     script = "import sys; from potamos.parallel.node_check import main; s = main(); assert 'torch' not in sys.modules"
     judge = [sys.executable, "-P", "-c", f"{script}; sys.exit(s)", "--judge", "logs", "--attempt", "3"]
     done = subprocess.run([*judge, "--nodes", "n0,n1"], cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (3, "n1\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "n1\n"), done.stderr
 
 
 def test_a_node_without_a_meeting_point_is_told_so(

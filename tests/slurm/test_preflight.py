@@ -1,0 +1,61 @@
+"""The examination of nodes as tasks of a real Slurm: a task that sleeps or ends without a word is the bad one."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from potamos.parallel.node_judge import find_bad, read_record
+
+# Runs before any module of a task's interpreter, where the test wants it.
+FAULTS = """
+import os, sys, time
+node = os.environ.get("SLURMD_NODENAME")
+if "potamos.parallel.node_check" in sys.orig_argv and node == "n1":
+    time.sleep(600)
+if "potamos.parallel.node_check" in sys.orig_argv and node == "n3":
+    os._exit(7)
+"""
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize("faulty", [False, True])
+def test_nodes_of_a_real_slurm(faulty: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if faulty:
+        (tmp_path / "sitecustomize.py").write_text(FAULTS)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "logs").mkdir()
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    check = [sys.executable, "-P", "-m", "potamos.parallel.node_check", "--attempt", "0"]
+    step = ["srun", "--nodes=4", "--ntasks=4", "--ntasks-per-node=1", "--mem=1G", "--kill-on-bad-exit=0", "--wait=13"]
+    limits = ["--timeout=4" if faulty else "--timeout=60", "--run-disk=0.01"]  # --wait is for srun: after the first end
+    done = run(*step, *check, "--out", "logs", *limits, cwd=tmp_path)
+    records = {f"n{k}": read_record(tmp_path / "logs", 0, f"n{k}") for k in range(4)}
+    judged = run(*check, "--judge", "logs", "--nodes", "n0,n1,n2,n3", cwd=tmp_path)
+    assert judged.returncode == 0, done.stderr
+    if faulty:
+        assert judged.stdout.split() == ["n1", "n3"], judged.stderr + done.stderr
+        good = [record for record in records.values() if record is not None]
+        assert [record.node for record in good] == ["n0", "n2"]
+        assert all(record.missing == [1, 3] for record in good)
+    else:
+        assert (judged.stdout, judged.stderr) == ("", ""), done.stderr
+        assert find_bad(records) == {}
+        ranks = [(record.rank, record.world) for record in records.values() if record is not None]
+        assert ranks == [(k, 4) for k in range(4)]
+
+
+def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=cwd, env=os.environ, capture_output=True, text=True, timeout=120, check=False)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
