@@ -99,9 +99,8 @@ def cancel(
         _scancel(runs, "--signal=USR1")
         tell(f"{len(runs)} {'job' if len(runs) == 1 else 'jobs'} told to save; up to {grace:.0f} s for it")
         left = _await(left, grace, poll)
-    if left:
-        _scancel(sorted(left))
-        left = _await(left, LEAVE, poll)
+    _scancel(sorted(left.intersection(runs)))
+    left = _await(left, LEAVE, poll)
     return [
         Cancelled(
             fact.folder.path,
