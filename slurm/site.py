@@ -157,7 +157,7 @@ class _Reader:
             name = f"{inside}.{key}" if inside else f"{key}"
             if key is None or (known is not None and key not in known):
                 near = difflib.get_close_matches(str(key), known or [], n=1)
-                hint = f", did you mean {near[0]}?" if near else ""
+                hint = f"; did you mean `{near[0]}`?" if near else ""
                 self.fail(key_node, f"{name}: unknown key{hint} (known here: {', '.join(known or [])})")
             if key in seen:
                 self.fail(key_node, f"{name}: given twice; remove one of them")

@@ -52,10 +52,10 @@ def test_what_is_not_set_is_left_to_the_cluster(text: str):
     [
         (
             "python: x\npartitoin: gpu\n",
-            r"s\.yaml:2: partitoin: unknown key, did you mean partition\?",
+            r"s\.yaml:2: partitoin: unknown key; did you mean `partition`\?",
         ),
         ("container:\n  kind: docker\n", r"s\.yaml:2: container\.kind: 'docker' is none of pyxis, apptainer"),
-        ("container: {mount: [/a]}\n", r"s\.yaml:1: container\.mount: unknown key, did you mean mounts\?"),
+        ("container: {mount: [/a]}\n", r"s\.yaml:1: container\.mount: unknown key; did you mean `mounts`\?"),
         ("container: pyxis\n", r"s\.yaml:1: container: expected keys and values"),
         ("- partition\n", r"s\.yaml:1: a site file: expected keys and values"),
         ("partition: a\nqos: b\npartition: c\n", r"s\.yaml:3: partition: given twice"),
