@@ -69,7 +69,7 @@ def driver(
 ) -> Iterator[Finding]:
     """NVIDIA's driver, against the CUDA that torch was built for. A login node needs none."""
     try:
-        match = re.search(r"Kernel Module\D*(\d+)\.(\d+(?:\.\d+)?)", place.read_text())
+        match = re.search(r"Kernel Module.*?\s(\d+)\.(\d+(?:\.\d+)?)\s", place.read_text())
     except OSError:
         match = None
     if match is None:

@@ -261,9 +261,10 @@ def until(condition: Callable[[], Any], what: Callable[[], Any] = lambda: "") ->
 
 
 @contextlib.contextmanager
-def following(run: Path) -> Iterator[tuple[bytearray, list[str]]]:
+def following(run: Path) -> Iterator[tuple[bytearray, list[Any]]]:
     """What a follower writes and tells; it must have ended by itself when the block has."""
-    out, told = bytearray(), []
+    out: bytearray = bytearray()
+    told: list[Any] = []
     follower = Follower(run, out.extend, told.append, poll=0.05, ask=0.2)
     thread = threading.Thread(target=lambda: told.append(follower.follow()), daemon=True)
     thread.start()
