@@ -24,17 +24,18 @@ Slurm = Annotated[
     ),
 ]
 Partition = Annotated[
-    str | None, typer.Option(help="Where they run; the site file's by default.", rich_help_panel=PANEL)
+    str | None, typer.Option(help="Where the jobs run; the site file's by default.", rich_help_panel=PANEL)
 ]
-Account = Annotated[str | None, typer.Option(help="Whom they are charged to.", rich_help_panel=PANEL)]
-Qos = Annotated[str | None, typer.Option("--qos", help="Their quality of service.", rich_help_panel=PANEL)]
-Constraint = Annotated[str | None, typer.Option(help="Features of their nodes.", rich_help_panel=PANEL)]
+Account = Annotated[str | None, typer.Option(help="Whom the jobs are charged to.", rich_help_panel=PANEL)]
+Qos = Annotated[str | None, typer.Option("--qos", help="Quality of service of the jobs.", rich_help_panel=PANEL)]
+Constraint = Annotated[str | None, typer.Option(help="Features that their nodes must have.", rich_help_panel=PANEL)]
 Time = Annotated[
-    str | None, typer.Option(help="Of each, as in 30 (minutes) or 2:00:00; 4 hours by default.", rich_help_panel=PANEL)
+    str | None,
+    typer.Option(help="Limit of each, as in 30 (minutes) or 2:00:00; 4 hours by default.", rich_help_panel=PANEL),
 ]
-Memory = Annotated[str | None, typer.Option(help="Of each, as in 8G.", rich_help_panel=PANEL)]
-Cpus = Annotated[int | None, typer.Option("--cpus", min=1, help="Of each.", rich_help_panel=PANEL)]
-Gpus = Annotated[int | None, typer.Option("--gpus", min=0, help="Of each.", rich_help_panel=PANEL)]
+Memory = Annotated[str | None, typer.Option(help="Memory of each, as in 8G.", rich_help_panel=PANEL)]
+Cpus = Annotated[int | None, typer.Option("--cpus", min=1, help="Processors of each.", rich_help_panel=PANEL)]
+Gpus = Annotated[int | None, typer.Option("--gpus", min=0, help="GPUs of each.", rich_help_panel=PANEL)]
 AtOnce = Annotated[int | None, typer.Option("--at-once", min=1, help="Run at most so many.", rich_help_panel=PANEL)]
 
 

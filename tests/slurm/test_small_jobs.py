@@ -497,6 +497,16 @@ def test_a_preempted_job_uses_the_grace(sleeping: Sleeping) -> None:
     assert "Job completed successfully" in said(sleeping.logs)
 
 
+@pytest.mark.nightly
+def test_a_preempted_job_that_needs_longer_comes_back(sleeping: Sleeping) -> None:
+    """Slurm ends it after the grace and requeues it, which it does not do with a job that has ended by itself."""
+    everything = ["sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
+    subprocess.run(everything, check=True, capture_output=True, timeout=60)
+    gone(sleeping.logs)
+    assert (sleeping.done, sleeping.starts) == (True, 2)
+    assert "DUE TO PREEMPTION" in said(sleeping.logs)
+
+
 def test_a_sweep_over_checkpoints_on_the_cluster(
     cluster: Any, trial: Any, tmp_path: Path, here: Path, potamos: Callable[..., Ended]
 ) -> None:
