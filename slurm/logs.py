@@ -191,7 +191,7 @@ class Follower:
 
     def follow(self) -> Status:
         """Follow to the end; how the run stands then. With a given attempt, to the end of that."""
-        log, place, said, asked, sure = None, 0, "", time.monotonic(), False
+        log, place, said, asked, sure = None, 0, "", -self.ask, False
         while True:
             found = self._look()
             if found is not None and (log is None or found.path != log.path):

@@ -52,7 +52,7 @@ def points(arguments: Sequence[str]) -> tuple[list[str], list[Point]]:
     ``data.skip=[[[0, 100]], []]`` makes two as well.
 
     Raises:
-        SweepError: nothing varies, a list is empty or holds a value twice, or there are too many runs.
+        SweepError: nothing varies, a list holds one value or one twice, or there are too many runs.
     """
     fixed: list[str] = []
     axes: dict[str, list[str]] = {}
@@ -76,7 +76,7 @@ def points(arguments: Sequence[str]) -> tuple[list[str], list[Point]]:
     found = []
     for values in itertools.product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
-        name = _name([f"{labels[key]}={value}" for key, value in chosen.items()])
+        name = _name({labels[key]: value for key, value in chosen.items()})
         found.append(Point(name, tuple(f"{key}={value}" for key, value in chosen.items())))
     return fixed, _told_apart(found)
 
@@ -93,6 +93,8 @@ def _items(key: str, text: str) -> list[str] | None:
     items = [text[item.start_mark.index : item.end_mark.index].strip() for item in node.value]
     if not items:
         raise SweepError(f"{key}={text}: an empty list makes no run; to set an empty list write [[]]")
+    if len(items) == 1:  # more likely a setting that is a list than a sweep of one run
+        raise SweepError(f"{key}={text}: one value does not vary; write {key}={items[0]}, or [[...]] to set a list")
     if twice := next((item for item in items if items.count(item) > 1), None):
         raise SweepError(f"{key}={text}: {twice} stands there twice")
     return items
@@ -104,9 +106,13 @@ def _labels(keys: Sequence[str]) -> dict[str, str]:
     return {key: short if last.count(short) == 1 else key for key, short in zip(keys, last, strict=True)}
 
 
-def _name(parts: Sequence[str]) -> str:
+def _name(chosen: Mapping[str, str]) -> str:
     """A folder's name that no shell, path or list of mounts reads as anything else: `lr=1e-3_width=64`."""
-    return "_".join(_UNSAFE.sub("-", part).strip("-") for part in parts)
+
+    def plain(text: str) -> str:
+        return _UNSAFE.sub("-", text).strip("-")
+
+    return "_".join(f"{plain(key)}={plain(value)}" for key, value in chosen.items())
 
 
 def _told_apart(found: Sequence[Point]) -> list[Point]:
