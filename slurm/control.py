@@ -31,6 +31,7 @@ from potamos.slurm.status import (
 from potamos.slurm.submit import resubmit
 
 GRACE = 60.0  # seconds that the ranks get to finish their step and save
+AGAIN = 5.0  # seconds between two such requests
 LEAVE = 30.0  # seconds that Slurm gets to end what did not leave by itself
 AT_ONCE = 500  # ids that one command is given: a command line has an end
 
@@ -96,9 +97,8 @@ def cancel(
     _scancel(waits)  # first: the next of a chain would begin when this one ends
     left: set[str] = {*waits, *runs}
     if runs and grace > 0:
-        _scancel(runs, "--signal=USR1")
         tell(f"{len(runs)} {'job' if len(runs) == 1 else 'jobs'} told to save; up to {grace:.0f} s for it")
-        left = _await(left, grace, poll)
+        left = _await(left, grace, poll, save=True)
     _scancel(sorted(left.intersection(runs)))
     left = _await(left, LEAVE, poll)
     return [
@@ -141,14 +141,26 @@ def _scancel(ids: Sequence[str], *options: str) -> None:
                 raise
 
 
-def _await(ids: Iterable[str], seconds: float, poll: float) -> set[str]:
-    """Those of these jobs that are still there when the time is over."""
-    left, end = set(ids), time.monotonic() + seconds
+def _await(ids: Iterable[str], seconds: float, poll: float, *, save: bool = False) -> set[str]:
+    """Those of these jobs that are still there when the time is over.
+
+    Args:
+        save: tell them to save meanwhile; again and again, because ranks that have not started yet hear nothing. A job
+            that its script was just sending back into the queue is taken out.
+    """
+    left, now = set(ids), time.monotonic()
+    end, again = now + seconds, now
     while True:
         queue = client.queue(left)
-        left = {job for job in left if entries_of([job], queue)}
+        entries = {job: entries_of([job], queue) for job in left}
+        left = {job for job in left if entries[job]}
         if not left or time.monotonic() >= end:
             return left
+        if save and time.monotonic() >= again:
+            again = time.monotonic() + AGAIN
+            there = sorted(left)
+            _scancel([job for job in there if entries[job][0].state not in WAITING], "--signal=USR1")
+            _scancel([job for job in there if entries[job][0].state in WAITING])
         time.sleep(min(poll, max(0.0, end - time.monotonic())))
 
 

@@ -109,6 +109,27 @@ def test_what_waits_in_the_chain_goes_first(tmp_path: Path, slurm: FalseSlurm):
     assert "15" in (slurm.folder / "queue").read_text()  # someone else's
 
 
+def test_a_job_that_was_just_going_back_into_the_queue_is_taken_out(
+    tmp_path: Path, slurm: FalseSlurm, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(control, "AGAIN", 0.0)
+    run = make(tmp_path / "x", "12")
+    slurm.queue(j12="COMPLETING")
+    (slurm.folder / "saves").write_text("sed -i s/COMPLETING/PENDING/ $HERE/queue; exit 0\n")
+    (done,) = cancel([run], grace=20, poll=0.01)
+    assert done.left
+    assert slurm.calls("scancel") == ["scancel --signal=USR1 12", "scancel 12"]
+
+
+def test_ranks_that_start_late_are_told_too(tmp_path: Path, slurm: FalseSlurm, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(control, "AGAIN", 0.0)
+    run = make(tmp_path / "x", "12")
+    slurm.queue(j12="RUNNING")
+    (slurm.folder / "saves").write_text("[ $(grep -c USR1 $HERE/calls) -ge 3 ] || exit 0\n")
+    assert cancel([run], grace=20, poll=0.01)[0].left
+    assert slurm.calls("scancel") == ["scancel --signal=USR1 12"] * 3
+
+
 def test_what_does_not_save_in_time_is_ended(tmp_path: Path, slurm: FalseSlurm):
     run, told = make(tmp_path / "x", "12"), []
     slurm.queue(j12="RUNNING")
