@@ -153,10 +153,12 @@ class Following:
         self.out, self.told, self.state = b"", [], "running"
         self.ended: Status | None = None
         self.error: BaseException | None = None
-        self.follower = Follower(
-            run.path, self._write, self.told.append, poll=0.01, ask=0.02, **options,
-            status=lambda path: Status(path, self.state, why="BeginTime"),
-        )  # fmt: skip
+        options = {
+            "poll": 0.01,
+            "ask": 0.02,
+            "status": lambda path: Status(path, self.state, why="BeginTime"),
+        } | options
+        self.follower = Follower(run.path, self._write, self.told.append, **options)
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
@@ -235,6 +237,30 @@ def test_words_that_come_last_are_not_lost(run: Run, follow: Callable[..., Follo
     assert shown.out == b"a" + b"b" * 3_000_000
 
 
+def test_words_that_come_after_the_end_are_not_lost(run: Run, follow: Callable[..., Following]):
+    """A job may have left the queue before a file server tells what its ranks said last."""
+    run.begin(0).log("attempt-0.rank-0.txt", "a")
+    asked: list[Path] = []
+
+    def status(path: Path) -> Status:
+        asked.append(path)
+        if len(asked) == 1:
+            run.log("attempt-0.rank-0.txt", "b")
+        return Status(path, "failed")
+
+    shown = follow(run, status=status)
+    shown.thread.join(20)
+    assert (shown.out, shown.ended) == (b"ab", Status(run.path, "failed"))
+
+
+def test_what_an_attempt_said_last_is_shown_before_the_next_one(run: Run, follow: Callable[..., Following]):
+    run.begin(0).log("attempt-0.rank-0.txt", "a")
+    shown = follow(run, poll=0.5)
+    shown.until(lambda: shown.out == b"a")
+    run.log("attempt-0.rank-0.txt", "b").begin(1).log("attempt-1.rank-0.txt", "c")
+    shown.until(lambda: shown.out == b"abc")
+
+
 def test_following_begins_with_the_last_lines_and_keeps_to_a_rank(run: Run, follow: Callable[..., Following]):
     run.begin(0).log("attempt-0.rank-1.txt", "1\n2\n3\n").log("attempt-0.rank-0.txt", "no\n")
     shown = follow(run, rank=1, lines=2)
@@ -248,7 +274,11 @@ def test_following_one_attempt_ends_with_it(run: Run, follow: Callable[..., Foll
     shown = follow(run, attempt=0)
     shown.until(lambda: shown.out == b"a\n")
     run.end(0, "SIGUSR1", 0)
+    shown.thread.join(20)
+    assert (shown.out, shown.ended is not None) == (b"a\n", True)
     run.begin(1).log("attempt-1.rank-0.txt", "b\n")
+    (run.path / "attempts.jsonl").write_text((run.path / "attempts.jsonl").read_text().replace('"end"', '"lost"'))
+    shown = follow(run, attempt=0)  # killed from outside: nobody was left to judge it
     shown.thread.join(20)
     assert (shown.out, shown.ended is not None) == (b"a\n", True)
 

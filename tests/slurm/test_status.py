@@ -194,6 +194,13 @@ def test_runs_outside_of_slurm(run: Run):
     run.state("running", attempt=1)
     assert run.judged().state == "stale"
     assert run.judged().attempts == 2
+    for attempt in (9, 10):  # by number, not by name
+        run.state("SIGTERM", attempt=attempt).mark(
+            f"stop.{attempt}", attempt=attempt, reason=f"asked {attempt}", step=4
+        )
+    assert (run.judged().state, run.judged().why) == ("stopped", "asked 10")
+    for attempt in (9, 10):
+        (run.path / f"stop.{attempt}").unlink()
     run.state("failed: KeyError", attempt=2)
     assert (run.judged().state, run.judged().why) == ("failed", "failed: KeyError")
     run.state("finished", step=100).mark("done.json", step=100)
@@ -308,6 +315,7 @@ def test_hundreds_of_runs_are_one_question(tmp_path: Path, squeue: Callable[[str
     assert time.perf_counter() - began < 5
     assert len(found) == 304
     assert len(calls.read_text().splitlines()) == 1
+    assert "7_" not in calls.read_text()  # an array as a whole, however many tasks it has
     assert found["sweep/lr=0"].state == "running"
     assert (found["sweep/lr=1"].state, found["sweep/lr=1"].why) == ("queued", "JobArrayTaskLimit")
     assert found["sweep/lr=2"].state == "cancelled"
