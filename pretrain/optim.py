@@ -168,7 +168,8 @@ class Optimizer:
         }
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore what ``state_tensors`` gave; ValueError names tensors of unknown parameters."""
+        """Restore what ``state_tensors`` gave, asking for one tensor at a time; ValueError names tensors of unknown
+        parameters."""
         owner = {p: optimizer for optimizer in self.optimizers for g in optimizer.param_groups for p in g["params"]}
         for name, tensor in tensors.items():
             parameter = self.parameters.get(name.rpartition(".")[0])

@@ -28,8 +28,8 @@ from potamos.parallel.mesh import LayoutError, Sizes, sizes
 from potamos.parallel.watchdog import Watchdog
 from potamos.pretrain import carried, resume, setup
 from potamos.pretrain.agreement import Reader, check_same_data
-from potamos.pretrain.checkpoint import CheckpointError, Checkpoints, CheckpointWriteError, Loaded, Snapshot
-from potamos.pretrain.config import Change, parse_recipe, resume_check, to_yaml
+from potamos.pretrain.checkpoint import Checkpoints, CheckpointWriteError, Loaded, Snapshot
+from potamos.pretrain.config import Change, to_yaml
 from potamos.pretrain.environment import write_environment
 from potamos.pretrain.evaluate import score
 from potamos.pretrain.generate import GenerationError, generate
@@ -356,7 +356,7 @@ class Trainer:
             next_sample=self.next_sample,
             model=self.spread.gathered({name: p.detach() for name, p in self.parameters.items()}, lambda name: name),
             optimizer=self.spread.gathered(self.optimizer.state_tensors(), lambda name: name.rpartition(".")[0])
-            | {f"guard.{name}": t for name, t in self.guard.state_tensors().items()},
+            | {resume.GUARD + name: t for name, t in self.guard.state_tensors().items()},
             carried=carried.gather(self.carried, self.rank) if self.carries else {},
             trainer={"data": self.stream.state_dict(self.next_sample), "tokenizer": self.tokenizer.sha256},
             recipe=to_yaml(self.recipe),
@@ -371,46 +371,14 @@ class Trainer:
 
     def restore(self, loaded: Loaded) -> None:
         """Become what ``loaded`` was; refuses a recipe or data that would not continue it."""
-        before = parse_recipe(loaded.recipe, str(loaded.path / "recipe.yaml"))
-        self.changes = resume_check(before, self.recipe, loaded.next_sample)
-        if self.recipe.train.steps < loaded.step:
-            raise ValueError(
-                f"train.steps: {self.recipe.train.steps} is below the {loaded.step} steps that {self.folder.path} has "
-                "trained; ask for at least as many"
-            )
-        rows, wanted = before.train.sequences, self.recipe.train.sequences
-        if self.carries and rows != wanted:
-            raise ValueError(
-                f"train.sequences: {wanted}: the run was started with {rows}, and in contiguous order each row of a "
-                "batch goes on in the next, so their number cannot change; set it back, or start a new run folder"
-            )
-        if not isinstance(loaded.trainer.get("data"), dict):
-            raise CheckpointError(f"{loaded.path / 'trainer.json'} does not say which data come next")
-        if self.stream.check_state(loaded.trainer["data"]) != loaded.next_sample:
-            raise CheckpointError(
-                f"{loaded.path / 'trainer.json'} says that sample {loaded.next_sample} comes next, and that the data "
-                f"go on at {loaded.trainer['data']['next_sample']}; restore it from a copy, or move {loaded.path} away"
-            )
+        self.changes = resume.check_recipe(loaded, self.recipe, self.folder.path)
+        resume.check_data(loaded, self.stream)
         resume.check_parameters(self.spread.shapes, loaded.model, loaded.path)
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(self.spread.local(name, loaded.model[name]))
-        guard = {n.removeprefix("guard."): t for n, t in loaded.optimizer.items() if n.startswith("guard.")}
-        self.guard.load_tensors(guard)
-        self.optimizer.load_tensors(self._own_moments(loaded.optimizer))
+        resume.read_parameters(self.spread, loaded.model)
+        self.optimizer.load_tensors(resume.OwnMoments(self.spread, loaded.optimizer))
+        self.guard.load_tensors(resume.guard_state(loaded.optimizer))
         self.step, self.next_sample = loaded.step, loaded.next_sample
         self.carried = carried.scatter(loaded.carried, self._example_state, self.micro_batches, self.rank, self.device)
-
-    def _own_moments(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What this rank stores of a checkpoint's optimizer state."""
-        own = {}
-        for full, tensor in stored.items():
-            name = full.rpartition(".")[0]
-            if full.startswith("guard.") or (name in self.spread.shapes and name not in self.parameters):
-                continue  # not the optimizer's; another stage's
-            cut = name in self.parameters and tensor.shape == self.spread.shapes[name]
-            own[full] = self.spread.local(name, tensor) if cut else tensor
-        return own
 
     @torch.no_grad()
     def _example_state(self) -> State:

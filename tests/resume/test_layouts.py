@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from potamos.parallel.launch import Rank
-from potamos.pretrain import trainer
+from potamos.pretrain import resume
 
 pytestmark = [pytest.mark.resume, pytest.mark.distributed]
 
@@ -90,7 +90,7 @@ def test_a_run_goes_on_under_another_layout(trial, tmp_path, run_ranks, whole, r
 
 
 def test_the_comparison_sees_lost_moments(trial, tmp_path, run_ranks, whole, monkeypatch):
-    monkeypatch.setattr(trainer.Trainer, "_own_moments", lambda self, stored: {})
+    monkeypatch.setattr(resume, "OwnMoments", lambda spread, stored: {})
     run = tmp_path / "run"
     for axes, stop in (({"tp": 2}, 1), ({"pp": 2}, -1)):
         change, world = layout(**axes)
