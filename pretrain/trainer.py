@@ -137,32 +137,32 @@ class Trainer:
         self.predicted = self._predict() if rank.is_main else None
         self.telemetry = self._open_telemetry()
         self.window = Window(began=time.perf_counter())
+        self.watchdog = Watchdog(self.folder.path / "logs", rank.rank, rank.world, seconds=recipe.telemetry.watchdog)
 
     # --- the run ---------------------------------------------------------------------------------------------------
 
     def fit(self) -> int:
         """Train to the recipe's last step, or until asked to stop; returns the exit status."""
-        recipe, stop = self.recipe, None
-        if self.step >= recipe.train.steps:
+        if self.step >= self.recipe.train.steps:
             return self._already_finished()
-        watchdog = Watchdog(
-            self.folder.path / "logs", self.rank.rank, self.rank.world, seconds=recipe.telemetry.watchdog
-        )
-        with (
-            watchdog,
-            Loader(
-                self.stream,
-                sequences=recipe.train.sequences,
-                rank=self.spread.data_index,
-                world=self.sizes.data,
-                next_sample=self.next_sample,
-                allow_repeat=recipe.data.allow_repeat,
-            ) as loader,
-        ):
+        with self.watchdog:
+            return self._finish(self._train())
+
+    def _train(self) -> Stop | None:
+        """Every step that is left, the last one's save included; what stopped it before."""
+        recipe, stop = self.recipe, None
+        with Loader(
+            self.stream,
+            sequences=recipe.train.sequences,
+            rank=self.spread.data_index,
+            world=self.sizes.data,
+            next_sample=self.next_sample,
+            allow_repeat=recipe.data.allow_repeat,
+        ) as loader:
             self.reader = Reader(loader, recipe.data.sequence_length)
             self.system.train()
             while self.step < recipe.train.steps and stop is None:
-                watchdog.beat(f"step {self.step + 1}")
+                self.watchdog.beat(f"step {self.step + 1}")
                 result = self.train_step(self.reader.rows())
                 self.step += 1
                 first = int(self.stream.samples(self.next_sample, 1)[0])
@@ -170,14 +170,14 @@ class Trainer:
                 self.next_sample = loader.next_sample
                 self.observe(result, loader.data_wait)
                 if self._due(recipe.validation.every):
-                    watchdog.beat(f"validation after step {self.step}")
                     self.validate()
                 if self._due(recipe.telemetry.samples.every):
                     self.write_samples()
                 stop = self.agreed_stop()
-                if self._due(recipe.checkpoint.every) or stop is not None or self.step == recipe.train.steps:
-                    self.save(wait=stop is not None or self.step == recipe.train.steps)
-        return self._finish(stop)
+                last = stop is not None or self.step == recipe.train.steps
+                if last or self._due(recipe.checkpoint.every):
+                    self.save(wait=last)
+        return stop
 
     def train_step(self, rows: Rows) -> StepResult:
         """One optimizer step on this rank's rows of a global batch. Nothing here waits for the device."""
@@ -304,6 +304,7 @@ class Trainer:
                 limit=self.recipe.validation.sequences,
                 seed=self.recipe.train.seed,
                 spread=self.spread,
+                progress=partial(self.watchdog.beat, f"validation on {held_out.name} after step {self.step}"),
             )
             self.telemetry.validation(
                 self.step,
@@ -318,6 +319,7 @@ class Trainer:
 
     def write_samples(self) -> None:
         """Continue the recipe's prompts and write the text down."""
+        self.watchdog.beat(f"samples after step {self.step}")
         began = time.perf_counter()
         samples = self.recipe.telemetry.samples
         if self.rank.is_main and self.model.causal and self.sizes.dp_replicate == self.rank.world:
@@ -344,12 +346,14 @@ class Trainer:
 
     def agreed_stop(self) -> Stop | None:
         """A stop that any rank was asked for, so that all ranks save the same step."""
+        self.watchdog.beat(f"agreeing whether to stop after step {self.step}")
         own = stop_requested()
         code = int(launch.all_max(torch.tensor(0 if own is None else 1 + own.exit_code)).item())
         return None if code == 0 else own or Stop("another rank was asked to stop", code - 1)
 
     def save(self, *, wait: bool) -> None:
         """Hand the state of this step to the checkpoint writer; with ``wait``, until it is on the disk."""
+        self.watchdog.beat(f"collecting the checkpoint of step {self.step}")
         self._tell_skipped()  # those before a checkpoint are not trained again, so this is the last chance to name them
         snapshot = Snapshot(
             step=self.step,
@@ -361,6 +365,7 @@ class Trainer:
             trainer={"data": self.stream.state_dict(self.next_sample), "tokenizer": self.tokenizer.sha256},
             recipe=to_yaml(self.recipe),
         )
+        self.watchdog.beat(f"writing the checkpoint of step {self.step}")
         failure = None
         try:
             self.checkpoints.save(snapshot, wait=wait)
@@ -389,6 +394,7 @@ class Trainer:
     def _finish(self, stop: Stop | None) -> int:
         if stop is None and self.step % self.recipe.validation.every:
             self.validate()
+        self.watchdog.beat("the end of the run")
         self.checkpoints.wait()
         attempt, place = self.telemetry.attempt, {"step": self.step, "next_sample": self.next_sample}
         if self.rank.is_main and stop is None:
