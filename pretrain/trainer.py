@@ -113,7 +113,7 @@ class Trainer:
         self.system = self.spread.system
         self.model, self.objective = self.system.model, self.system.objective
         self.parameters = self.spread.stored
-        self.norm = GradientNorm(self.parameters, self.spread.table, self.spread.gradients)
+        self.norm = GradientNorm(self.spread.gradients, self.spread.table)
         self.optimizer = Optimizer(self.parameters, self.spread.table, recipe.optimizer, self.spread.matrices)
         self.guard = SpikeGuard(recipe.optimizer.window, recipe.optimizer.spike, self.device)
         self.carries = recipe.data.order == "contiguous"
