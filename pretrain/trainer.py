@@ -19,30 +19,23 @@ import torch
 from torch import Tensor
 
 from potamos.data.loader import Loader, Rows
-from potamos.data.skips import SkipList
-from potamos.files import write_atomically
 from potamos.parallel import launch
 from potamos.parallel.apply import apply
 from potamos.parallel.check import check_micro_batches
-from potamos.parallel.mesh import LayoutError, Sizes, sizes
+from potamos.parallel.mesh import sizes
 from potamos.parallel.watchdog import Watchdog
-from potamos.pretrain import carried, resume, setup
+from potamos.pretrain import carried, opening, resume, setup
 from potamos.pretrain.agreement import Reader, check_same_data
 from potamos.pretrain.checkpoint import Checkpoints, CheckpointWriteError, Loaded, Snapshot
 from potamos.pretrain.config import Change, to_yaml
-from potamos.pretrain.environment import write_environment
 from potamos.pretrain.evaluate import score
 from potamos.pretrain.generate import GenerationError, generate
-from potamos.pretrain.guard import Stop, remove_done, stop_requested, write_done, write_stop
+from potamos.pretrain.guard import Stop, stop_requested, write_done, write_stop
 from potamos.pretrain.models.interfaces import State
-from potamos.pretrain.models.trunk import Model
 from potamos.pretrain.objectives.base import Batch, Terms
 from potamos.pretrain.optim import GradientNorm, Optimizer, schedule_factor
-from potamos.pretrain.plan_time import predict
 from potamos.pretrain.recipe import Recipe
-from potamos.pretrain.records import attempt_number
 from potamos.pretrain.spikes import SpikeGuard
-from potamos.pretrain.telemetry import Telemetry
 from potamos.pretrain.throughput import memory_bytes, peak_flops
 from potamos.slurm.run_folder import RunFolder
 
@@ -88,7 +81,7 @@ class Trainer:
         if recipe.train.threads is not None:
             torch.set_num_threads(recipe.train.threads)
         self.sizes = sizes(recipe.parallel.layout(), rank.world)
-        self.micro_batches = micro_batches(recipe, self.sizes.data)
+        self.micro_batches = opening.micro_batches(recipe, self.sizes.data)
         check_micro_batches(recipe.parallel.layout(), self.sizes, self.micro_batches)
         self.tokenizer = launch.together(lambda: setup.open_tokenizer(recipe))
         self.token_bytes = self.tokenizer.token_bytes()
@@ -97,7 +90,7 @@ class Trainer:
         check_same_data(self.stream, self.validation)
 
         draft, layout = setup.draft_system(recipe), recipe.parallel.layout()
-        check_carried(recipe, draft.model, self.sizes)
+        opening.check_carried(recipe, draft.model, self.sizes)
         self.flops_per_token = 3.0 * draft.model.flops_per_token(recipe.data.sequence_length)
         dtype = setup.DTYPES[recipe.train.precision]
         self.spread = apply(
@@ -134,8 +127,18 @@ class Trainer:
         if loaded is not None:
             launch.together(lambda: self.restore(loaded))
         self.peak = peak_flops(self.device, setup.DTYPES[recipe.train.precision])
-        self.predicted = self._predict() if rank.is_main else None
-        self.telemetry = self._open_telemetry()
+        self.predicted = opening.predicted_speed(recipe, rank.world, self.device) if rank.is_main else None
+        self.telemetry = opening.open_telemetry(
+            recipe,
+            self.folder,
+            rank,
+            step=self.step,
+            next_sample=self.next_sample,
+            stream=self.stream,
+            tokenizer=self.tokenizer,
+            spread=self.spread,
+            changes=self.changes,
+        )
         self.window = Window(began=time.perf_counter())
         self.watchdog = Watchdog(self.folder.path / "logs", rank.rank, rank.world, seconds=recipe.telemetry.watchdog)
 
@@ -412,44 +415,6 @@ class Trainer:
         self.telemetry.close("finished")
         return 0
 
-    def _open_telemetry(self) -> Telemetry:
-        recipe, folder = self.recipe, self.folder
-        attempt = launch.broadcast_object(attempt_number(folder.path))
-        telemetry = Telemetry(
-            folder.path,
-            attempt,
-            total_steps=recipe.train.steps,
-            tokens_before=partial(tokens_before, self.stream.skip, recipe.data.sequence_length),
-            step=self.step,
-            next_sample=self.next_sample,
-            main=self.rank.is_main,
-        )
-        if self.rank.is_main:
-            write_atomically(folder.recipe, to_yaml(recipe).encode())
-            write_environment(folder.path)
-            self.tokenizer.save(setup.tokenizer_copy(folder.path, recipe.tokenizer.kind))
-            if self.step < recipe.train.steps:
-                remove_done(folder.path)
-            telemetry.text("recipe", self.step, to_yaml(recipe))
-        parameters = sum(shape.numel() for shape in self.spread.shapes.values())
-        telemetry.note(
-            f"{recipe.name}: {parameters:,} parameters, step {self.step} of {recipe.train.steps}, {folder.path}"
-        )
-        if recipe.telemetry.samples.every is not None and self.sizes.dp_replicate != self.rank.world:
-            telemetry.note(f"no samples are written: {self.sizes} leaves no rank the whole model")
-        for notice in setup.notices(recipe, self.stream):
-            telemetry.note(notice)
-        for key, before, after in self.changes:
-            telemetry.note(f"resumed with {key}: {after} (was {before})")
-        return telemetry
-
-    def _predict(self) -> float | None:
-        try:
-            return predict(self.recipe, self.rank.world, self.device)
-        except Exception as error:  # whatever it is: a prediction is not worth a run, and only this rank makes one
-            logger.warning("no prediction of the speed: %s", error)
-            return None
-
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
 
@@ -461,44 +426,3 @@ class Window:
     began: float
     data_wait: float = 0.0
     steps: int = 0
-
-
-def tokens_before(skips: SkipList, sequence_length: int, next_sample: int) -> int:
-    """Tokens that a run has trained on when it comes to this sample."""
-    left_out = sum(end - first for first, end in skips.before(next_sample))
-    return (next_sample - left_out) * sequence_length
-
-
-def check_carried(recipe: Recipe, model: Model, size: Sizes) -> None:
-    """Refuse rows that go on in the next step where nothing can carry their states."""
-    if recipe.data.order != "contiguous":
-        return
-    if not model.carries:
-        raise ValueError(
-            "data.order: contiguous continues each row in the next step, but no layer of this model carries a state; "
-            "set data.order: shuffled"
-        )
-    if model.frontend.max_positions is not None:
-        raise ValueError(
-            "data.order: contiguous gives a token its place in the whole document, but model.positions has only "
-            f"{model.frontend.max_positions}; choose positions without an end, or data.order: shuffled"
-        )
-    if size.data != size.world:
-        raise LayoutError(
-            f"parallel: {size}: data.order: contiguous carries states that only data parallelism deals yet; set tp, pp "
-            "and cp to 1, or data.order: shuffled"
-        )
-
-
-def micro_batches(recipe: Recipe, ranks: int) -> int:
-    """Micro-batches of a step on one rank; refuses sizes that do not fit, since rows are never padded or dropped."""
-    sequences, micro = recipe.train.sequences, recipe.train.micro_sequences
-    if sequences % (ranks * micro):
-        unit = ranks * micro
-        below, above = sequences // unit * unit, -(-sequences // unit) * unit
-        near = f"{below} or {above}" if below else f"{above}"
-        raise ValueError(
-            f"train.sequences: {sequences} is not a multiple of {ranks} data ranks x train.micro_sequences {micro}; "
-            f"use {near}, or change train.micro_sequences"
-        )
-    return sequences // (ranks * micro)
