@@ -34,7 +34,7 @@ Change = Callable[[Trainer, str, Tensor], Tensor]
 """(trainer, name, this rank's part of a gradient) -> what it is made to be."""
 
 
-def plant(made: Trainer, change: Change) -> Callable[[], None]:
+def plant(made: Trainer, change: Change) -> Callable[[], object]:
     """Change this rank's part of every gradient in the step to come; returns what ends it.
 
     Copies of one parameter (slices of sequences) each add their part to the sum, so there it is changed in the backward
@@ -43,7 +43,7 @@ def plant(made: Trainer, change: Change) -> Callable[[], None]:
     if made.sizes.cp > 1:
         parts = made.spread.parameters.items()
         handles = [p.register_hook(lambda g, n=n: change(made, n, g) / made.micro_batches) for n, p in parts]
-        return lambda: [handle.remove() for handle in handles] and None
+        return lambda: [handle.remove() for handle in handles]
     measure = made.norm.measure
 
     def planted() -> tuple[Tensor, Tensor]:
