@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from potamos.parallel.facts import parameter_table
+from potamos.parallel.gradients import Gradients
 from potamos.pretrain.models.build import materialize
 from potamos.pretrain.models.interfaces import Seq
 from potamos.pretrain.models.trunk import Model
@@ -88,7 +89,7 @@ def learn(mixer: str, budget: Budget, seed: int = 0) -> Iterator[tuple[Model, fl
     model = build(mixer, seed)
     parameters, table = dict(model.named_parameters()), parameter_table(model)
     options = AdamW.model_validate({"lr": budget.lr, "weight_decay": budget.weight_decay})
-    optimizer, norm = Optimizer(parameters, table, options), GradientNorm(parameters, table)
+    optimizer, norm = Optimizer(parameters, table, options), GradientNorm(Gradients(parameters), table)
     tokens, answers = sequences(TRAINING, seed=2 * seed + 1)
     test = sequences(TEST, seed=2 * seed + 2)
     order = torch.Generator().manual_seed(seed)

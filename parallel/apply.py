@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from potamos.parallel import data, tensor
@@ -165,12 +165,10 @@ class Spread:
         return whole if dim is None else whole.chunk(self.sizes.tp, dim)[self.mesh.index("tp")]
 
     def local(self, name: str, whole: Tensor) -> Tensor:
-        """What this rank stores of a whole tensor that is cut like the parameter of this name, as a plain tensor."""
+        """What this rank stores of a whole tensor that is cut like the parameter of this name: a view of it, so that
+        of a tensor on the disk no more is read than this."""
         part, like = self._slice(name, whole), self.parameters[name]
-        if isinstance(like, DTensor):
-            part = part.to(like.device)
-            return distribute_tensor(part, like.device_mesh, like.placements, src_data_rank=None).to_local()
-        return part
+        return _shard(part, like) if isinstance(like, DTensor) else part
 
     def whole(self, name: str, value: Tensor) -> Tensor:
         """The whole of a tensor that is stored like the parameter of this name (plain, or as FSDP's own type); every
@@ -358,6 +356,18 @@ class StoredMatrices:
     def local(self, stored: Tensor, whole: Tensor) -> Tensor:
         """The inverse of `whole`."""
         return self.spread.local(self.spread.name_of(stored), whole)
+
+
+def _shard(whole: Tensor, like: DTensor) -> Tensor:
+    """What this rank holds of a tensor that is sharded like another: all shards are as long as the first, until nothing
+    is left (FSDP2's rule)."""
+    for axis, placement in enumerate(like.placements):
+        if isinstance(placement, Shard):
+            size = whole.shape[placement.dim]
+            longest = -(-size // like.device_mesh.size(axis))
+            begin = min(size, longest * like.device_mesh.get_local_rank(axis))
+            whole = whole.narrow(placement.dim, begin, min(longest, size - begin))
+    return whole
 
 
 def _stored(parameter: nn.Parameter) -> Tensor:

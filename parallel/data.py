@@ -21,11 +21,13 @@ REPLICAS, SHARDS = ("dp_replicate",), ("dp_shard", "cp")
 
 
 def replicate(system: nn.Module, group: dist.ProcessGroup, device: torch.device) -> DistributedDataParallel:
-    """One copy per rank of `group`; gradients are summed while the backward runs."""
+    """One copy per rank of `group`; gradients are summed while the backward runs. Buffers are constants of the model,
+    the same on every rank from the start, so none is sent."""
     wrapped = DistributedDataParallel(
         system,
         device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
+        broadcast_buffers=False,
         process_group=group,
     )
     wrapped.register_comm_hook(group, _sum_bucket)

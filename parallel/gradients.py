@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from potamos.parallel.data import REPLICAS, SHARDS
-from potamos.parallel.mesh import Mesh
+from potamos.parallel.mesh import Mesh, Sizes
 from potamos.parallel.tensor import Cut
 
 
@@ -40,19 +40,19 @@ class Gradients:
 
     def __init__(
         self,
-        parameters: Mapping[str, nn.Parameter],
-        cuts: Mapping[str, Cut],
-        mesh: Mesh,
+        parameters: Mapping[str, Tensor],
+        cuts: Mapping[str, Cut] | None = None,
+        mesh: Mesh | None = None,
         *,
         tied: Sequence[str] = (),
         tied_group: dist.ProcessGroup | None = None,
         counts_tied: bool = True,
         reduced: bool = True,
     ) -> None:
-        """tied: names of parameters that the first and the last stage both hold, whose gradients add up over
-        tied_group; counts_tied: whether this rank counts them in the norm. reduced: whether the backward itself sums
-        over data ranks."""
-        self.parameters, self.cuts, self.mesh = parameters, cuts, mesh
+        """cuts, mesh: None where one process holds every parameter whole. tied: names of parameters that the first and
+        the last stage both hold, whose gradients add up over tied_group; counts_tied: whether this rank counts them in
+        the norm. reduced: whether the backward itself sums over data ranks."""
+        self.parameters, self.cuts, self.mesh = parameters, cuts or {}, mesh or Mesh(Sizes(), 0)
         self.tied, self.tied_group, self.counts_tied = set(tied), tied_group, counts_tied
         self.reduced = reduced
         self._places: tuple[Tensor, Tensor] | None = None  # made once: a step must not wait to copy them to a device
@@ -106,7 +106,7 @@ class Gradients:
         mesh = self.mesh
         if name in self.tied and not self.counts_tied:
             return False
-        if self.cuts[name].dim is None and mesh.index("tp") != 0:
+        if mesh.index("tp") != 0 and self.cuts[name].dim is None:
             return False
         return isinstance(self.parameters[name], DTensor) or mesh.index(*SHARDS) == 0
 

@@ -247,12 +247,20 @@ def fail_together(error: Exception | None) -> NoReturn:
     Raises:
         the rank's own error where it has one, else a `PeerError` with the message of the first rank that has.
     """
+    message = first_failure(error)
+    assert message is not None, "no rank has an error"
+    raise error or PeerError(message)
+
+
+def first_failure(error: Exception | None) -> str | None:
+    """What went wrong on the first rank that has an `error`, in words, on every rank; None where none has one."""
     world = world_size()
     rank = dist.get_rank() if world > 1 else 0
     first = world - int(all_max(torch.tensor(0 if error is None else world - rank)).item())
-    assert first < world, "no rank has an error"
+    if first == world:
+        return None
     message = broadcast_object(None if error is None else _in_words(error), first)
-    raise error or PeerError(f"rank {first}: {message}")
+    return message if world == 1 else f"rank {first}: {message}"
 
 
 def _in_words(error: Exception) -> str:

@@ -1,15 +1,15 @@
-"""Tensors in a folder of safetensors files, through torch.distributed.checkpoint's Hugging Face storage.
+"""Tensors in a folder of safetensors files.
 
-The storage can write and read any cut of a tensor, so a later layout reads what an earlier one wrote; here one process
-writes whole tensors. Only tensors enter: the storage saves anything else without a word and cannot read it back, so
-scalars belong into JSON. Nothing here writes or reads a pickle (the storage's readers look at `*.safetensors` alone).
+One process writes whole tensors, through torch.distributed.checkpoint's Hugging Face storage; any process reads any cut
+of any of them, so a later layout reads what an earlier one wrote. Only tensors enter: the storage saves anything else
+without a word and cannot read it back, so scalars belong into JSON. Nothing here writes or reads a pickle.
 """
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,28 +69,41 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], *, file_bytes: in
         raise _cause(error) from error
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a folder written by `write_tensors`, whole, in host memory. A missing folder holds none.
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of a folder written by `write_tensors`, each read when it is asked for, and every time anew.
+
+    What comes back is a view of the mapped file: its shape costs nothing, a slice of it reads the pages of that slice,
+    and they are let go with it. So a process that takes slices one by one holds no more than the largest of them. To
+    write into it changes nothing on the disk. A missing folder holds none.
 
     Raises:
-        StorageError: a file is truncated or is not safetensors.
+        StorageError: when it is made, see `describe`; on access, a file that is no longer what it was.
         OSError: a file cannot be read.
     """
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-    from torch.distributed.checkpoint.state_dict_loader import load
 
-    described = describe(folder)
-    if not described:
-        return {}
-    dtypes = {name: dtype for dtype, name in DTYPES.items()}
-    tensors = {name: torch.empty(shape, dtype=dtypes[dtype]) for name, (dtype, shape) in described.items()}
-    _silence_single_process()
-    try:
-        load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
-    except CheckpointException as error:
-        raise _cause(error) from error
-    return tensors
+    def __init__(self, folder: Path) -> None:
+        self._files = {name: path for path, tensors in _headers(folder) for name in tensors}
+
+    def __getitem__(self, name: str) -> Tensor:
+        from safetensors import SafetensorError, safe_open
+
+        path = self._files[name]
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                tensor = file.get_tensor(name)
+        except SafetensorError as error:
+            raise StorageError(f"{path}: {name!r} cannot be read ({error})") from error
+        # Tensors lie one after the other, so after one of odd bytes another begins where its dtype must not.
+        return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
 
 
 def describe(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -100,14 +113,20 @@ def describe(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         StorageError: a header is unreadable, a file is shorter or longer than its header says, a name occurs twice, or
             a dtype is not one of `DTYPES`.
     """
-    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    return {name: facts for _, tensors in _headers(folder) for name, facts in tensors.items()}
+
+
+def _headers(folder: Path) -> list[tuple[Path, dict[str, tuple[str, tuple[int, ...]]]]]:
+    found, seen = [], set()
     for path in sorted(folder.glob("*.safetensors")):
-        for name, (dtype, shape) in read_header(path).items():
-            if name in found:
+        tensors = read_header(path)
+        for name, (dtype, _) in tensors.items():
+            if name in seen:
                 raise StorageError(f"{path}: tensor {name!r} is also in another file of this folder")
             if dtype not in DTYPES.values():
                 raise StorageError(f"{path}: tensor {name!r} has dtype {dtype}; known: {', '.join(DTYPES.values())}")
-            found[name] = dtype, shape
+        seen |= tensors.keys()
+        found.append((path, tensors))
     return found
 
 

@@ -67,7 +67,9 @@ class Watchdog:
             for step in ...:
                 watchdog.beat(f"step {step}")
 
-    Without `seconds` it does nothing. `exit` is what ends the process, for tests.
+    What may take longer than `seconds` beats along the way; all ranks beat equally often, or those that do less would
+    be said to be behind. Without `seconds` it does nothing, nor before it is entered. `exit` is what ends the process,
+    for tests.
     """
 
     def __init__(

@@ -6,7 +6,7 @@ order, so that a resume may deal them differently.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ def _all_slots(own: Tensor, rank: Rank) -> Tensor:
 
 
 def scatter(
-    stored: dict[str, Tensor], example: Callable[[], State], micro_batches: int, rank: Rank, device: torch.device
+    stored: Mapping[str, Tensor], example: Callable[[], State], micro_batches: int, rank: Rank, device: torch.device
 ) -> list[State]:
     """This rank's state per micro-batch, from what ``gather`` stored. ``example`` gives a state of the same structure,
     which the disk does not hold. Without stored state, as many Nones."""

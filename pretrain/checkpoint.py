@@ -1,4 +1,5 @@
 """Checkpoints that are complete or absent: written in the background, verified, renamed, and verified again on loading.
+Tensors are read when they are asked for, so whoever needs a part of a checkpoint reads and holds that part.
 
 A checkpoint is a folder `checkpoints/step-00001234/`:
 
@@ -29,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from potamos.parallel.storage import DTYPES, StorageError, describe, read_tensors, write_tensors
+from potamos.parallel.storage import DTYPES, StorageError, StoredTensors, describe, write_tensors
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -59,18 +60,35 @@ class Snapshot:
 
     step: int
     next_sample: int
-    model: dict[str, Tensor]
-    optimizer: dict[str, Tensor] = field(default_factory=dict)
-    carried: dict[str, Tensor] = field(default_factory=dict)
+    model: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor] = field(default_factory=dict)
+    carried: Mapping[str, Tensor] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
     recipe: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded(Snapshot):
-    """A snapshot read from `path`, its tensors in host memory."""
+    """A snapshot at `path`, which verified. Its tensors are read as `parallel.storage.StoredTensors` says."""
 
     path: Path
+
+
+@dataclass(frozen=True)
+class Readers:
+    """Processes that load a checkpoint together: each digests its share of the files, all go on with the same one.
+
+    first (value): the first reader's value, on all. failure (error or None): the words of the first reader that has an
+    error, on all; None where none has. The default is a reader alone.
+    """
+
+    index: int = 0
+    count: int = 1
+    first: Callable[[Any], Any] = lambda value: value
+    failure: Callable[[Exception | None], str | None] = lambda error: None if error is None else str(error)
+
+
+ALONE = Readers()
 
 
 class Checkpoints:
@@ -140,24 +158,30 @@ class Checkpoints:
         if pending is not None:
             pending.result()
 
-    def latest(self) -> Loaded | None:
+    def latest(self, readers: Readers = ALONE) -> Loaded | None:
         """The newest checkpoint that verifies, or None if there is none at all. A worse one is skipped with a warning.
 
-        Asked on one rank: the ranks must agree on one step, and two that look by themselves may see different disks.
+        All readers call. The first one's folder decides which there are, and what one of them finds wrong is skipped
+        by all: ranks must agree on one step, and two that look by themselves may see different disks.
 
         Raises:
             CheckpointError: there are checkpoints, but none can be loaded. A run never starts over by itself.
         """
         self._settle()
-        paths = step_folders(self.folder)
         reasons = []
-        for step, path in sorted(paths.items(), reverse=True):
+        for step in readers.first(sorted(step_folders(self.folder), reverse=True)):
+            path, loaded, error = self.folder / _name(step), None, None
             try:
-                return load(path)
-            except CheckpointError as error:
-                self._corrupt.add(step)
-                reasons.append(str(error))
-                logger.warning("skipping checkpoint %s: %s", path.name, error)
+                loaded = load(path, readers)
+            except CheckpointError as caught:
+                error = caught
+            reason = readers.failure(error)
+            if reason is None:
+                return loaded
+            self._corrupt.add(step)
+            reasons.append(reason)
+            if readers.index == 0:
+                logger.warning("skipping checkpoint %s: %s", path.name, reason)
         if not reasons:
             return None
         raise CheckpointError(
@@ -165,10 +189,6 @@ class Checkpoints:
             + "\n  ".join(reasons)
             + "\nRestore one from a copy, or move the folder away to train from the first step."
         )
-
-    def at(self, step: int) -> Loaded:
-        """The checkpoint of one step; CheckpointError where it is missing or corrupt."""
-        return load(self.folder / _name(step))
 
     def _settle(self) -> None:
         """Wait for the save under way; its failure was logged when it happened."""
@@ -220,14 +240,15 @@ class Checkpoints:
                 logger.warning("the old checkpoint %s could not be deleted: %s", path, error)
 
 
-def load(path: Path) -> Loaded:
-    """Read one checkpoint folder, every file checked against the manifest first.
+def load(path: Path, readers: Readers = ALONE) -> Loaded:
+    """Open one checkpoint folder, every file checked against the manifest first: its size by each of `readers`, its
+    digest by one of them. It is sound where none of them raises.
 
     Raises:
         CheckpointError: a file is missing, truncated, changed or unreadable; names it.
     """
     try:
-        _verify(path)
+        _verify(path, readers)
         scalars = json.loads((path / TRAINER).read_bytes())
         return Loaded(
             path=path,
@@ -235,7 +256,7 @@ def load(path: Path) -> Loaded:
             next_sample=scalars["next_sample"],
             trainer=scalars["trainer"],
             recipe=(path / RECIPE).read_text(encoding="utf-8"),
-            **{part: read_tensors(path / part) for part in TENSORS},
+            **{part: StoredTensors(path / part) for part in TENSORS},
         )
     except (OSError, StorageError) as error:
         raise CheckpointError(str(error)) from error
@@ -339,15 +360,17 @@ def _is_alive(pid: str) -> bool:
     return True
 
 
-def _verify(path: Path) -> None:
-    """Compare every file of a checkpoint with its manifest."""
+def _verify(path: Path, readers: Readers) -> None:
+    """Compare every file of a checkpoint with its manifest, and the content of this reader's share with its digest."""
     manifest_path = path / MANIFEST
     try:
-        manifest = json.loads(manifest_path.read_bytes())
+        manifest = json.loads(_read_alike(manifest_path, readers))
         version, files = manifest["format"], dict(manifest["files"])
         expected = {name: (int(facts["bytes"]), str(facts["sha256"])) for name, facts in files.items()}
     except FileNotFoundError as error:
         raise CheckpointError(f"{manifest_path} is missing: the checkpoint is partial") from error
+    except CheckpointError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{manifest_path} is malformed ({error!r})") from error
     if version != FORMAT:
@@ -355,17 +378,35 @@ def _verify(path: Path) -> None:
     for name in (TRAINER, RECIPE):
         if name not in expected:
             raise CheckpointError(f"{manifest_path} does not list {name}")
-    for name, (size, digest) in expected.items():
+    for name, (size, _) in expected.items():
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{file} is missing")
         if file.stat().st_size != size:
             raise CheckpointError(f"{file} has {file.stat().st_size} bytes instead of {size}")
-        if _digest(file) != digest:
-            raise CheckpointError(f"{file} does not match its SHA-256: its content has changed")
     for file in path.rglob("*.safetensors"):
         if str(file.relative_to(path)) not in expected:
             raise CheckpointError(f"{file} is not listed in {MANIFEST}")
+    by_size = sorted(expected, key=lambda name: (-expected[name][0], name))  # so that shares take about equally long
+    for name in by_size[readers.index :: readers.count]:
+        if _digest(path / name) != expected[name][1]:
+            raise CheckpointError(f"{path / name} does not match its SHA-256: its content has changed")
+
+
+def _read_alike(path: Path, readers: Readers) -> bytes:
+    """A file's content, which must be the same for all readers: each by itself cannot know of another disk's."""
+    content, failure = b"", None
+    try:
+        content = path.read_bytes()
+    except OSError as error:  # raised after the exchange, in which all take part
+        failure = error
+    digest = hashlib.sha256(content).hexdigest()
+    first = readers.first(digest)
+    if failure is not None:
+        raise failure
+    if digest != first:
+        raise CheckpointError(f"{path} is another file here than on rank 0: every node must see the same disk")
+    return content
 
 
 def _digest(path: Path) -> str:

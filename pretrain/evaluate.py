@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -63,6 +63,7 @@ def score(
     rank: Rank = SINGLE,
     seed: int = 0,
     spread: Spread | None = None,
+    progress: Callable[[], None] = lambda: None,
 ) -> Score:
     """Score the first ``limit`` windows (None: all) without dropout and without gradients.
 
@@ -75,6 +76,7 @@ def score(
         rank: which share of the batches is this one's, of ranks that have the whole system each.
         seed: keys what an objective draws at random, such as masks; the same at every step of a run.
         spread: the system as a layout has spread it, instead of `rank`.
+        progress: called before each batch.
 
     Raises:
         EvaluationError: nothing to score, or the objective has no likelihood.
@@ -88,6 +90,7 @@ def score(
     index, shares = (rank.rank, rank.world) if spread is None else (spread.data_index, spread.sizes.data)
     with evaluating(system):
         for begin, size, counted in _shares(count, rows_per_batch, index, shares):
+            progress()
             try:
                 rows = windows.read(begin, size) if failure is None else blank_rows(size, windows.sequence_length)
             except Exception as error:  # kept until all ranks can be told; until then this one goes on beside them

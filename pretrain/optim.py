@@ -168,7 +168,8 @@ class Optimizer:
         }
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore what ``state_tensors`` gave; ValueError names tensors of unknown parameters."""
+        """Restore what ``state_tensors`` gave, asking for one tensor at a time; ValueError names tensors of unknown
+        parameters."""
         owner = {p: optimizer for optimizer in self.optimizers for g in optimizer.param_groups for p in g["params"]}
         for name, tensor in tensors.items():
             parameter = self.parameters.get(name.rpartition(".")[0])
@@ -202,39 +203,18 @@ def schedule_factor(options: Any, step: int, steps: int) -> float:
 class GradientNorm:
     """The gradient's norm, in all and per kind of module, on the device; and clipping by it."""
 
-    def __init__(
-        self,
-        parameters: Mapping[str, Tensor],
-        table: Mapping[str, ParameterFacts],
-        gradients: Gradients | None = None,
-    ) -> None:
-        """gradients: where the parameters are spread over ranks; kinds must be those of the whole model then."""
+    def __init__(self, gradients: Gradients, table: Mapping[str, ParameterFacts]) -> None:
+        """table: facts of every parameter of the whole model, of which this rank may hold some."""
         self.gradients = gradients
-        self.parameters = [p for p in parameters.values() if p.requires_grad]
-        names = [n for n, p in parameters.items() if p.requires_grad]
         self.kinds = sorted({facts.kind for facts in table.values()})
-        self.by_name = {n: self.kinds.index(table[n].kind) for n in names}
-        device = self.parameters[0].device
-        self.dtype = torch.float64 if any(p.dtype == torch.float64 for p in self.parameters) else torch.float32
-        self.kind = torch.tensor([self.kinds.index(table[n].kind) for n in names], device=device)
+        self.by_name = {name: self.kinds.index(table[name].kind) for name in gradients.parameters}
 
-    @torch.no_grad()
     def measure(self) -> tuple[Tensor, Tensor]:
         """(total (), per kind (len(kinds))) 2-norms; a parameter without a gradient counts as zero."""
-        if self.gradients is not None:
-            squares = self.gradients.squares(self.by_name, len(self.kinds))
-            return squares.sum().sqrt(), squares.sqrt()
-        zero = torch.zeros((), device=self.kind.device)
-        present = [zero if p.grad is None else p.grad for p in self.parameters]
-        every = torch._foreach_norm(present)  # pyright: ignore[reportPrivateImportUsage]
-        norms = torch.stack([norm.to(self.dtype) for norm in every])
-        squares = norms.new_zeros(len(self.kinds)).index_add_(0, self.kind, norms.square())
+        squares = self.gradients.squares(self.by_name, len(self.kinds))
         return squares.sum().sqrt(), squares.sqrt()
 
-    @torch.no_grad()
     def clip(self, total: Tensor, limit: float | None) -> None:
         """Scale gradients by min(1, limit / total); no limit leaves them."""
-        if limit is not None and self.gradients is not None:
+        if limit is not None:
             self.gradients.clip(total, limit)
-        elif limit is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, limit, total)

@@ -1,4 +1,4 @@
-"""Going on with a run: who may, from which checkpoint, and whether it belongs to this model."""
+"""Going on with a run: who may, from which checkpoint, whether it belongs to this run, and what of it a rank reads."""
 
 from __future__ import annotations
 
@@ -7,18 +7,25 @@ import fcntl
 import logging
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TextIO
 
 import torch
 from torch import Tensor
 
+from potamos.data.loader import TokenStream
 from potamos.parallel import launch
-from potamos.pretrain.checkpoint import Checkpoints, Loaded
+from potamos.parallel.apply import Spread
+from potamos.pretrain.checkpoint import RECIPE, TRAINER, CheckpointError, Checkpoints, Loaded, Readers
+from potamos.pretrain.config import Change, parse_recipe, resume_check
+from potamos.pretrain.recipe import Recipe
 from potamos.slurm.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
+
+GUARD = "guard."
+"""How the spike guard's tensors are named among the optimizer's."""
 
 
 class RunBusyError(ValueError):
@@ -57,17 +64,47 @@ def hold(folder: RunFolder) -> TextIO:
 
 
 def newest(checkpoints: Checkpoints, rank: launch.Rank) -> Loaded | None:
-    """The checkpoint to go on from, the same step on every rank: rank 0 chooses, and all must be able to read it.
+    """The checkpoint to go on from: the same on every rank, and one that all of them can read.
 
     Raises:
-        CheckpointError: on rank 0, none of several can be loaded; on another, it cannot read the chosen one. All ranks
-            raise together.
+        CheckpointError: there are some, and none of them is sound for all ranks.
     """
-    chosen = launch.together(lambda: checkpoints.latest() if rank.is_main else None)
-    step = launch.broadcast_object(None if chosen is None else chosen.step)
-    if step is None:
-        return None
-    return launch.together(lambda: chosen or checkpoints.at(step))
+    readers = Readers(rank.rank, rank.world, launch.broadcast_object, launch.first_failure)
+    return checkpoints.latest(readers)
+
+
+def check_recipe(loaded: Loaded, recipe: Recipe, run: Path) -> list[Change]:
+    """How the recipe differs from the one that `loaded` was trained with; refuses one that would not continue it.
+
+    Raises:
+        ValueError: a change that no run can take, fewer steps than are trained, or rows that would not go on.
+    """
+    before = parse_recipe(loaded.recipe, str(loaded.path / RECIPE))
+    changes = resume_check(before, recipe, loaded.next_sample)
+    if recipe.train.steps < loaded.step:
+        raise ValueError(
+            f"train.steps: {recipe.train.steps} is below the {loaded.step} steps that {run} has trained; ask for at "
+            "least as many"
+        )
+    rows, wanted = before.train.sequences, recipe.train.sequences
+    if recipe.data.order == "contiguous" and rows != wanted:
+        raise ValueError(
+            f"train.sequences: {wanted}: the run was started with {rows}, and in contiguous order each row of a batch "
+            "goes on in the next, so their number cannot change; set it back, or start a new run folder"
+        )
+    return changes
+
+
+def check_data(loaded: Loaded, stream: TokenStream) -> None:
+    """Refuse a checkpoint whose two records of the place in the data, the trainer's and the stream's, contradict."""
+    state = loaded.trainer.get("data")
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{loaded.path / TRAINER} does not say which data come next")
+    if stream.check_state(state) != loaded.next_sample:
+        raise CheckpointError(
+            f"{loaded.path / TRAINER} says that sample {loaded.next_sample} comes next, and that the data go on at "
+            f"{state['next_sample']}; restore it from a copy, or move {loaded.path} away"
+        )
 
 
 def check_parameters(model: Mapping[str, torch.Size], stored: Mapping[str, Tensor], place: Path) -> None:
@@ -81,3 +118,35 @@ def check_parameters(model: Mapping[str, torch.Size], stored: Mapping[str, Tenso
     ]
     if wrong:
         raise ValueError(f"{place} holds another model's parameters:\n  " + "\n  ".join(sorted(wrong)))
+
+
+@torch.no_grad()
+def read_parameters(spread: Spread, stored: Mapping[str, Tensor]) -> None:
+    """Give this rank's parameters their values, reading of each whole tensor what the rank holds of it."""
+    for name, parameter in spread.stored.items():
+        parameter.copy_(spread.local(name, stored[name]))
+
+
+class OwnMoments(Mapping[str, Tensor]):
+    """What this rank stores of a checkpoint's optimizer state, each tensor cut when it is asked for."""
+
+    def __init__(self, spread: Spread, stored: Mapping[str, Tensor]) -> None:
+        self._spread, self._stored = spread, stored
+        elsewhere = spread.shapes.keys() - spread.stored.keys()  # another stage's
+        self._names = [n for n in stored if not n.startswith(GUARD) and n.rpartition(".")[0] not in elsewhere]
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor, owner = self._stored[name], name.rpartition(".")[0]
+        cut = owner in self._spread.stored and tensor.shape == self._spread.shapes[owner]
+        return self._spread.local(owner, tensor) if cut else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def guard_state(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The spike guard's part of a checkpoint's optimizer state, by its own names."""
+    return {name.removeprefix(GUARD): stored[name] for name in stored if name.startswith(GUARD)}

@@ -19,30 +19,23 @@ import torch
 from torch import Tensor
 
 from potamos.data.loader import Loader, Rows
-from potamos.data.skips import SkipList
-from potamos.files import write_atomically
 from potamos.parallel import launch
 from potamos.parallel.apply import apply
 from potamos.parallel.check import check_micro_batches
-from potamos.parallel.mesh import LayoutError, Sizes, sizes
+from potamos.parallel.mesh import sizes
 from potamos.parallel.watchdog import Watchdog
-from potamos.pretrain import carried, resume, setup
+from potamos.pretrain import carried, opening, resume, setup
 from potamos.pretrain.agreement import Reader, check_same_data
-from potamos.pretrain.checkpoint import CheckpointError, Checkpoints, CheckpointWriteError, Loaded, Snapshot
-from potamos.pretrain.config import Change, parse_recipe, resume_check, to_yaml
-from potamos.pretrain.environment import write_environment
+from potamos.pretrain.checkpoint import Checkpoints, CheckpointWriteError, Loaded, Snapshot
+from potamos.pretrain.config import Change, to_yaml
 from potamos.pretrain.evaluate import score
 from potamos.pretrain.generate import GenerationError, generate
-from potamos.pretrain.guard import Stop, remove_done, stop_requested, write_done, write_stop
+from potamos.pretrain.guard import Stop, stop_requested, write_done, write_stop
 from potamos.pretrain.models.interfaces import State
-from potamos.pretrain.models.trunk import Model
 from potamos.pretrain.objectives.base import Batch, Terms
 from potamos.pretrain.optim import GradientNorm, Optimizer, schedule_factor
-from potamos.pretrain.plan_time import predict
 from potamos.pretrain.recipe import Recipe
-from potamos.pretrain.records import attempt_number
 from potamos.pretrain.spikes import SpikeGuard
-from potamos.pretrain.telemetry import Telemetry
 from potamos.pretrain.throughput import memory_bytes, peak_flops
 from potamos.slurm.run_folder import RunFolder
 
@@ -88,7 +81,7 @@ class Trainer:
         if recipe.train.threads is not None:
             torch.set_num_threads(recipe.train.threads)
         self.sizes = sizes(recipe.parallel.layout(), rank.world)
-        self.micro_batches = micro_batches(recipe, self.sizes.data)
+        self.micro_batches = opening.micro_batches(recipe, self.sizes.data)
         check_micro_batches(recipe.parallel.layout(), self.sizes, self.micro_batches)
         self.tokenizer = launch.together(lambda: setup.open_tokenizer(recipe))
         self.token_bytes = self.tokenizer.token_bytes()
@@ -97,7 +90,7 @@ class Trainer:
         check_same_data(self.stream, self.validation)
 
         draft, layout = setup.draft_system(recipe), recipe.parallel.layout()
-        check_carried(recipe, draft.model, self.sizes)
+        opening.check_carried(recipe, draft.model, self.sizes)
         self.flops_per_token = 3.0 * draft.model.flops_per_token(recipe.data.sequence_length)
         dtype = setup.DTYPES[recipe.train.precision]
         self.spread = apply(
@@ -113,7 +106,7 @@ class Trainer:
         self.system = self.spread.system
         self.model, self.objective = self.system.model, self.system.objective
         self.parameters = self.spread.stored
-        self.norm = GradientNorm(self.parameters, self.spread.table, self.spread.gradients)
+        self.norm = GradientNorm(self.spread.gradients, self.spread.table)
         self.optimizer = Optimizer(self.parameters, self.spread.table, recipe.optimizer, self.spread.matrices)
         self.guard = SpikeGuard(recipe.optimizer.window, recipe.optimizer.spike, self.device)
         self.carries = recipe.data.order == "contiguous"
@@ -134,35 +127,45 @@ class Trainer:
         if loaded is not None:
             launch.together(lambda: self.restore(loaded))
         self.peak = peak_flops(self.device, setup.DTYPES[recipe.train.precision])
-        self.predicted = self._predict() if rank.is_main else None
-        self.telemetry = self._open_telemetry()
+        self.predicted = opening.predicted_speed(recipe, rank.world, self.device) if rank.is_main else None
+        self.telemetry = opening.open_telemetry(
+            recipe,
+            self.folder,
+            rank,
+            step=self.step,
+            next_sample=self.next_sample,
+            stream=self.stream,
+            tokenizer=self.tokenizer,
+            spread=self.spread,
+            changes=self.changes,
+        )
         self.window = Window(began=time.perf_counter())
+        self.watchdog = Watchdog(self.folder.path / "logs", rank.rank, rank.world, seconds=recipe.telemetry.watchdog)
 
     # --- the run ---------------------------------------------------------------------------------------------------
 
     def fit(self) -> int:
         """Train to the recipe's last step, or until asked to stop; returns the exit status."""
-        recipe, stop = self.recipe, None
-        if self.step >= recipe.train.steps:
+        if self.step >= self.recipe.train.steps:
             return self._already_finished()
-        watchdog = Watchdog(
-            self.folder.path / "logs", self.rank.rank, self.rank.world, seconds=recipe.telemetry.watchdog
-        )
-        with (
-            watchdog,
-            Loader(
-                self.stream,
-                sequences=recipe.train.sequences,
-                rank=self.spread.data_index,
-                world=self.sizes.data,
-                next_sample=self.next_sample,
-                allow_repeat=recipe.data.allow_repeat,
-            ) as loader,
-        ):
+        with self.watchdog:
+            return self._finish(self._train())
+
+    def _train(self) -> Stop | None:
+        """Every step that is left, the last one's save included; what stopped it before."""
+        recipe, stop = self.recipe, None
+        with Loader(
+            self.stream,
+            sequences=recipe.train.sequences,
+            rank=self.spread.data_index,
+            world=self.sizes.data,
+            next_sample=self.next_sample,
+            allow_repeat=recipe.data.allow_repeat,
+        ) as loader:
             self.reader = Reader(loader, recipe.data.sequence_length)
             self.system.train()
             while self.step < recipe.train.steps and stop is None:
-                watchdog.beat(f"step {self.step + 1}")
+                self.watchdog.beat(f"step {self.step + 1}")
                 result = self.train_step(self.reader.rows())
                 self.step += 1
                 first = int(self.stream.samples(self.next_sample, 1)[0])
@@ -170,14 +173,14 @@ class Trainer:
                 self.next_sample = loader.next_sample
                 self.observe(result, loader.data_wait)
                 if self._due(recipe.validation.every):
-                    watchdog.beat(f"validation after step {self.step}")
                     self.validate()
                 if self._due(recipe.telemetry.samples.every):
                     self.write_samples()
                 stop = self.agreed_stop()
-                if self._due(recipe.checkpoint.every) or stop is not None or self.step == recipe.train.steps:
-                    self.save(wait=stop is not None or self.step == recipe.train.steps)
-        return self._finish(stop)
+                last = stop is not None or self.step == recipe.train.steps
+                if last or self._due(recipe.checkpoint.every):
+                    self.save(wait=last)
+        return stop
 
     def train_step(self, rows: Rows) -> StepResult:
         """One optimizer step on this rank's rows of a global batch. Nothing here waits for the device."""
@@ -304,6 +307,7 @@ class Trainer:
                 limit=self.recipe.validation.sequences,
                 seed=self.recipe.train.seed,
                 spread=self.spread,
+                progress=partial(self.watchdog.beat, f"validation on {held_out.name} after step {self.step}"),
             )
             self.telemetry.validation(
                 self.step,
@@ -318,6 +322,7 @@ class Trainer:
 
     def write_samples(self) -> None:
         """Continue the recipe's prompts and write the text down."""
+        self.watchdog.beat(f"samples after step {self.step}")
         began = time.perf_counter()
         samples = self.recipe.telemetry.samples
         if self.rank.is_main and self.model.causal and self.sizes.dp_replicate == self.rank.world:
@@ -344,23 +349,26 @@ class Trainer:
 
     def agreed_stop(self) -> Stop | None:
         """A stop that any rank was asked for, so that all ranks save the same step."""
+        self.watchdog.beat(f"agreeing whether to stop after step {self.step}")
         own = stop_requested()
         code = int(launch.all_max(torch.tensor(0 if own is None else 1 + own.exit_code)).item())
         return None if code == 0 else own or Stop("another rank was asked to stop", code - 1)
 
     def save(self, *, wait: bool) -> None:
         """Hand the state of this step to the checkpoint writer; with ``wait``, until it is on the disk."""
+        self.watchdog.beat(f"collecting the checkpoint of step {self.step}")
         self._tell_skipped()  # those before a checkpoint are not trained again, so this is the last chance to name them
         snapshot = Snapshot(
             step=self.step,
             next_sample=self.next_sample,
             model=self.spread.gathered({name: p.detach() for name, p in self.parameters.items()}, lambda name: name),
             optimizer=self.spread.gathered(self.optimizer.state_tensors(), lambda name: name.rpartition(".")[0])
-            | {f"guard.{name}": t for name, t in self.guard.state_tensors().items()},
+            | {resume.GUARD + name: t for name, t in self.guard.state_tensors().items()},
             carried=carried.gather(self.carried, self.rank) if self.carries else {},
             trainer={"data": self.stream.state_dict(self.next_sample), "tokenizer": self.tokenizer.sha256},
             recipe=to_yaml(self.recipe),
         )
+        self.watchdog.beat(f"writing the checkpoint of step {self.step}")
         failure = None
         try:
             self.checkpoints.save(snapshot, wait=wait)
@@ -371,46 +379,14 @@ class Trainer:
 
     def restore(self, loaded: Loaded) -> None:
         """Become what ``loaded`` was; refuses a recipe or data that would not continue it."""
-        before = parse_recipe(loaded.recipe, str(loaded.path / "recipe.yaml"))
-        self.changes = resume_check(before, self.recipe, loaded.next_sample)
-        if self.recipe.train.steps < loaded.step:
-            raise ValueError(
-                f"train.steps: {self.recipe.train.steps} is below the {loaded.step} steps that {self.folder.path} has "
-                "trained; ask for at least as many"
-            )
-        rows, wanted = before.train.sequences, self.recipe.train.sequences
-        if self.carries and rows != wanted:
-            raise ValueError(
-                f"train.sequences: {wanted}: the run was started with {rows}, and in contiguous order each row of a "
-                "batch goes on in the next, so their number cannot change; set it back, or start a new run folder"
-            )
-        if not isinstance(loaded.trainer.get("data"), dict):
-            raise CheckpointError(f"{loaded.path / 'trainer.json'} does not say which data come next")
-        if self.stream.check_state(loaded.trainer["data"]) != loaded.next_sample:
-            raise CheckpointError(
-                f"{loaded.path / 'trainer.json'} says that sample {loaded.next_sample} comes next, and that the data "
-                f"go on at {loaded.trainer['data']['next_sample']}; restore it from a copy, or move {loaded.path} away"
-            )
+        self.changes = resume.check_recipe(loaded, self.recipe, self.folder.path)
+        resume.check_data(loaded, self.stream)
         resume.check_parameters(self.spread.shapes, loaded.model, loaded.path)
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(self.spread.local(name, loaded.model[name]))
-        guard = {n.removeprefix("guard."): t for n, t in loaded.optimizer.items() if n.startswith("guard.")}
-        self.guard.load_tensors(guard)
-        self.optimizer.load_tensors(self._own_moments(loaded.optimizer))
+        resume.read_parameters(self.spread, loaded.model)
+        self.optimizer.load_tensors(resume.OwnMoments(self.spread, loaded.optimizer))
+        self.guard.load_tensors(resume.guard_state(loaded.optimizer))
         self.step, self.next_sample = loaded.step, loaded.next_sample
         self.carried = carried.scatter(loaded.carried, self._example_state, self.micro_batches, self.rank, self.device)
-
-    def _own_moments(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What this rank stores of a checkpoint's optimizer state."""
-        own = {}
-        for full, tensor in stored.items():
-            name = full.rpartition(".")[0]
-            if full.startswith("guard.") or (name in self.spread.shapes and name not in self.parameters):
-                continue  # not the optimizer's; another stage's
-            cut = name in self.parameters and tensor.shape == self.spread.shapes[name]
-            own[full] = self.spread.local(name, tensor) if cut else tensor
-        return own
 
     @torch.no_grad()
     def _example_state(self) -> State:
@@ -421,6 +397,7 @@ class Trainer:
     def _finish(self, stop: Stop | None) -> int:
         if stop is None and self.step % self.recipe.validation.every:
             self.validate()
+        self.watchdog.beat("the end of the run")
         self.checkpoints.wait()
         attempt, place = self.telemetry.attempt, {"step": self.step, "next_sample": self.next_sample}
         if self.rank.is_main and stop is None:
@@ -438,44 +415,6 @@ class Trainer:
         self.telemetry.close("finished")
         return 0
 
-    def _open_telemetry(self) -> Telemetry:
-        recipe, folder = self.recipe, self.folder
-        attempt = launch.broadcast_object(attempt_number(folder.path))
-        telemetry = Telemetry(
-            folder.path,
-            attempt,
-            total_steps=recipe.train.steps,
-            tokens_before=partial(tokens_before, self.stream.skip, recipe.data.sequence_length),
-            step=self.step,
-            next_sample=self.next_sample,
-            main=self.rank.is_main,
-        )
-        if self.rank.is_main:
-            write_atomically(folder.recipe, to_yaml(recipe).encode())
-            write_environment(folder.path)
-            self.tokenizer.save(setup.tokenizer_copy(folder.path, recipe.tokenizer.kind))
-            if self.step < recipe.train.steps:
-                remove_done(folder.path)
-            telemetry.text("recipe", self.step, to_yaml(recipe))
-        parameters = sum(shape.numel() for shape in self.spread.shapes.values())
-        telemetry.note(
-            f"{recipe.name}: {parameters:,} parameters, step {self.step} of {recipe.train.steps}, {folder.path}"
-        )
-        if recipe.telemetry.samples.every is not None and self.sizes.dp_replicate != self.rank.world:
-            telemetry.note(f"no samples are written: {self.sizes} leaves no rank the whole model")
-        for notice in setup.notices(recipe, self.stream):
-            telemetry.note(notice)
-        for key, before, after in self.changes:
-            telemetry.note(f"resumed with {key}: {after} (was {before})")
-        return telemetry
-
-    def _predict(self) -> float | None:
-        try:
-            return predict(self.recipe, self.rank.world, self.device)
-        except Exception as error:  # whatever it is: a prediction is not worth a run, and only this rank makes one
-            logger.warning("no prediction of the speed: %s", error)
-            return None
-
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
 
@@ -487,44 +426,3 @@ class Window:
     began: float
     data_wait: float = 0.0
     steps: int = 0
-
-
-def tokens_before(skips: SkipList, sequence_length: int, next_sample: int) -> int:
-    """Tokens that a run has trained on when it comes to this sample."""
-    left_out = sum(end - first for first, end in skips.before(next_sample))
-    return (next_sample - left_out) * sequence_length
-
-
-def check_carried(recipe: Recipe, model: Model, size: Sizes) -> None:
-    """Refuse rows that go on in the next step where nothing can carry their states."""
-    if recipe.data.order != "contiguous":
-        return
-    if not model.carries:
-        raise ValueError(
-            "data.order: contiguous continues each row in the next step, but no layer of this model carries a state; "
-            "set data.order: shuffled"
-        )
-    if model.frontend.max_positions is not None:
-        raise ValueError(
-            "data.order: contiguous gives a token its place in the whole document, but model.positions has only "
-            f"{model.frontend.max_positions}; choose positions without an end, or data.order: shuffled"
-        )
-    if size.data != size.world:
-        raise LayoutError(
-            f"parallel: {size}: data.order: contiguous carries states that only data parallelism deals yet; set tp, pp "
-            "and cp to 1, or data.order: shuffled"
-        )
-
-
-def micro_batches(recipe: Recipe, ranks: int) -> int:
-    """Micro-batches of a step on one rank; refuses sizes that do not fit, since rows are never padded or dropped."""
-    sequences, micro = recipe.train.sequences, recipe.train.micro_sequences
-    if sequences % (ranks * micro):
-        unit = ranks * micro
-        below, above = sequences // unit * unit, -(-sequences // unit) * unit
-        near = f"{below} or {above}" if below else f"{above}"
-        raise ValueError(
-            f"train.sequences: {sequences} is not a multiple of {ranks} data ranks x train.micro_sequences {micro}; "
-            f"use {near}, or change train.micro_sequences"
-        )
-    return sequences // (ranks * micro)

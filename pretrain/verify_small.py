@@ -18,8 +18,8 @@ from potamos.parallel.mesh import LayoutError, Sizes, sizes
 from potamos.parallel.pipeline import SCHEDULES
 from potamos.pretrain import setup
 from potamos.pretrain.models.trunk import Model
+from potamos.pretrain.opening import check_carried
 from potamos.pretrain.recipe import Layer, Recipe
-from potamos.pretrain.trainer import check_carried
 from potamos.pretrain.verify_layouts import world_of
 
 WIDTH, LENGTH, VOCABULARY, SMALL_VOCABULARY, ROWS = 32, 32, 64, 512, 12

@@ -136,7 +136,7 @@ class Rehearsal(Trainer):
         self.system = self.spread.system
         self.model, self.objective = self.system.model, self.system.objective
         self.parameters = self.spread.stored
-        self.norm = Witness(self.parameters, self.spread.table, self.spread.gradients)
+        self.norm = Witness(self.spread.gradients, self.spread.table)
         self.optimizer = Optimizer(self.parameters, self.spread.table, recipe.optimizer, self.spread.matrices)
         self.guard = SpikeGuard(recipe.optimizer.window, recipe.optimizer.spike, CPU)
         self.source = source_of(recipe)
@@ -172,13 +172,11 @@ class Witness(GradientNorm):
     gradients_seen: dict[str, Tensor]
 
     def measure(self) -> tuple[Tensor, Tensor]:
-        assert self.gradients is not None
         names = self.gradients.parameters
         self.gradients_seen = {n: local.detach().clone() for n in names if (local := self._local(n)) is not None}
         return super().measure()
 
     def _local(self, name: str) -> Tensor | None:
-        assert self.gradients is not None
         gradient = self.gradients.parameters[name].grad
         return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from potamos.parallel import data
+from potamos.parallel import checkpointing, data
 from potamos.parallel.apply import apply
 from potamos.parallel.facts import Layout
 from potamos.pretrain import setup
@@ -67,6 +69,34 @@ def test_recomputed_blocks_have_the_same_gradients(trial, tmp_path, run_ranks, a
     assert worst(ranks[0]["gradients"], alone["gradients"]) <= 1e-10
     if not axes:
         assert ranks[0]["bytes"] < {"full": 0.6, "selective": 0.9}[mode] * alone["bytes"]
+
+
+class Counting(TorchDispatchMode):
+    """How often each operation runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[Any] = Counter()
+
+    def __torch_dispatch__(self, operation, types, arguments=(), named=None):
+        self.counts[operation] += 1
+        return operation(*arguments, **(named or {}))
+
+
+def test_selective_computes_what_it_keeps_once(trial, tmp_path):
+    """The same gradients and less memory would come of keeping nothing at all, too, for the time of all products."""
+    counts, plain = {}, "model.at={1: {mixer: {kind: attention, heads: 2}}}"
+    for mode in ("none", "selective", "full"):
+        with Counting() as counting:
+            step(trial, tmp_path / mode, 0, 1, Layout(checkpointing=mode), plain)
+        counts[mode] = counting.counts
+    kept = [operation for operation in checkpointing.KEPT if counts["none"][operation]]
+    assert any("scaled_dot_product" in str(operation) for operation in kept)
+    assert any("mm" in str(operation) for operation in kept)
+    for operation in kept:
+        assert counts["selective"][operation] == counts["none"][operation] < counts["full"][operation], operation
+    gelu = torch.ops.aten.gelu.default
+    assert counts["none"][gelu] < counts["selective"][gelu] == counts["full"][gelu], "it does not keep all"
 
 
 def test_what_is_recomputed_must_be_the_same(trial, tmp_path, monkeypatch, alone):

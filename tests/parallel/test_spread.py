@@ -66,6 +66,28 @@ def test_validation_scores_are_those_of_one_process(trial, tmp_path, run_ranks, 
         assert found[name] == pytest.approx(alone[name], rel=1e-6), name
 
 
+def test_buffers_are_the_same_from_the_start_and_never_sent(trial, tmp_path, run_ranks):
+    """They are constants of the model: sending rank 0's before every forward would only cost time."""
+    changes = (*MODEL, "model.positions={kind: rope}", "model.mixer={kind: attention, heads: 4}", "model.at={}")
+
+    def work(rank: int, world: int) -> tuple[dict[str, torch.Tensor], bool]:
+        made = trial.trainer(tmp_path / f"{world}", *changes, rank=Rank(rank, world, rank, world))
+        made.telemetry.close("built only")
+        buffers = dict(made.system.named_buffers())
+        before = {name: buffer.clone() for name, buffer in buffers.items()}
+        for buffer in buffers.values():
+            buffer.add_(rank)
+        share = 8 // world
+        made.train_step(made.stream.rows(torch.arange(rank * share, (rank + 1) * share).numpy()))
+        return before, all(torch.equal(buffers[name], before[name] + rank) for name in buffers)
+
+    (alone, _), (first, _), (second, kept) = work(0, 1), *run_ranks(2, work)
+    assert alone
+    assert not trial.different_tensors(alone, first)
+    assert not trial.different_tensors(alone, second)
+    assert kept
+
+
 def test_sharded_stages_train_under_interleaved_schedules(trial, tmp_path, run_ranks):
     """Two stages on each rank, both sharded: the losses of one process."""
     changes = (*MODEL, "train.steps=3", "optimizer={kind: adamw, lr: 1.0e-3}")

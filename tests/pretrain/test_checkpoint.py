@@ -95,7 +95,7 @@ def test_large_sets_are_split_over_files(tmp_path: Path) -> None:
     tensors = {f"layer.{i}": torch.full((100,), float(i)) for i in range(7)}
     storage.write_tensors(tmp_path, tensors, file_bytes=900)
     assert len(list(tmp_path.glob("*.safetensors"))) == 3
-    found = storage.read_tensors(tmp_path)
+    found = storage.StoredTensors(tmp_path)
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
 

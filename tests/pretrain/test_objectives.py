@@ -16,6 +16,7 @@ from potamos.data.prepare import prepare
 from potamos.data.sources import TextList
 from potamos.data.tokenizer import train_bpe
 from potamos.parallel.facts import parameter_table
+from potamos.parallel.gradients import Gradients
 from potamos.parallel.launch import Rank
 from potamos.pretrain.config import parse_recipe
 from potamos.pretrain.models import registry
@@ -232,7 +233,7 @@ def make(corpus: Path, tmp_path: Path) -> Iterator[Make]:
         recipe = parse_recipe(RECIPE.format(corpus=corpus, micro=micro))
         made.append(Trainer(recipe, tmp_path / str(len(made)), Rank()))
         made[-1].system.double().train()
-        made[-1].norm = GradientNorm(made[-1].parameters, parameter_table(made[-1].system))
+        made[-1].norm = GradientNorm(Gradients(made[-1].parameters), parameter_table(made[-1].system))
         return made[-1]
 
     yield trainer

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from potamos.parallel.facts import parameter_table
+from potamos.parallel.gradients import Gradients
 from potamos.pretrain.models.build import materialize
 from potamos.pretrain.models.linear import Linear
 from potamos.pretrain.optim import QUINTIC, GradientNorm, Muon, Optimizer, orthogonalize, schedule_factor
@@ -343,7 +344,7 @@ def test_constant_and_no_warmup() -> None:
 
 def test_norms_in_all_and_by_kind(model: nn.Module) -> None:
     parameters, table = dict(model.named_parameters()), parameter_table(model)
-    norm = GradientNorm(parameters, table)
+    norm = GradientNorm(Gradients(parameters), table)
     give_gradients(model, 1)
     parameters["stack.blocks.0.mixer.q.bias"].grad = None
     total, kinds = norm.measure()
@@ -358,7 +359,7 @@ def test_norms_in_all_and_by_kind(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("limit", [0.5, 1e6, None])
 def test_clipping_is_torchs(model: nn.Module, limit: float | None) -> None:
-    norm = GradientNorm(dict(model.named_parameters()), parameter_table(model))
+    norm = GradientNorm(Gradients(dict(model.named_parameters())), parameter_table(model))
     give_gradients(model, 1)
     before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     norm.clip(norm.measure()[0], limit)
@@ -381,7 +382,7 @@ def test_clipping_is_torchs(model: nn.Module, limit: float | None) -> None:
 
 
 def test_a_norm_that_is_not_finite_is_said(model: nn.Module) -> None:
-    norm = GradientNorm(dict(model.named_parameters()), parameter_table(model))
+    norm = GradientNorm(Gradients(dict(model.named_parameters())), parameter_table(model))
     give_gradients(model, 1)
     model.get_parameter("stack.norm.bias").grad[3] = float("nan")  # pyright: ignore[reportOptionalSubscript]
     total, kinds = norm.measure()

@@ -23,6 +23,7 @@ from potamos.data.prepare import prepare
 from potamos.data.sources import TextList
 from potamos.data.tokenizer import train_bpe
 from potamos.parallel.facts import parameter_table
+from potamos.parallel.gradients import Gradients
 from potamos.parallel.launch import Rank
 from potamos.pretrain import setup
 from potamos.pretrain.config import RecipeError, load_recipe
@@ -188,7 +189,7 @@ def test_carried_state_is_that_of_a_plain_loop(name: str, load: Load, tmp_path: 
     stream = setup.open_stream(recipe, setup.open_tokenizer(recipe))
     parameters = dict(system.named_parameters())
     table = parameter_table(system)
-    optimizer, norm = Optimizer(parameters, table, recipe.optimizer), GradientNorm(parameters, table)
+    optimizer, norm = Optimizer(parameters, table, recipe.optimizer), GradientNorm(Gradients(parameters), table)
     states: list[State] = [None, None]
     for step, loss in enumerate(losses):
         batches = [

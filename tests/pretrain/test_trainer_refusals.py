@@ -22,7 +22,8 @@ from potamos.parallel.facts import Layout
 from potamos.parallel.mesh import LayoutError, Sizes
 from potamos.pretrain import checkpoint
 from potamos.pretrain.config import RecipeError
-from potamos.pretrain.trainer import Trainer, micro_batches
+from potamos.pretrain.opening import micro_batches
+from potamos.pretrain.trainer import Trainer
 
 FEW = ("train.steps=4", "checkpoint={every: 2, keep: 5}", "validate={every: 100}")
 

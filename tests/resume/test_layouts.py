@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from potamos.parallel.launch import Rank
-from potamos.pretrain import trainer
+from potamos.pretrain import resume
 
 pytestmark = [pytest.mark.resume, pytest.mark.distributed]
 
@@ -47,6 +47,7 @@ ROUTES = {
         {"pp": 2, "schedule": "zbv"}, {"tp": 2, "dp_shard": 2}, {"pp": 2, "schedule": "interleaved_1f1b"},
     ],
 }  # fmt: skip
+SHARDED_STAGES = [{"dp_shard": 2, "pp": 2}, {"tp": 2}, {"dp_shard": 4}]
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +67,14 @@ def whole(trial, tmp_path_factory):
 
 ADAMW = "optimizer={kind: adamw, lr: 1.0e-3}"
 MUON = "optimizer={kind: muon, lr: 1.0e-3, matrix_lr: 1.0e-3}"
+OPTIMIZERS = {"adamw": ADAMW, "muon": MUON}
 
 
-@pytest.mark.parametrize("optimizer", [ADAMW, MUON], ids=["adamw", "muon"])
-@pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
+CASES = {f"{name}, {kind}": (route, o) for name, route in ROUTES.items() for kind, o in OPTIMIZERS.items()}
+CASES["dp2 x pp2 -> tp2 -> dp4, muon"] = SHARDED_STAGES, MUON  # and AdamW, for what is no hidden matrix
+
+
+@pytest.mark.parametrize(("route", "optimizer"), CASES.values(), ids=CASES)
 def test_a_run_goes_on_under_another_layout(trial, tmp_path, run_ranks, whole, route, optimizer):
     run = tmp_path / "run"
     for number, axes in enumerate(route):
@@ -90,7 +95,7 @@ def test_a_run_goes_on_under_another_layout(trial, tmp_path, run_ranks, whole, r
 
 
 def test_the_comparison_sees_lost_moments(trial, tmp_path, run_ranks, whole, monkeypatch):
-    monkeypatch.setattr(trainer.Trainer, "_own_moments", lambda self, stored: {})
+    monkeypatch.setattr(resume, "OwnMoments", lambda spread, stored: {})
     run = tmp_path / "run"
     for axes, stop in (({"tp": 2}, 1), ({"pp": 2}, -1)):
         change, world = layout(**axes)
