@@ -100,4 +100,4 @@ def test_what_does_not_divide_is_refused_before_anything_starts(run_ranks):
         return str(refused.value)
 
     message = with_fake_group(run_ranks, work, 1024)
-    assert "parallel.tp: 8 does not divide the 12 key-value heads of model.stack.blocks.1.mixer; use 6 or 12" in message
+    assert "parallel.tp: 8 does not divide the 12 key-value heads of model.stack.blocks.1.mixer; use 4, or" in message
