@@ -19,6 +19,8 @@ RESUME_LIMIT ?= 300
 LEARNING_LIMIT ?= 180
 SLURM_LIMIT ?= 480
 NIGHTLY_LIMIT ?= 1200
+# Processes that share the tests of a target (pytest-xdist); 0: none, all in pytest's own process, as --pdb wants it.
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -64,14 +66,17 @@ corpora: $(VENV)/.development ## prepare, verify and train on three real corpora
 
 # --- tests ------------------------------------------------------------------------------------------------------------
 
-test: unit distributed kernels resume slurm learning ## every test, in the six targets below
+test: unit distributed kernels resume learning ## every test but those on a real Slurm, in five of the targets below
 
-# $(call pytest,marks,limit). At its limit a target gets SIGINT, so that pytest says where it was, and SIGKILL ten seconds
-# later; `timeout` signals the whole process group, so no rank and no run outlives its target. pytest itself names a
-# hanging test before that (faulthandler_timeout in pyproject.toml). macOS has the command as gtimeout, or not at all.
+# $(call pytest,marks,limit). At its limit a target gets SIGINT, so that pytest says what ran, and SIGKILL twenty seconds
+# later (pytest-xdist takes up to ten to end its workers); `timeout` signals the whole process group, so no rank and no
+# run outlives its target. pytest itself names a hanging test before that (faulthandler_timeout in pyproject.toml).
+# macOS has the command as gtimeout, or not at all.
+# Workers start at far ends of the list and an idle one takes tests from the other's end (worksteal), so each goes through
+# most modules alone and sets up their fixtures once, and none waits for the longest file.
 TIMEOUT := $(shell command -v timeout || command -v gtimeout)
 define pytest
-	@$(if $(TIMEOUT),$(TIMEOUT) --signal=INT --kill-after=10 $(2)) $(BIN)/pytest -m '$(1)' $(PYTEST_FLAGS) </dev/null || { \
+	@$(if $(TIMEOUT),$(TIMEOUT) --signal=INT --kill-after=20 $(2)) $(BIN)/pytest -m '$(1)' -n $(WORKERS) --dist worksteal $(PYTEST_FLAGS) </dev/null || { \
 	code=$$?; case $$code in \
 	124) echo "error: make $@ did not finish within its limit of $(2) s" >&2;; \
 	137) echo "error: make $@ was killed: past its limit of $(2) s and deaf to SIGINT, or out of memory" >&2;; \

@@ -10,6 +10,7 @@ was cut, and whose gradients are partial sums, is remembered by name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -51,24 +52,40 @@ def is_frontend(module: nn.Module) -> bool:
 
 
 def check_units(system: nn.Module, ranks: int) -> None:
-    """Refuse a size that does not divide the heads or channels of a region, before anything is built."""
+    """Refuse a size that does not divide the heads or channels of a region, or a table's entries, before anything is
+    built: all that it does not divide, and the nearest sizes that divide everything."""
+    units: dict[tuple[int, str], str] = {}
+    tables: dict[int, str] = {}
     for path, region in system.named_modules():
-        units = traits_of(region).units if is_region(region) and traits_of(region).shard != "none" else None
-        if units is not None and units % ranks:
+        count = traits_of(region).units if is_region(region) and traits_of(region).shard != "none" else None
+        if count is not None:
             what = {"head": "key-value heads", "ff": "inner channels"}.get(traits_of(region).shard, "channels")
-            fits = [n for n in range(1, units + 1) if units % n == 0]
-            near = {max(n for n in fits if n < ranks), *(n for n in fits if n > ranks)}
-            raise LayoutError(
-                f"parallel.tp: {ranks} does not divide the {units} {what} of {path}; "
-                f"use {' or '.join(map(str, sorted(near)[:2]))}"
-            )
+            units.setdefault((count, what), path)
         if is_frontend(region):
             for name, parameter, dim in _tagged(region):
-                if parameter.shape[dim] % ranks:
-                    raise LayoutError(
-                        f"parallel.tp: {ranks} does not divide the {parameter.shape[dim]} entries of {path}.{name}; "
-                        f"make the vocabulary {-(-parameter.shape[dim] // ranks) * ranks}"
-                    )
+                tables.setdefault(parameter.shape[dim], f"{path}.{name}")
+    bad = [f"the {count} {what} of {path}" for (count, what), path in units.items() if count % ranks]
+    bad += [f"the {count} entries of {path}" for count, path in tables.items() if count % ranks]
+    if bad:
+        remedy = _near(ranks, [count for count, _ in units], list(tables))
+        raise LayoutError(f"parallel.tp: {ranks} does not divide {', '.join(bad)}; {remedy}")
+
+
+def _near(ranks: int, units: list[int], tables: list[int]) -> str:
+    """The nearest sizes below and above that divide all; and what vocabulary would let through a nearer one, for a
+    vocabulary is easily padded."""
+
+    def around(numbers: list[int]) -> list[int]:
+        common = math.gcd(*numbers)
+        fits = [n for n in range(1, common + 1) if common % n == 0]
+        return [*[n for n in fits if n < ranks][-1:], *[n for n in fits if n >= ranks][:1]]
+
+    words = [f"use {' or '.join(map(str, around([*units, *tables])))}"]
+    for n in around(units) if units else [ranks]:
+        padded = {-(-count // n) * n for count in tables if count % n}
+        if padded:
+            words.append(f"{n} with a vocabulary of {', '.join(map(str, sorted(padded)))}")
+    return ", or ".join(words)
 
 
 def split(system: nn.Module, axis: TensorAxis | None) -> dict[str, Cut]:

@@ -124,7 +124,11 @@ def _table(certificate: Certificate) -> None:
             style="" if line.passed else "red",
         )
     show.out.print(table)
-    for name, values in (("norm before clipping", certificate.norms), ("loss", certificate.losses)):
+    for name, values in (
+        ("norm before clipping", certificate.norms),
+        ("loss", certificate.losses),
+        ("score of held-out rows", certificate.scores),
+    ):
         alone, spread = (", ".join(f"{value:.9g}" for value in found) for found in (values.alone, values.spread))
         mark = "" if values.passed else "FAIL  "
         show.line(f"{mark}{name}: alone {alone}; spread {spread}; error {values.error:.1e}")

@@ -23,7 +23,7 @@ def write_environment(run: str | os.PathLike[str]) -> Path:
         **{name: _version(name) for name in PACKAGES},
         "platform": platform.platform(),
         "host": platform.node(),
-        "processor": f"{_processor()}, {_cores()} cores",
+        "processor": processor(),
         "devices": _devices(),
     }
     path = RunFolder.of(run).environment
@@ -53,12 +53,19 @@ def _commit() -> str:
         return "unknown"
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Its name, and the cores of it that this process may use."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
-        return platform.processor() or "unknown"
+        name = platform.processor() or "unknown"
+    return f"{name}, {_cores()} cores"
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that a result may depend on."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in ("potamos", *PACKAGES)}}
 
 
 def _cores() -> int:

@@ -214,7 +214,7 @@ def generate(
     device = next(model.parameters()).device
     end = tokenizer.end_of_document
     prompt_ids = torch.tensor([tokenizer.encode(prompt).tolist() or [end]], device=device)
-    limit = model.frontend.max_positions
+    limit = model.max_positions
     if limit is not None and prompt_ids.shape[1] + tokens > limit:
         raise GenerationError(
             f"a prompt of {prompt_ids.shape[1]} tokens and {tokens} more go beyond the {limit} positions that the "

@@ -24,10 +24,15 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
     """Nearly U V^T of each matrix U S V^T of a stack (n, rows, columns), by Newton-Schulz iteration.
 
-    bf16 on a GPU, where it is free; fp32 on a CPU, where half precision may be emulated.
+    bf16 on a GPU, where it is free; fp32 on a CPU, where half precision may be emulated. fp64 stays as it is: then
+    someone compares, and the iteration makes small differences of small singular values several hundred times larger.
     """
     a, b, c = QUINTIC
-    x = matrices.to(torch.bfloat16) if matrices.is_cuda else matrices.to(torch.float32)
+    x = (
+        matrices
+        if matrices.dtype == torch.float64
+        else matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
+    )
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)

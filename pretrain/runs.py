@@ -97,11 +97,11 @@ def score_run(
     """
     trained = run.recipe.data.sequence_length
     rows = trained if length is None else _row_length(length, trained)
-    limit = run.model.frontend.max_positions
+    limit = run.model.max_positions
     if limit is not None and rows > limit:
         raise RunError(
             f"length {length}: rows of {rows} tokens, but the positions of this model end at {limit}; evaluate at most "
-            "that, or train one whose positions have no end (rope, alibi, ...)"
+            "that, or train one whose positions have no end (rope, alibi, ...; of xpos, a larger scale_base moves it)"
         )
     recipe = run.recipe.model_copy(update={"data": run.recipe.data.model_copy(update={"sequence_length": rows})})
     if data is None:

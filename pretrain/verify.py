@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,7 @@ import numpy as np
 from potamos.parallel.facts import Layout
 from potamos.parallel.local import run_ranks
 from potamos.parallel.mesh import LayoutError, sizes
+from potamos.pretrain import environment
 from potamos.pretrain.config import fingerprint
 from potamos.pretrain.recipe import Recipe
 from potamos.pretrain.verify_layouts import PLAIN, matrix, spell, world_of
@@ -85,7 +87,8 @@ class Scalars:
 
 @dataclass(frozen=True)
 class Certificate:
-    """What `verify` found. ``failures`` says in words why it did not pass."""
+    """What `verify` found. scores: of held-out rows, after the last step. failures: in words, why it did not pass.
+    device, versions, date (UTC): on what, with what and when."""
 
     recipe: str
     fingerprint: str
@@ -97,9 +100,12 @@ class Certificate:
     lines: Sequence[Line]
     norms: Scalars
     losses: Scalars
+    scores: Scalars
     failures: Sequence[str]
     seconds: float
+    device: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
+    date: str = ""
 
     @property
     def passed(self) -> bool:
@@ -164,7 +170,7 @@ def verify_small(
     world = world_of(layout)
     alone = definition(recipe, dtype, timeout)
     found = ranks(world, train_spread, recipe, layout, getattr(torch, _TORCH[dtype]), timeout=timeout)
-    lines, norms, losses, failures = compare(alone, found, TOLERANCES[dtype])
+    lines, (norms, losses, scores), failures = compare(alone, found, TOLERANCES[dtype])
     return Certificate(
         recipe=(of or recipe).name,
         fingerprint=fingerprint(of or recipe),
@@ -176,9 +182,12 @@ def verify_small(
         lines=lines,
         norms=norms,
         losses=losses,
+        scores=scores,
         failures=failures,
         seconds=time.perf_counter() - began,
-        versions={"torch": torch.__version__, "numpy": np.__version__},
+        device=environment.processor(),
+        versions={**environment.versions(), "torch": torch.__version__},
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
 
@@ -230,12 +239,15 @@ def precision(name: str) -> Precision:
 # --- comparing -------------------------------------------------------------------------------------------------------
 
 
-def compare(alone: Any, found: Sequence[Any], tolerances: Tolerances) -> tuple[list[Line], Scalars, Scalars, list[str]]:
-    """One process's record against those of all ranks: lines, norms, losses, and what failed in words."""
+def compare(
+    alone: Any, found: Sequence[Any], tolerances: Tolerances
+) -> tuple[list[Line], tuple[Scalars, Scalars, Scalars], list[str]]:
+    """One process's record against those of all ranks: lines; norms, losses, scores; and what failed in words."""
     total = math.sqrt(sum(float(np.square(g).sum()) for g in alone.gradients.values()))
     lines = [_line(name, alone, found, total, tolerances) for name in alone.gradients]
     norms = _scalars(alone.norms, [record.norms for record in found], tolerances.gradient)
     losses = _scalars(alone.losses, [record.losses for record in found], tolerances.gradient)
+    scores = _scalars(alone.scores, [record.scores for record in found], tolerances.gradient)
     failures = []
     for what, bad in (
         ("gradients differ", [line.name for line in lines if not line.gradient_passed]),
@@ -251,7 +263,11 @@ def compare(alone: Any, found: Sequence[Any], tolerances: Tolerances) -> tuple[l
         failures.append(f"the gradient's norm differs: {norms.alone[0]:.6g} alone, {norms.spread[0]:.6g} spread")
     if not losses.passed:
         failures.append(f"losses differ: {_numbers(losses.alone)} alone, {_numbers(losses.spread)} spread")
-    return lines, norms, losses, failures
+    if not scores.passed:
+        failures.append(
+            f"scores of held-out rows differ: {_numbers(scores.alone)} alone, {_numbers(scores.spread)} spread"
+        )
+    return lines, (norms, losses, scores), failures
 
 
 def _line(name: str, alone: Any, found: Sequence[Any], total: float, tolerances: Tolerances) -> Line:

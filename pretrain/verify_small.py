@@ -68,7 +68,7 @@ def make_small(recipe: Recipe, layout: Layout, wanted: Reductions) -> Small:
     tree = recipe.model_dump(by_alias=True)
     tree["model"] |= _layer_settings(recipe, layers)
     tree["data"] |= {"sequence_length": length}
-    tree["optimizer"] = _adamw(recipe)
+    tree["optimizer"] = _optimizer(recipe)
     tree["schedule"] = {"kind": "constant"}
     tree["train"] |= {"sequences": rows, "micro_sequences": micro, "precision": "fp32", "device": "cpu"}
     vocabulary = tree["model"]["frontend"].get("vocabulary")
@@ -141,14 +141,14 @@ def _layer_settings(recipe: Recipe, layers: int) -> dict[str, Any]:
     return {"layers": layers, "at": at}
 
 
-def _adamw(recipe: Recipe) -> dict[str, Any]:
-    """AdamW with the recipe's constants. Its learning rate lets steps stand out of rounding; clipping acts where the
-    recipe clips at all."""
-    own = recipe.optimizer
-    return {
-        "kind": "adamw", "lr": LEARNING_RATE, "betas": own.betas, "epsilon": own.epsilon,
-        "weight_decay": own.weight_decay, "clip": None if own.clip is None else min(own.clip, CLIP),
-    }  # fmt: skip
+def _optimizer(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's own update rule and constants. Its learning rates let steps stand out of rounding; clipping acts
+    where the recipe clips at all; no step is skipped."""
+    tree = recipe.optimizer.model_dump()
+    if tree.get("matrix_lr") is not None:
+        tree["matrix_lr"] = LEARNING_RATE
+    clip = recipe.optimizer.clip
+    return tree | {"lr": LEARNING_RATE, "clip": None if clip is None else min(clip, CLIP), "spike": None}
 
 
 def _narrow(tree: dict[str, Any], recipe: Recipe, layout: Layout, size: Sizes, width: int | None) -> Recipe:
@@ -201,9 +201,10 @@ def _said(full: Recipe, small: Recipe) -> Iterator[str]:
         "train.sequences": (full.train.sequences, small.train.sequences),
         "train.micro_sequences": (full.train.micro_sequences, small.train.micro_sequences),
         "train.precision": (full.train.precision, small.train.precision),
-        "optimizer.kind": (full.optimizer.kind, small.optimizer.kind),
         "optimizer.lr": (full.optimizer.lr, small.optimizer.lr),
+        "optimizer.matrix_lr": tuple(getattr(r.optimizer, "matrix_lr", None) for r in (full, small)),
         "optimizer.clip": (full.optimizer.clip, small.optimizer.clip),
+        "optimizer.spike": (full.optimizer.spike, small.optimizer.spike),
         "schedule.kind": (full.schedule.kind, small.schedule.kind),
     }
     for key, (before, after) in pairs.items():

@@ -9,20 +9,23 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from potamos.data.loader import Rows
 from potamos.parallel.apply import apply
 from potamos.parallel.data import SHARDS
 from potamos.parallel.facts import Layout, parameter_table
 from potamos.parallel.launch import Rank
 from potamos.parallel.mesh import sizes
-from potamos.pretrain import carried, setup
+from potamos.pretrain import carried, evaluate, setup
 from potamos.pretrain.models.initialize import generator
+from potamos.pretrain.objectives.base import System
 from potamos.pretrain.optim import GradientNorm, Optimizer
 from potamos.pretrain.recipe import Recipe
 from potamos.pretrain.spikes import SpikeGuard
@@ -40,13 +43,15 @@ CPU = torch.device("cpu")
 class Record:
     """What three steps left: of the whole model in one process, of its share on a rank.
 
-    losses, norms: of each step, norms before clipping. gradients: of the first step, before clipping, whole, fp64.
+    losses, norms: of each step, norms before clipping. scores: loss of held-out rows after the last step.
+    gradients: of the first step, before clipping, whole, fp64.
     updates: change of each parameter over two steps, whole, fp64. start, copies: digests of initial values (whole) and
     of stored pieces after the last step, the latter by (name, which piece).
     """
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
     gradients: dict[str, np.ndarray] = field(default_factory=dict)
     updates: dict[str, np.ndarray] = field(default_factory=dict)
     start: dict[str, str] = field(default_factory=dict)
@@ -64,6 +69,24 @@ def source_of(recipe: Recipe) -> RowSource:
         contiguous=recipe.data.order == "contiguous",
         seed=recipe.train.seed,
     )
+
+
+class HeldOut:
+    """Rows in the place of a validation set, one fewer than a step has: in batches of a size that leaves some data rank
+    without one in the end."""
+
+    def __init__(self, recipe: Recipe, ranks: int) -> None:
+        rows = replace(source_of(recipe), contiguous=False, seed=recipe.train.seed + 1).rows(STEPS - 1)
+        self.rows = rows.slice(1, len(rows))  # the first has no target, and would hide that it is counted twice
+        self.sequence_length = recipe.data.sequence_length
+        self.rows_per_batch = 2 if -(-len(self.rows) // 2) % ranks else 1
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, begin: int, count: int) -> Rows:
+        """Rows begin to begin + count."""
+        return self.rows.slice(begin, begin + count)
 
 
 def noise(seed: int, name: str, shape: torch.Size) -> Tensor:
@@ -118,8 +141,18 @@ def train_alone(rank: int, world: int, recipe: Recipe, dtype: torch.dtype) -> Re
         optimizer.zero_grad()
         if step + 1 == UPDATES:
             record.updates = {name: _wide(p) - before[name] for name, p in parameters.items()}
+    record.scores = [_score_alone(system, HeldOut(recipe, 1).rows, recipe.train.seed)]
     record.seconds = time.perf_counter() - began
     return record
+
+
+@torch.no_grad()
+def _score_alone(system: System, rows: Rows, seed: int) -> float:
+    """All rows at once: nats of their targets over the number of these."""
+    system.eval()
+    batch = system.objective.prepare(rows, seed=seed, step=0)
+    term = system(batch).terms[system.objective.options.kind]
+    return float(term.sum / batch.counts[term.count])
 
 
 # --- a layout --------------------------------------------------------------------------------------------------------
@@ -155,6 +188,19 @@ class Rehearsal(Trainer):
         begin = self.spread.data_index * share
         self.result = self.train_step(rows.slice(begin, begin + share))
         self.step += 1
+
+    def score(self, recipe: Recipe) -> float:
+        """The loss of held-out rows, as training validates."""
+        held_out: Any = HeldOut(recipe, self.sizes.data)
+        return evaluate.score(
+            self.system,
+            held_out,
+            self.token_bytes,
+            device=CPU,
+            rows_per_batch=held_out.rows_per_batch,
+            seed=recipe.train.seed,
+            spread=self.spread,
+        ).loss
 
     def copies(self) -> dict[tuple[str, int, int], str]:
         """Digests of stored pieces: ranks that hold the same piece must hold the same bits."""
@@ -204,6 +250,7 @@ def train_spread(rank: int, world: int, recipe: Recipe, layout: Layout, dtype: t
         if step + 1 == UPDATES:
             after = rehearsal.whole(rehearsal.parameters)
             record.updates = {n: _wide(p) - _wide(before[n]) for n, p in after.items()} if speaks else {}
+    record.scores = [rehearsal.score(recipe)]
     record.start = {name: digest(p) for name, p in before.items()} if speaks else {}
     record.copies = rehearsal.copies()
     record.seconds = time.perf_counter() - began

@@ -83,6 +83,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(mark)
 
 
+_begun: dict[str, None] = {}  # tests that run now, on any worker
+
+
+def pytest_runtest_logstart(nodeid: str) -> None:
+    _begun[nodeid] = None
+
+
+def pytest_runtest_logfinish(nodeid: str) -> None:
+    _begun.pop(nodeid, None)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """At a target's limit, or at Ctrl-C: which tests ran. A worker's stack does not reach the terminal."""
+    for nodeid in _begun:
+        terminalreporter.write_line(f"interrupted: {nodeid}")
+
+
 @pytest.fixture
 def run_ranks() -> Any:
     """`run_ranks(world, fn, *args, timeout=60)`: see tests/harness.py."""

@@ -136,7 +136,7 @@ def test_the_certificate_is_the_printed_one() -> None:
         assert figures == [
             f"{line['gradient_norm']:.3e}", f"{line['gradient_error']:.1e}", f"{line['update_error']:.1e}",
         ]  # fmt: skip
-    for title, key in (("norm before clipping", "norms"), ("loss", "losses")):
+    for title, key in (("norm before clipping", "norms"), ("loss", "losses"), ("score of held-out rows", "scores")):
         alone, spread = (", ".join(f"{value:.9g}" for value in found[key][which]) for which in ("alone", "spread"))
         assert f"\n{title}: alone {alone}; spread {spread}; error {found[key]['error']:.1e}\n" in README
     assert f"\nPASS: {found['layout']} in {found['seconds']:.1f} s\n" in README

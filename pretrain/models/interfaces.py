@@ -204,11 +204,13 @@ Projection = Callable[[Tensor], Tensor]
 class AttentionPositions(nn.Module):
     """The position scheme inside one attention layer. Returns descriptions for the kernel, never an L x L tensor.
 
-    terms: how many products of vectors a score sums; scores are divided by sqrt(terms x head dim).
+    terms: how many products of vectors a score sums; scores are divided by sqrt(terms x head dim). max_positions: how
+    many positions the scheme has numbers for, None for any.
     """
 
     room = "positions"
     terms: int = 1
+    max_positions: int | None = None
 
     def rotary(self, query_positions: Tensor, key_positions: Tensor) -> Rotary | None:
         """How queries and keys at these positions, (B, L) each, are rotated. Keys are rotated once and then kept, so

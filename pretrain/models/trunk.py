@@ -8,7 +8,17 @@ from torch import Tensor, nn
 
 from potamos.kernels.dropout import dropout
 from potamos.parallel.facts import IDENTITY, Axis
-from potamos.pretrain.models.interfaces import ChannelMixer, Frontend, Mixer, Out, Region, Seq, Stack, State
+from potamos.pretrain.models.interfaces import (
+    AttentionPositions,
+    ChannelMixer,
+    Frontend,
+    Mixer,
+    Out,
+    Region,
+    Seq,
+    Stack,
+    State,
+)
 from potamos.pretrain.models.linear import Linear, Norm, NormOptions
 
 
@@ -64,6 +74,12 @@ class Model(nn.Module):
     def __init__(self, frontend: Frontend, stack: Stack) -> None:
         super().__init__()
         self.frontend, self.stack = frontend, stack
+
+    @property
+    def max_positions(self) -> int | None:
+        """How many positions the model has, by its embedding and by what acts inside attention; None for any."""
+        inside = (module.max_positions for module in self.modules() if isinstance(module, AttentionPositions))
+        return min((n for n in (self.frontend.max_positions, *inside) if n is not None), default=None)
 
     def forward(self, inputs: Mapping[str, Tensor], seq: Seq, state: State = None) -> Out:
         """Hidden states of a batch; ``state`` continues the rows that returned it."""

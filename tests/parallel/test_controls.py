@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from potamos.kernels.diag_ssm import sequence as ssm_sequence
 from potamos.kernels.flash_conv import sequence as h3_sequence
 from potamos.parallel import axes, context, data, gradients, pipeline, tensor
+from potamos.parallel.apply import Spread
 from potamos.parallel.facts import Traits
 from potamos.parallel.local import RankTimeout
 from potamos.parallel.mesh import LayoutError, sizes
-from potamos.pretrain import trainer
+from potamos.pretrain import evaluate, trainer
 from potamos.pretrain.config import load_recipe
 from potamos.pretrain.models import interfaces, registry
 from potamos.pretrain.models.frontends.tokens import Tokens
@@ -384,6 +385,20 @@ def test_a_mistake_is_seen(monkeypatch, control):
 def test_without_a_mistake_it_passes(words, changes):
     found = certify(words, changes)
     assert found.passed, found.failures
+
+
+@pytest.mark.parametrize(
+    ("words", "where", "name", "wrong"),
+    [
+        ("cp=2", Spread, "first_slices", True),  # every slice counts the targets of the whole row
+        ("dp_shard=2", evaluate, "_shares", lambda *a, shares=evaluate._shares: ((*s[:2], True) for s in shares(*a))),
+        ("tp=2", evaluate, "evaluating", lambda system: torch.no_grad()),  # dropout goes on
+    ],
+)
+def test_a_mistake_of_validation_is_seen(monkeypatch, words, where, name, wrong):
+    monkeypatch.setattr(where, name, wrong)
+    (failure,) = certify(words, ROTATED).failures
+    assert failure.startswith("scores of held-out rows differ")
 
 
 def test_a_rank_whose_graph_lacks_an_exchange_stops_the_others(monkeypatch):

@@ -282,6 +282,7 @@ def positioned(work: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     ]
     changes += [f"data.stages.0.mixture.0.path={work}/text", f"data.validation.0.path={work}/text"]
     schemes = {"learned": "{kind: learned, max_length: 64}", "rope": "{kind: rope}"}
+    schemes["xpos"] = "{kind: xpos, scale_base: 2.0}"
     for name, scheme in schemes.items():
         train(load_recipe(work / "trial.yaml", [*changes, f"model.positions={scheme}"]), folder / name)
     return {name: folder / name for name in schemes}
@@ -323,6 +324,9 @@ def test_evaluate_refuses_lengths_that_it_cannot_have(
 ) -> None:
     assert potamos("evaluate", positioned["learned"], "--length=2x").status == 0
     assert_mistake(potamos("evaluate", positioned["learned"], "--length=4x"), "4x", "128", "positions", "end at 64")
+    # 16 of half a training row, 80 x 2 / ln(1.4 / 0.4) = 127.7 beyond it, and position 0
+    assert_mistake(potamos("evaluate", positioned["xpos"], "--length=5x"), "5x", "160", "end at 144", "scale_base")
+    assert "nan" not in potamos("evaluate", positioned["xpos"], "--length=144").out
     for wrong in ("0", "x", "4.5x", "-3", "long"):
         assert_mistake(potamos("evaluate", positioned["rope"], f"--length={wrong}"), wrong, "4x", "128")
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 import copy
 import json
 import math
+import platform
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch.distributed.pipelining import schedules
 
 from potamos.parallel import gradients, pipeline
@@ -24,6 +27,7 @@ from potamos.parallel.mesh import LayoutError, Sizes, sizes
 from potamos.parallel.pipeline import SCHEDULES, held_stages
 from potamos.pretrain import cli, verify_layouts
 from potamos.pretrain.config import available, load_recipe
+from potamos.pretrain.recipe import Muon
 from potamos.pretrain.verify import TOLERANCES, compare, verify, verify_all
 from potamos.pretrain.verify_layouts import matrix, parse_layout, recipe_layout, spell, world_of
 from potamos.pretrain.verify_rows import STEPS, RowSource
@@ -43,6 +47,7 @@ def record() -> Record:
     return Record(
         losses=[3.0, 2.5, 2.0],
         norms=[1.0, 0.9, 0.8],
+        scores=[2.25, 2.375, 2.5],
         gradients=gradients,
         updates={name: 1e-3 * np.sign(g) + 1e-4 for name, g in gradients.items()},
         start={name: f"start {name}" for name in gradients},
@@ -58,11 +63,12 @@ def spread() -> list[Record]:
 
 
 def test_equal_records_pass():
-    lines, norms, losses, failures = compare(record(), spread(), TOLERANCE)
+    lines, (norms, losses, scores), failures = compare(record(), spread(), TOLERANCE)
     assert failures == []
     assert all(line.passed for line in lines)
     assert norms.passed
     assert losses.passed
+    assert scores.passed
     assert [line.name for line in lines if line.exempt] == ["x.mixer.k.bias"]
 
 
@@ -125,6 +131,7 @@ def stranger(found: list[Record]) -> None:
         (set_to("updates", "b", 0.0), "updates differ"),
         (on_second("norms"), "the gradient's norm differs"),
         (on_second("losses"), "losses differ"),
+        (on_second("scores"), "scores of held-out rows differ"),
         (copies_differ, "not the same on all ranks"),
         (other_start, "not the same on all ranks"),
         (lose, "gradients differ: 1 of 3 parameters, first b"),
@@ -152,14 +159,14 @@ def test_a_gradient_of_zero_is_excused_by_name_alone():
     for one in (alone, found[0]):
         one.gradients["b"] = np.zeros(5)
     found[0].updates["b"] = np.ones(5)
-    assert compare(alone, found, TOLERANCE)[3] == ["updates differ: 1 of 3 parameters, first b"]
+    assert compare(alone, found, TOLERANCE)[-1] == ["updates differ: 1 of 3 parameters, first b"]
 
 
 def test_a_key_bias_with_a_gradient_is_judged_like_all():
     alone, found = record(), spread()
     alone.gradients["x.mixer.k.bias"] = found[0].gradients["x.mixer.k.bias"] = np.ones(2)
     found[0].updates["x.mixer.k.bias"] = np.ones(2)
-    assert compare(alone, found, TOLERANCE)[3] == ["updates differ: 1 of 3 parameters, first x.mixer.k.bias"]
+    assert compare(alone, found, TOLERANCE)[-1] == ["updates differ: 1 of 3 parameters, first x.mixer.k.bias"]
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
@@ -242,8 +249,17 @@ def test_a_small_copy_keeps_the_kinds_of_layers(name):
     assert small.recipe.model.layers <= 4
     assert f"model.width: {small.recipe.model.width} (was {recipe.model.width})" in small.said
     assert f"data.sequence_length: 32 (was {recipe.data.sequence_length})" in small.said
-    assert small.recipe.optimizer.kind == "adamw"
+    assert small.recipe.optimizer.kind == recipe.optimizer.kind
     assert small.recipe.model.residual_dropout == recipe.model.residual_dropout
+
+
+def test_a_small_copy_keeps_the_update_rule():
+    changes = ["optimizer={kind: muon, lr: 0.01, matrix_lr: 0.02, momentum: 0.8, clip: 2.0, spike: 6.0}"]
+    small = make_small(load_recipe("h3_hybrid_125m", changes), parse_layout(["tp=2"]), Reductions())
+    own = small.recipe.optimizer
+    assert isinstance(own, Muon)
+    assert (own.momentum, own.lr, own.matrix_lr, own.clip, own.spike) == (0.8, 1e-3, 1e-3, 0.25, None)
+    assert {"optimizer.matrix_lr: 0.001 (was 0.02)", "optimizer.spike: None (was 6.0)"} <= set(small.said)
 
 
 def test_sizes_that_are_asked_for_are_taken():
@@ -257,7 +273,17 @@ def test_sizes_that_are_asked_for_are_taken():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("tp=8", r"parallel\.tp: 8 does not divide the 12 key-value heads of .*blocks\.1\.mixer; use 6 or 12"),
+        (
+            "tp=8",
+            r"parallel\.tp: 8 does not divide the 12 key-value heads of model\.stack\.blocks\.1\.mixer; "
+            r"use 4, or 6 with a vocabulary of 50268, or 12 with a vocabulary of 50268$",
+        ),
+        (
+            "tp=5",
+            r"parallel\.tp: 5 does not divide the 768 channels of model\.stack\.blocks\.0\.mixer, the 3072 inner "
+            r"channels of .*blocks\.0\.channel, the 12 key-value heads of .*blocks\.1\.mixer, the 50264 entries of "
+            r"model\.frontend\.tokens\.weight; use 4, or 6 with a vocabulary of 50268$",
+        ),
         ("pp=8 schedule=zbv", r"parallel\.pp: 16 stages need as many layers, the model has 12"),
         ("cp=3", r"data\.sequence_length: 2048 cannot be cut into 6 slices for cp 3; use 2046 or 2052"),
         ("ep=2", r"parallel\.ep: 2 needs experts"),
@@ -387,6 +413,12 @@ def test_the_command_prints_every_parameter_and_writes_json(potamos, run_ranks, 
     assert {"model.frontend.tokens.weight", "model.stack.norm.weight"} <= names
     assert all(line["gradient_error"] <= 1e-5 for line in certificate["lines"])
     assert len(certificate["losses"]["alone"]) == len(certificate["norms"]["spread"]) == 3
+    assert len(certificate["scores"]["alone"]) == 1
+    assert certificate["versions"]["torch"] == torch.__version__
+    assert certificate["versions"]["python"] == platform.python_version()
+    assert "cores" in certificate["device"]
+    assert abs(datetime.now(UTC) - datetime.fromisoformat(certificate["date"])) < timedelta(minutes=5)
+    assert "score of held-out rows: alone" in ended.out
 
 
 def test_a_layout_that_changes_a_gradient_ends_in_status_1(potamos, run_ranks, tmp_path, monkeypatch):

@@ -161,6 +161,7 @@ def test_neither_done_nor_stopped_is_a_crash_whatever_the_status(folder):
 
 def test_nodes_that_fail_the_check_are_no_crash(folder):
     number = start(folder)
+    assert number is not None
     replaced(folder, number, "n3,n4")
     last = read_attempts(folder)[-1]
     assert (last.verdict, last.fruitless) == ("next", False)

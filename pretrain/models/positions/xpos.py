@@ -19,6 +19,8 @@ from potamos.pretrain.models.registry import register
 # Of the exponents at the ends of a training row: at the end of one four times as long they are 7 times that, below 88,
 # where fp32 ends.
 LARGEST = 12.0
+# Beyond e^80 a key of some thousands overflows fp32, and the query's factor has lost bits below its smallest number.
+OVERFLOW = 80.0
 
 
 class DecayingRotation(RotaryPositions):
@@ -32,6 +34,8 @@ class DecayingRotation(RotaryPositions):
     ) -> None:
         super().__init__(head_dim, base, 1.0, interleaved)
         self.center = center
+        # At this position the steepest pair's exponent is OVERFLOW; before the center, positions end at 0.
+        self.max_positions = center + math.floor(OVERFLOW * scale_base / math.log((1 + gamma) / gamma)) + 1
         with torch.device("cpu"):
             log_decay = xpos_log_decay(head_dim, gamma, scale_base)
         self.register_buffer("log_decay", log_decay, persistent=False)

@@ -146,3 +146,20 @@ def test_only_absolute_schemes_embed() -> None:
         adds[name] = scheme(options).embedding(Context(width=8, layers=1))
     assert isinstance(adds["learned"], Embedding)
     assert {name for name in ("none", "alibi", "rope") if adds[name] is not None} == set()
+
+
+def test_xpos_has_numbers_to_the_end_that_it_names() -> None:
+    """A query and the key of its own position make the same score anywhere; well beyond the end there is none."""
+    model = make({"kind": "xpos", "scale_base": 2.0}).float()
+    end = model.max_positions
+    assert end is not None
+    scheme: Any = next(m for m in model.modules() if getattr(m, "max_positions", None) and m is not model)
+    x = torch.randn(1, 1, 4, WIDTH // HEADS)
+    for places, sound in (([0, LENGTH // 2, end // 2, end - 1], True), ([2 * end] * 4, False)):
+        positions = torch.tensor([places])
+        turned = scheme.rotary(positions, positions)
+        scores = (turned.rotate_query(100 * x) * turned.rotate_key(100 * x)).sum(-1)
+        right = ((100 * x).square().sum(-1) - scores).abs() <= 1e-4 * scores.abs()
+        assert bool(right.all()) is sound
+    assert make({"kind": "rope"}).max_positions is None
+    assert make({"kind": "learned", "max_length": 32}).max_positions == 32
