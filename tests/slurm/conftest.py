@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -52,13 +55,25 @@ def start_cluster(slurm_folder: Path) -> Iterator[Callable[..., Cluster]]:
 @pytest.fixture(scope="session")
 def session_cluster(start_cluster: Callable[..., Cluster]) -> Cluster:
     """Four nodes, 8 GPUs and 64 CPUs each, no time limit. Nodes are noticed dead late: tests set them down."""
-    return start_cluster(nodes=4, node_timeout=60, kill_wait=15, grace=20)
+    return start_cluster(nodes=4, node_timeout=60, kill_wait=15, grace=10)
 
 
 @pytest.fixture(scope="session")
 def large_cluster(start_cluster: Callable[..., Cluster]) -> Cluster:
     """Sixteen such nodes, for what only the largest recipes need. Set SLURM_CONF from its `environment`."""
     return start_cluster(nodes=16)
+
+
+@pytest.fixture(scope="session")
+def life() -> ModuleType:
+    """Runs on a cluster that are hurt and watched: see life.py. Loaded by its path, since tests/ is no package."""
+    spec = importlib.util.spec_from_file_location("slurm_life", Path(__file__).with_name("life.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["slurm_life"] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture

@@ -1,0 +1,132 @@
+"""One run through everything that happens to runs on a cluster: it ends as if nothing had happened, bit for bit."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+
+import pytest
+
+STEPS, MORE = 48, 6
+
+
+@pytest.fixture(scope="module")
+def text(life, slurm_folder):
+    folder = slurm_folder / "text"
+    folder.mkdir()
+    return life.prepare_text(folder)
+
+
+@pytest.fixture(scope="module")
+def runs(life, session_cluster, slurm_folder, text):
+    """Of one recipe: `hurt`, to which everything happens, and `whole`, to which nothing does, once it is asked for."""
+    start = lambda name, steps=STEPS: life.submit(  # noqa: E731
+        session_cluster, slurm_folder / "runs" / name, *text, *life.short_run(steps)
+    )
+    return SimpleNamespace(hurt=start("hurt"), start=start)
+
+
+@pytest.fixture(scope="module")
+def hurt(runs):
+    return runs.hurt
+
+
+# --- faults, in this order, to one job ------------------------------------------------------------------------------
+
+
+def test_a_warning_before_the_time_limit(hurt):
+    outage = hurt.suffer("warning", hurt.warn)
+    assert (outage.saved, outage.again) == (True, 0)
+    assert (hurt.attempts[0].verdict, hurt.attempts[0].reason) == ("requeue", "SIGUSR1")
+
+
+def test_preemption_by_a_higher_partition(hurt):
+    outage = hurt.suffer("preemption", hurt.preempt)
+    assert (outage.saved, outage.again) == (True, 0)
+    assert hurt.facts()["Restarts"] == "2"
+
+
+def test_a_rank_is_killed(hurt):
+    outage = hurt.suffer("killed rank", hurt.kill_rank)
+    assert not outage.saved
+    assert outage.again <= 3 + 1  # steps since the newest checkpoint, which is of every third
+    killed = hurt.attempts[2]
+    assert killed.verdict == "requeue"
+    assert "Killed" in (killed.reason or "") or "137" in (killed.reason or ""), killed.reason
+
+
+def test_a_node_dies(hurt):
+    died = []
+    outage = hurt.suffer("dead node", lambda: died.append(hurt.kill_node(tell=True)))
+    assert died[0] not in hurt.nodes()
+    assert not outage.saved
+    hurt.revive(died[0])
+
+
+def test_an_operator_requeues(hurt):
+    outage = hurt.suffer("requeue", hurt.requeue)
+    assert (outage.saved, outage.again) == (True, 0)
+
+
+def test_the_controller_restarts(hurt):
+    before = len(hurt.attempts)
+    outage = hurt.suffer("controller", hurt.cluster.restart_controller, first=hurt.cluster.save, restarts=False)
+    assert len(hurt.attempts) == before, "the run was disturbed"
+    assert outage.again == 0
+    assert hurt.state() == "RUNNING"
+
+
+# --- the end --------------------------------------------------------------------------------------------------------
+
+
+def test_it_ends(hurt, capsys):
+    assert hurt.until_ended() == "COMPLETED"
+    assert hurt.done
+    assert hurt.attempts[-1].verdict == "done"
+    # As it must be where all six have happened: a new attempt for each but the controller's restart.
+    assert len(hurt.attempts) == 1 + sum(outage.restarted for outage in hurt.outages)
+    with capsys.disabled():
+        print()
+        for o in hurt.outages:
+            print(f"  {o.fault} after step {o.step}: {o.seconds} s to the first new step, {o.again} steps again")
+
+
+@pytest.fixture(scope="module")
+def whole(runs):
+    run = runs.start("whole")
+    assert run.until_ended() == "COMPLETED"
+    assert len(run.attempts) == 1
+    return run
+
+
+def test_same_losses_and_weights_as_a_run_that_was_left_alone(hurt, whole, trial):
+    assert [record["step"] for record in whole.records()] == list(range(1, STEPS + 1))
+    assert trial.differences(whole.folder.path, hurt.folder.path) == []
+    # Not for want of looking: nearly every step is another loss, and the faults did make it train some steps twice.
+    assert len(set(trial.losses(whole.folder.path))) > STEPS * 0.9
+    assert len(hurt.records()) > STEPS
+
+
+def test_a_requeue_of_a_finished_run_does_nothing(hurt, whole):
+    attempts, metrics = hurt.attempts, hurt.folder.metrics.read_bytes()
+    began = time.monotonic()
+    hurt.requeue()
+    hurt.until(lambda: hurt.state() != "COMPLETED", "the job to be queued again")
+    assert hurt.until_ended() == "COMPLETED"
+    assert time.monotonic() - began < 60
+    assert (hurt.attempts, hurt.folder.metrics.read_bytes()) == (attempts, metrics)
+
+
+def test_it_goes_on_with_fewer_nodes_on_the_same_data(hurt, whole, runs, life, text, trial):
+    alone = ["parallel={dp_replicate: 1}", "slurm={nodes: 1, tasks_per_node: 1}"]
+    fewer = life.submit(hurt.cluster, hurt.folder.path, *text, *life.short_run(STEPS + MORE), *alone)
+    further = runs.start("whole", STEPS + MORE)
+    for run in (fewer, further):
+        assert run.until_ended() == "COMPLETED"
+    expected, found = (trial.history(run.folder.path)[STEPS:] for run in (further, fewer))
+    assert [record["next_sample"] for record in found] == [4 * (STEPS + 1 + i) for i in range(MORE)]
+    assert [record["tokens"] for record in found] == [record["tokens"] for record in expected]
+    # Another number of ranks adds in another order; other data would be another loss altogether.
+    assert [r["loss"] for r in found] == pytest.approx([r["loss"] for r in expected], rel=1e-3)
+    assert found[0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-5)
+    assert found[1]["loss"] != pytest.approx(expected[0]["loss"], rel=1e-3)
