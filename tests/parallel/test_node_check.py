@@ -109,6 +109,11 @@ class WrongClock(Machine):
         return time.time() + 30
 
 
+class SlowClock(Machine):
+    def now(self) -> float:
+        return time.time() - 30
+
+
 class WrongMatmul(Machine):
     def matmul(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         product = left @ right
@@ -140,6 +145,7 @@ class ServedClock(Machine):
         (FullDisk, "tmp disk", r"has 1.2e-05 GB free"),
         (WrongClock, "clock", r"this node's clock is (29.9|30.0) s ahead of that of the server of /"),
         (WrongClock, "clock", r"this node's clock is (29.9|30.0) s ahead of most nodes'; limit 5 s"),
+        (SlowClock, "clock", r"this node's clock is (29.9|30.0) s behind that of the server of /"),
         (ServedClock, "clock", r"this node's clock is (7200.0|7199.9|7200.1) s behind most nodes'; limit 5 s"),
         (WrongMatmul, "matmul", r"the processor multiplies wrongly: 1 of 147456 sums \(float32\)"),
     ],
@@ -169,6 +175,12 @@ def test_a_clock_between_two_nodes_is_compared_with_the_head(tmp_path: Path, run
     assert check == "clock"
     assert "behind the head node's" in words
     assert record(tmp_path, 1).figures["skew_to_head_s"] == pytest.approx(-7200, abs=1)
+
+
+def test_of_several_clocks_the_odd_one_is_wrong_though_it_be_the_head_s(tmp_path: Path, run_ranks: Any) -> None:
+    run_ranks(3, nodes(tmp_path, lambda rank: ServedClock() if rank == 0 else Machine()), init=False)
+    assert [len(record(tmp_path, rank).problems) for rank in range(3)] == [1, 0, 0]
+    assert record(tmp_path, 2).figures["skew_to_head_s"] == pytest.approx(7200, abs=1)
 
 
 def test_a_missing_gpu_is_counted(tmp_path: Path, run_ranks: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -387,6 +399,8 @@ def test_a_node_that_cannot_reach_the_head_is_bad() -> None:
 
 def test_trouble_of_few_is_theirs_and_trouble_of_all_is_nobodys(capsys: pytest.CaptureFixture[str]) -> None:
     assert bad_of(good(0), good(1), good(2), good(3, network="Connection reset by peer")) == ["n3"]
+    alone = good(0, missing=[1], network="waited 180 s for rank 1 of 4")
+    assert bad_of(alone, good(1), good(2), good(3)) == ["n0"], "nobody else missed n1"
     everyone = [good(rank, network="the all-reduce of cuda:0 did not end within 180 s") for rank in range(4)]
     assert bad_of(*everyone) == ["n0", "n1", "n2", "n3"]
 

@@ -113,6 +113,7 @@ def test_rows_are_replaced_by_key_and_keep_every_bit(tmp_path: Path) -> None:
     endless = replace(ROW, step=5, bits_per_byte=math.inf, perplexity=1e300)
     add_rows(table, [ROW, odd])
     add_rows(table, [replace(ROW, loss=1.0), endless])
+    assert read_rows(table) == sorted([replace(ROW, loss=1.0), odd, endless])
     add_rows(table, [ROW])
     assert read_rows(table) == sorted([ROW, odd, endless])
     assert read_rows(tmp_path / "none.csv") == []
