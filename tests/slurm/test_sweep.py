@@ -7,7 +7,9 @@ import io
 import itertools
 import json
 import os
+import signal
 import stat
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -64,6 +66,7 @@ def test_names_of_folders():
     same = [p.name for p in points(["a=['x y', x-y, 'X-Y']"])[1]]  # some file systems take x-y and X-Y for one
     assert len({name.casefold() for name in same}) == 3
     assert all(name.casefold().startswith("a=x-y-") for name in same)
+    assert {p.name[:6].casefold() for p in points(["a=[x-y, X-Y]"])[1]} == {"a=x-y-"}
     long = [p.name for p in points([f"a=[{'x' * 300}, {'x' * 300}y]"])[1]]
     assert len(set(long)) == 2
     assert max(map(len, long)) < LONGEST_NAME + 10
@@ -286,6 +289,31 @@ def test_logs_as_a_command(tmp_path: Path, potamos: Callable[..., Ended], no_slu
     wrong = potamos("logs", run, "--rank", "3")
     assert (wrong.status, wrong.out) == (2, "")
     assert "there are ranks 0" in wrong.err
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (None, 0)])
+def test_following_ends_cleanly(tmp_path: Path, no_slurm: None, number: int | None, status: int):
+    """By Ctrl-C, or because whoever reads has seen enough."""
+    run = make(tmp_path / "x", recipe(0.1, 1))
+    (run / "state.json").write_text('{"reason": "running"}')
+    (run / "attempts.jsonl").write_text('{"event": "submitted", "jobs": ["12"], "at": ""}\n')
+    (run / "logs").mkdir()
+    (run / "logs" / "attempt-0.rank-0.txt").write_text("a\n" * 10)
+    command = [sys.executable, "-m", "potamos.pretrain.cli", "logs", str(run), "-f"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert child.stdout is not None
+    assert child.stderr is not None
+    assert child.stdout.readline() == b"a\n"
+    if number is not None:
+        child.send_signal(number)
+    else:
+        child.stdout.close()
+        with open(run / "logs" / "attempt-0.rank-0.txt", "a") as file:
+            file.write("b\n" * 100_000)
+    said = child.stderr.read().decode()
+    assert child.wait(60) == status, said
+    assert "Traceback" not in said
+    assert "Exception" not in said
 
 
 def test_commands_without_slurm_end_with_one_message(tmp_path: Path, potamos: Callable[..., Ended], no_slurm: None):
