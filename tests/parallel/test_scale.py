@@ -19,8 +19,8 @@ from potamos.parallel.data import SHARDS
 from potamos.parallel.mesh import sizes
 from potamos.pretrain import setup
 from potamos.pretrain.config import available, load_recipe
+from potamos.pretrain.opening import micro_batches
 from potamos.pretrain.recipe import Recipe
-from potamos.pretrain.trainer import micro_batches
 
 pytestmark = pytest.mark.distributed
 
