@@ -67,7 +67,7 @@ def test_every_folder_with_code_is_a_package():
 def test_the_wheel_holds_exactly_the_package(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     modules = {path for folder in packaged_folders(ROOT) for path in (ROOT / folder).glob("*.py")}
-    expected = modules | set((ROOT / "recipes").glob("*.yaml"))
+    expected = modules | set((ROOT / "recipes").glob("*.yaml")) | {ROOT / "slurm" / "body.sh"}
     assert names == {f"potamos/{path.relative_to(ROOT).as_posix()}" for path in expected}
     assert any(name.endswith(".yaml") for name in names), "no recipe is shipped"
 
