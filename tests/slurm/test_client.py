@@ -79,6 +79,10 @@ def test_a_name_cannot_pretend_to_be_another_field(name: str):
         assert (job["JobName"], job["JobState"], job["UserId"]) == (forged, "PENDING", "ann(10)")
 
 
+def test_a_folder_cannot_pretend_to_be_another_field():
+    assert client.fields(JOB.replace("with space", "x JobState=RUNNING JobId=1"))["JobState"] == "PENDING"
+
+
 def test_show_reads_every_record_and_no_remark(command, tmp_path: Path):
     command("scontrol", printed(tmp_path, "nodes", f"{NODE}\n{NODE.replace('n0', 'n1')}\n"))
     assert [node["NodeName"] for node in client.show("node")] == ["n0", "n1"]
