@@ -9,6 +9,7 @@ Files are asked again and again rather than watched: the writers sit on other ma
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import time
@@ -191,35 +192,34 @@ class Follower:
 
     def follow(self) -> Status:
         """Follow to the end; how the run stands then. With a given attempt, to the end of that."""
-        log, place, said, asked, sure = None, 0, "", -self.ask, False
+        log: Log | None = None
+        place, asked, sure, said = 0, -math.inf, False, ""
         while True:
             found = self._look()
             if found is not None and (log is None or found.path != log.path):
-                if log is not None:
-                    self._drain(log, place)
-                    self._tell_end(log)
-                log, place = (
-                    found,
-                    0 if log is not None or self.lines is None else _start_of_last(self.lines, found.path),
-                )
-                self.tell(f"==> {printable(log.path)}")
-                sure = False
-            before = place
-            place = place if log is None else self._drain(log, place)
+                place, log = self._change(log, place, found), found
+            before, place = place, place if log is None else self._drain(log, place)
             if place != before:
                 sure = False
             elif sure or time.monotonic() - asked >= self.ask:
                 asked, status = time.monotonic(), self.status(self.run)
-                if self._over(status):
-                    if sure:  # twice in a row, without a word between
-                        if log is not None:
-                            self._tell_end(log)
-                        return status
-                    sure = True
-                elif status.state != "running" and (now := f"{status.state}: {status.why}") != said:
-                    self.tell(now)
-                    said = now
+                over = self._over(status)
+                if over and sure:  # twice in a row, without a word between
+                    self._tell_end(log)
+                    return status
+                news = "" if over or status.state == "running" else f"{status.state}: {printable(status.why)}"
+                if news and news != said:
+                    self.tell(news)
+                sure, said = over, news or said
             time.sleep(self.poll)
+
+    def _change(self, old: Log | None, place: int, new: Log) -> int:
+        """Go over to another file; where to begin in it. The first one may be long, so only its last lines count."""
+        if old is not None:
+            self._drain(old, place)
+            self._tell_end(old)
+        self.tell(f"==> {printable(new.path)}")
+        return _start_of_last(self.lines, new.path) if old is None and self.lines is not None else 0
 
     def _look(self) -> Log | None:
         """The file to follow now. Of a running attempt it is that of rank 0, whoever fails later."""
@@ -257,9 +257,9 @@ class Follower:
             return 0
         return place
 
-    def _tell_end(self, log: Log) -> None:
-        ended = next((a for a in read_attempts(self.run) if a.number == log.attempt and a.verdict), None)
-        if ended is None:
+    def _tell_end(self, log: Log | None) -> None:
+        ended = next((a for a in read_attempts(self.run) if log and a.number == log.attempt and a.verdict), None)
+        if log is None or ended is None:
             return
         who = culprit(ended)
         look = f" (its log: --attempt {ended.number} --rank {who})" if who is not None and who != log.rank else ""

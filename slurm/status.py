@@ -34,6 +34,8 @@ STATES = {
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
 DEPTH = 3  # of folders below the one asked for
 NAMED = 1000  # jobs that squeue is asked for by name; beyond that it is asked for all
+LEFT = "left the queue before it began"
+PUZZLES = 8  # jobs that ended without a word, of which Slurm is asked one by one
 QUIET = 600.0  # seconds without news after which a running run is remarked on
 NO_RUNS = frozenset({"code", "checkpoints", "logs", "tensorboard"})  # what a folder of runs may hold beside them
 
@@ -152,7 +154,21 @@ def statuses(
         entries, silence = ask(job for fact in facts if isinstance(fact, Facts) for job in fact.jobs)
         if silence and tell:
             tell(silence)
-        return list(pool.map(lambda fact: judge(fact, entries, now) if isinstance(fact, Facts) else fact, facts))
+        found = list(pool.map(lambda fact: judge(fact, entries, now) if isinstance(fact, Facts) else fact, facts))
+    puzzles = [n for n, each in enumerate(found) if each.job and (each.state == "stale" or each.why.endswith(LEFT))]
+    for n in puzzles[:PUZZLES]:
+        found[n] = replace(found[n], why=found[n].why + _last_words(found[n].job or ""))
+    return found
+
+
+def _last_words(job: str) -> str:
+    """How Slurm says that a job ended, which it remembers for some minutes only."""
+    try:
+        (record,) = client.show("job", job)
+    except (SlurmError, ValueError):
+        return ""
+    reason = record.get("Reason", "None")
+    return f": {record.get('JobState', '').lower()}" + (f", {reason}" if reason not in ("None", "") else "")
 
 
 def _read(folder: str | os.PathLike[str]) -> Facts | Status:
@@ -321,7 +337,7 @@ def _ended(base: Status, facts: Facts, asked: bool, now: datetime) -> Status:
     if last is not None:
         return replace(base, state="failed", why=f"{why}; no job follows")
     if facts.jobs:
-        return replace(base, state="cancelled", why=f"job {facts.jobs[-1]} left the queue before it began")
+        return replace(base, state="cancelled", why=f"job {facts.jobs[-1]} {LEFT}")
     return replace(base, state="stopped" if reason else "prepared", why=reason)
 
 

@@ -323,6 +323,26 @@ def test_hundreds_of_runs_are_one_question(tmp_path: Path, squeue: Callable[[str
     assert found["x299"].state == "finished"
 
 
+def test_slurm_is_asked_how_jobs_ended_that_left_no_word(tmp_path: Path, squeue: Callable[[str], Path]):
+    """As 22.05.8 tells of a chain whose first job failed. What it has forgotten is no error, and it is not asked of all."""
+    calls = squeue("")
+    record = (
+        "JobId=12 JobName=x UserId=ann(1) GroupId=ann(1) JobState=CANCELLED Reason=DependencyNeverSatisfied Dep=(null)"
+    )
+    (calls.parent / "scontrol").write_text(
+        f'#!/bin/sh\necho "$*" >> {calls}\n'
+        f'[ "$3" = 12 ] || {{ echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1; }}\necho "{record}"\n'
+    )
+    (calls.parent / "scontrol").chmod(0o755)
+    Run(tmp_path / "a").submitted("12")
+    for k in range(20):
+        Run(tmp_path / f"b{k:02}").submitted(f"{100 + k}").begin(0).state()
+    found = statuses(find_runs([tmp_path]))
+    assert found[0].why == "job 12 left the queue before it began: cancelled, DependencyNeverSatisfied"
+    assert {each.why for each in found[1:]} == {f"no job and no process trains it; last news {ago(30)}"}
+    assert len(calls.read_text().splitlines()) == 1 + status.PUZZLES
+
+
 def test_without_slurm_it_is_said_once(tmp_path: Path, no_slurm: None):
     told: list[str] = []
     Run(tmp_path / "a").state("finished").mark("done.json", step=100)
