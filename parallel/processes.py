@@ -117,7 +117,9 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
 def _tell(codes: Sequence[int], words: Sequence[str], first: int | None) -> int:
     """Say what each failed rank said, the cause before its echoes; the cause's exit status, or 0."""
     failed = [n for n, code in enumerate(codes) if code]
-    failed.sort(key=lambda n: (bool(ECHO.search(words[n])), n != first, n))
+    # Of a user's mistake rank 0 alone speaks; one that leaves without a word beside it is not the cause.
+    silent = {n for n in failed if codes[n] > 0 and not words[n]}
+    failed.sort(key=lambda n: (bool(ECHO.search(words[n])), n in silent, n != first, n))
     said: set[str] = set()
     for n in failed:
         code = codes[n]

@@ -70,8 +70,11 @@ raise ConnectionError("Connection reset by peer")
     assert words.index("rank 1 ended with status 1") < words.index("the true cause") < words.index("Connection reset")
 
 
-def test_a_users_mistake_is_said_once(tmp_path):
-    code, _, words = run(tmp_path, "if rank == 0:\n    print('error: wrong', file=sys.stderr)\nsys.exit(2)", 2)
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_users_mistake_is_said_once(tmp_path, late):
+    """Whichever rank leaves first: the other ones leave without a word."""
+    wait = f"if rank == {late}:\n    time.sleep(0.3)\n"
+    code, _, words = run(tmp_path, wait + "if rank == 0:\n    print('error: wrong', file=sys.stderr)\nsys.exit(2)", 2)
     assert (code, words) == (2, "error: wrong\n")
 
 

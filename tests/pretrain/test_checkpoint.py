@@ -403,7 +403,9 @@ def test_sigkill_at_any_moment_leaves_a_valid_latest(tmp_path: Path) -> None:
         for step in range((loaded.step if loaded else 0) + 1, 10**6):
             checkpoints.save(make_snapshot(step, size=20_000))
 
-    for _ in range(12):
+    for _ in range(60):  # 12 on an idle machine; a busy one gets to save less between two kills
+        if reached > 12 and in_save > 3:  # the kills did hit saves
+            return
         pid = fork(train)
         time.sleep(moments.uniform(0.02, 0.35))
         os.kill(pid, signal.SIGKILL)
@@ -417,8 +419,7 @@ def test_sigkill_at_any_moment_leaves_a_valid_latest(tmp_path: Path) -> None:
             assert_same(loaded, make_snapshot(loaded.step, size=20_000))
             assert loaded.step >= reached
             reached = loaded.step
-    assert reached > 5
-    assert in_save > 3  # the kills did hit saves
+    pytest.fail(f"60 kills hit {in_save} saves, and {reached} checkpoints were written")
 
 
 @pytest.mark.parametrize("fatal", range(1, 4))
