@@ -334,7 +334,7 @@ def test_a_task_s_command_outlives_signals_but_not_its_task(tmp_path: Path) -> N
         "sys.executable = '/bin/sh'\n"
         "class Popen(small_jobs.subprocess.Popen):\n"
         "    def __init__(self, command, **options):\n"
-        "        said = 'echo $$; kill -TERM $$; kill -USR2 $$; echo alive; sleep 60'\n"
+        "        said = 'echo $$; kill -TERM $$; kill -USR2 $$; echo alive; exec sleep 600'\n"
         "        super().__init__(['/bin/sh', '-c', said], **options)\n"
         "small_jobs.subprocess.Popen = Popen\n"
         "small_jobs.Command()([])\n"
@@ -346,7 +346,7 @@ def test_a_task_s_command_outlives_signals_but_not_its_task(tmp_path: Path) -> N
     assert task.stdout.readline() == "alive\n"
     task.kill()
     task.wait()
-    until(lambda: not Path(f"/proc/{child}").exists() or "\nState:\tZ" in Path(f"/proc/{child}/status").read_text())
+    until(lambda: not Path(f"/proc/{child}").exists() or "\nState:\tZ" in Path(f"/proc/{child}/status").read_text(), 20)
 
 
 def until(condition: Callable[[], object], patience: float = PATIENCE) -> None:
