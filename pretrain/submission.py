@@ -23,7 +23,7 @@ from potamos.slurm.checks import (
 )
 from potamos.slurm.client import Partition
 from potamos.slurm.job import Job
-from potamos.slurm.prepare import begun, check_folder, read_json
+from potamos.slurm.prepare import begun, read_json
 from potamos.slurm.run_folder import RunFolder
 from potamos.slurm.site import Site, load_site
 
@@ -123,7 +123,6 @@ def send(asked: Asked) -> tuple[Submission, submit.Submitted]:
     partition, remarks = check_cluster(job, client.partitions())
     remarks += check_place(job.folder, site.shared)
     check_writable(job.folder)
-    check_folder(job)
     forecast = foresee(recipe, job, asked.gpu or gpu_of(partition))
     remarks += [*forecast.remarks, *check_data(recipe, site)]
     recipes = texts(recipe, job.tasks)
@@ -164,7 +163,7 @@ def foresee(recipe: Recipe, job: Job, gpu: str | None) -> Forecast:
         remarks.append(f"time and memory are unknown: the plan met {type(error).__name__}; see potamos plan")
     else:
         hours = found.hours
-        if found.refused is not None and device != "cpu":
+        if found.refused is not None and device != "cpu":  # for a CPU the plan only assumes what memory there is
             raise PlanError(f"{found.refused} (planned for {device}; --gpu names another)")
     check_micro_batches(layout, size, recipe.train.sequences // (size.data * recipe.train.micro_sequences))
     tokens = recipe.train.steps * recipe.train.sequences * recipe.data.sequence_length

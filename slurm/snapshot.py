@@ -151,7 +151,7 @@ def _diff(package: Path) -> bytes | None:
     index = _git(package, "rev-parse", "--path-format=absolute", "--git-path", "index")
     if out is None or index is None:
         return None
-    new = [name for name in out.split(b"\0") if name and not name.endswith(b"/")]  # a checkout inside is a folder
+    new = [name for name in out.split(b"\0") if name and not _is_private(name)]
     fitting = [name for name in new if _size(package, name) <= LARGEST_NEW_FILE]
     with tempfile.TemporaryDirectory() as folder:
         own, names = Path(folder) / "index", Path(folder) / "names"
@@ -169,6 +169,11 @@ def _diff(package: Path) -> bytes | None:
         return None
     left = sorted(set(new) - set(fitting))
     return b"".join(b"# left out, larger than 1 MiB: %s\n" % name for name in left) + diff
+
+
+def _is_private(name: bytes) -> bool:
+    """Hidden files (`.env` may hold passwords, and a run folder is shared), and checkouts inside, which are folders."""
+    return name.endswith(b"/") or any(part.startswith(b".") for part in name.split(b"/"))
 
 
 def _size(package: Path, name: bytes) -> int:

@@ -103,6 +103,15 @@ def test_the_diff_gives_the_tree_back(checkout: Path, tmp_path: Path):
     assert contents(tmp_path / "clone") == contents(checkout)
 
 
+def test_new_hidden_files_stay_private(checkout: Path, tmp_path: Path):
+    write(checkout, {".env": "PASSWORD=1\n", ".config/token": "secret\n", "slurm/new.py": "NEW = 1\n"})
+    take_snapshot(tmp_path / "code", checkout)
+    diff = (tmp_path / "code/dirty.diff").read_text()
+    assert "slurm/new.py" in diff
+    assert "PASSWORD" not in diff
+    assert "token" not in diff
+
+
 def test_the_users_settings_of_git_change_nothing(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write(checkout, {"files.py": "WORD = 'edited'\n", "slurm/new.py": ""})
     one = take_snapshot(tmp_path / "one", checkout)
