@@ -324,7 +324,7 @@ def test_hundreds_of_runs_are_one_question(tmp_path: Path, squeue: Callable[[str
 
 
 def test_slurm_is_asked_how_jobs_ended_that_left_no_word(tmp_path: Path, squeue: Callable[[str], Path]):
-    """As 22.05.8 tells of a chain whose first job failed. What it has forgotten is no error, and it is not asked of all."""
+    """As 22.05.8 tells of a chain whose first job failed. What it forgot is no error, and it is not asked of all."""
     calls = squeue("")
     record = (
         "JobId=12 JobName=x UserId=ann(1) GroupId=ann(1) JobState=CANCELLED Reason=DependencyNeverSatisfied Dep=(null)"
