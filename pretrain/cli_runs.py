@@ -143,14 +143,15 @@ def cancel(
 def requeue(runs: SomeRuns) -> None:
     """Send a run back into the queue: one that trains, as Slurm's own requeue; one that ended early, anew.
 
-    A finished run is refused: to go on with one, submit it again with more train.steps.
+    A finished run is refused: to go on with one, submit it again with more train.steps. Of a sweep, all are sent back
+    that neither wait nor are finished.
 
     Example: potamos requeue runs/h3_hybrid_tiny
     """
-    from potamos.slurm.control import requeue as send
+    from potamos.slurm.control import requeue_all
 
-    for run in runs:
-        show.line(send(run))
+    for done in requeue_all(runs):
+        show.line(done)
 
 
 def doctor(

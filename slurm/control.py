@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import socket
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +24,7 @@ from potamos.slurm.status import (
     Status,
     entries_of,
     find_runs,
+    is_run,
     judge,
     lock_holder,
     printable,
@@ -167,6 +169,24 @@ def _await(ids: Iterable[str], seconds: float, poll: float, *, save: bool = Fals
 # --- requeue --------------------------------------------------------------------------------------------------------
 
 
+def requeue_all(folders: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
+    """`requeue` each of these runs; of a folder of runs those that can be. What was done, or why not, as sentences.
+
+    Raises:
+        StatusError: no such folder.
+        ControlError: a run that was named itself cannot be requeued.
+    """
+    for folder in map(Path, folders):
+        if not folder.is_dir() or is_run(folder):
+            yield requeue(folder)
+            continue
+        for run in find_runs([folder]):
+            try:
+                yield requeue(run)
+            except ControlError as error:
+                yield str(error)
+
+
 def requeue(run: str | os.PathLike[str]) -> str:
     """Send a run back into the queue; what was done, as a sentence.
 
@@ -188,7 +208,7 @@ def requeue(run: str | os.PathLike[str]) -> str:
     if status.state == "finished":
         raise ControlError(
             f"{name} is finished at step {(facts.done or {}).get('step')}: raise train.steps to go on, as in "
-            f"potamos submit RECIPE train.steps=N --run {name}"
+            f"potamos submit RECIPE train.steps=N --run {shlex.quote(str(folder.path))}"
         )
     active = [entry for entry in own if entry.state not in (*WAITING, "COMPLETING")]
     if active:

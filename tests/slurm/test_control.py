@@ -217,6 +217,19 @@ def test_requeue_by_state(tmp_path: Path, slurm: FalseSlurm):
         requeue(tmp_path / "none")
 
 
+def test_of_a_sweep_those_are_requeued_that_can_be(tmp_path: Path, slurm: FalseSlurm, monkeypatch: pytest.MonkeyPatch):
+    runs = [make(tmp_path / "sweep" / f"lr={k}", f"7_{k}") for k in range(3)]
+    runs[0].done.write_text('{"step": 100}')
+    slurm.queue(j7_1="PENDING Priority")
+    monkeypatch.setattr(control, "resubmit", lambda run: ["9"])
+    first, second, third = control.requeue_all([tmp_path / "sweep"])
+    assert "is finished" in first
+    assert "waits already" in second
+    assert third == f"{runs[2].path}: submitted again, job 9"
+    with pytest.raises(ControlError, match="is finished"):
+        list(control.requeue_all([runs[0]]))
+
+
 def test_a_run_that_was_never_submitted_is_not_requeued(tmp_path: Path, slurm: FalseSlurm):
     with pytest.raises(SlurmError, match="never submitted"):
         requeue(make(tmp_path / "x"))
