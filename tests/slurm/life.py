@@ -23,7 +23,7 @@ from potamos.slurm.cluster import Cluster
 from potamos.slurm.run_folder import RunFolder
 
 # An upper bound, not a wait: a machine that runs other work besides is many times slower.
-PATIENCE = 80.0
+PATIENCE = 300.0
 
 
 @dataclass(frozen=True)
