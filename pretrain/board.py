@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
-import os
 import socket
 import tempfile
 import time
@@ -11,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from potamos.slurm.checks import user_name
 from potamos.slurm.run_folder import RunFolder
 from potamos.slurm.status import find_runs
 
@@ -76,11 +75,9 @@ def launch(links: Path, port: int | None) -> str:
 def tunnel(url: str) -> str:
     """The command that brings the board to the machine that one sits at."""
     port = url.rstrip("/").rpartition(":")[2].partition("/")[0]
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):
-        user = str(os.getuid())
-    return f"ssh -N -L {port}:localhost:{port} {user}@{socket.getfqdn()}"
+    host = socket.getfqdn()
+    host = socket.gethostname() if host.startswith("localhost") else host
+    return f"ssh -N -L {port}:localhost:{port} {user_name()}@{host}"
 
 
 def serve(look: Callable[[], int], tell: Callable[[str], object], count: int) -> None:
