@@ -103,15 +103,29 @@ def expectations(found: Submission) -> list[str]:
     gpus = job.nodes * job.gpus_per_node
     lines = []
     if forecast.hours is not None:
-        spent = f", {forecast.hours * gpus * len(job.runs):,.0f} GPU-hours" if gpus else ""
+        spent = f", {forecast.hours * gpus * len(job.runs):,.0f} GPU-hours" if gpus and forecast.hours >= 1 else ""
         each = " for each seed" if job.tasks else ""
         lines.append(
-            f"plan: {forecast.hours:,.1f} hours{each}{spent}, {forecast.tokens / 1e9:,.3g}B tokens, on {forecast.gpu}"
+            f"plan: {_duration(forecast.hours)}{each}{spent}, {_amount(forecast.tokens)} tokens, on {forecast.gpu}"
         )
     if gpus and found.gpu_hours is not None:
         again = "; a run that is not finished then goes back into the queue" if job.requeue else ""
-        lines.append(f"cost: at most {found.gpu_hours * found.chain:,.0f} GPU-hours{again}")
+        cost = found.gpu_hours * found.chain
+        lines.append(f"cost: at most {cost:,.{0 if cost >= 10 else 1}f} GPU-hours{again}")
     return lines
+
+
+def _duration(hours: float) -> str:
+    if hours >= 1:
+        return f"{hours:,.1f} hours"
+    return f"{hours * 60:.0f} minutes" if hours >= 1 / 30 else f"{hours * 3600:.0f} seconds"
+
+
+def _amount(number: int) -> str:
+    for size, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:,}"
 
 
 def _count(number: int, what: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from potamos.pretrain.config import Recipe, load_recipe, parse_recipe, to_yaml
 from potamos.pretrain.recipe_file import write_text
-from potamos.slurm.checks import SubmitError
+from potamos.slurm.checks import SubmitError, check_names
 from potamos.slurm.job import ARRAY, Container, Job
 from potamos.slurm.site import Site, SiteContainer
 
@@ -53,7 +53,7 @@ def draft(
             "train.device: cuda, but the job asks for no GPU; ask with --gpus-per-node or slurm.gpus_per_node"
         )
     places = tuple(runs.values()) if runs else (folder,)
-    return Job(
+    job = Job(
         name=recipe.name,
         folder=folder,
         runs=places,
@@ -80,6 +80,8 @@ def draft(
         prologue=site.prologue,
         environment=site.environment,
     )
+    check_names(job)
+    return job
 
 
 def _container(image: str, site: Site, recipes: Iterable[Recipe], folders: Iterable[Path]) -> Container:

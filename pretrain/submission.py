@@ -16,7 +16,6 @@ from potamos.slurm import client, submit
 from potamos.slurm.checks import (
     check_cluster,
     check_disk,
-    check_names,
     check_place,
     check_writable,
     seen_here_alone,
@@ -91,9 +90,7 @@ def resolve(asked: Asked, site: Site) -> tuple[Recipe, Job]:
     recipe = absolute(with_options(asked.recipe, asked.overrides, asked.options), here)
     folder = Path(os.path.abspath(asked.run if asked.run is not None else here / "runs" / recipe.name))
     runs = None if asked.array is None else {task: folder / f"seed-{task}" for task in tasks_of(asked.array)}
-    job = draft(recipe, site, folder, runs=runs, array=asked.array, chain=asked.chain)
-    check_names(job)
-    return recipe, job
+    return recipe, draft(recipe, site, folder, runs=runs, array=asked.array, chain=asked.chain)
 
 
 def rehearse(asked: Asked) -> Submission:

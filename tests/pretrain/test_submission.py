@@ -81,7 +81,7 @@ def test_a_submission_says_where_to_look_and_what_it_costs(potamos, here: Path, 
     status, out, err = potamos(*moved, "train.device=auto", "--nodes", "2", "--gpus-per-node", "1", "--run", "r")
     assert status == 0, err
     assert f"job 12: h3_hybrid_tiny, 2 nodes x 1 GPU, 02:00:00\nfolder: {here}/r\n" in out
-    assert "cost: at most 4 GPU-hours; a run that is not finished then goes back" in out
+    assert "cost: at most 4.0 GPU-hours; a run that is not finished then goes back" in out
     assert "look: potamos status" in out
     assert "on h200" in out, "the plan is made for what the partition has"
     assert "/tmp, which other nodes usually do not see" in err
@@ -101,6 +101,15 @@ def test_seeds_are_runs_of_one_array(potamos, here: Path):
     assert [load_recipe(run / f"seed-{k}" / "recipe.yaml").train.seed for k in (1, 2)] == [1, 2]
     assert "#SBATCH --array=1-2%1\n" in (run / "submit.sbatch").read_text()
     assert "#SBATCH --no-requeue\n" in (run / "submit.sbatch").read_text()
+
+
+def test_what_a_chain_of_arrays_costs(potamos):
+    gpus = ("--nodes", "2", "--gpus-per-node", "1", "train.device=auto")
+    status, _, err = potamos("--dry-run", *gpus, "--time", "60", "--chain", "3", "--array", "1-2")
+    assert status == 0
+    assert "cost: at most 12 GPU-hours\n" in err  # 2 nodes x 1 GPU x 1 hour, of 2 seeds, 3 times; none is requeued
+    assert "tokens, on h100\n" in err
+    assert "for each seed" in err
 
 
 @pytest.mark.parametrize(
