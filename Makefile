@@ -68,7 +68,7 @@ corpora: $(VENV)/.development ## prepare, verify and train on three real corpora
 
 test: unit distributed kernels resume learning ## every test but those on a real Slurm, in five of the targets below
 
-# $(call pytest,marks,limit). At its limit a target gets SIGINT, so that pytest says what ran, and SIGKILL twenty seconds
+# $(call pytest,marks,limit[,how tests are dealt to workers]). At its limit a target gets SIGINT, so that pytest says what ran, and SIGKILL twenty seconds
 # later (pytest-xdist takes up to ten to end its workers); `timeout` signals the whole process group, so no rank and no
 # run outlives its target. pytest itself names a hanging test before that (faulthandler_timeout in pyproject.toml).
 # macOS has the command as gtimeout, or not at all.
@@ -76,7 +76,7 @@ test: unit distributed kernels resume learning ## every test but those on a real
 # most modules alone and sets up their fixtures once, and none waits for the longest file.
 TIMEOUT := $(shell command -v timeout || command -v gtimeout)
 define pytest
-	@$(if $(TIMEOUT),$(TIMEOUT) --signal=INT --kill-after=20 $(2)) $(BIN)/pytest -m '$(1)' -n $(WORKERS) --dist worksteal $(PYTEST_FLAGS) </dev/null || { \
+	@$(if $(TIMEOUT),$(TIMEOUT) --signal=INT --kill-after=20 $(2)) $(BIN)/pytest -m '$(1)' -n $(WORKERS) --dist $(or $(3),worksteal) $(PYTEST_FLAGS) </dev/null || { \
 	code=$$?; case $$code in \
 	124) echo "error: make $@ did not finish within its limit of $(2) s" >&2;; \
 	137) echo "error: make $@ was killed: past its limit of $(2) s and deaf to SIGINT, or out of memory" >&2;; \
@@ -101,11 +101,12 @@ gpu: ## test and time the kernels on this machine's GPU, with its own python3 (8
 resume: $(VENV)/.development ## killed runs continue, bit for bit
 	$(call pytest,resume,$(RESUME_LIMIT))
 
+# A file's tests stay together: some follow one job through its life.
 slurm: $(VENV)/.development ## runs on a real Slurm that is started here; skipped where Debian's packages are absent
-	$(call pytest,slurm and not nightly,$(SLURM_LIMIT))
+	$(call pytest,slurm and not nightly,$(SLURM_LIMIT),loadfile)
 
 nightly: $(VENV)/.development ## what takes minutes of waiting: Slurm's own delays and time limits
-	$(call pytest,nightly,$(NIGHTLY_LIMIT))
+	$(call pytest,nightly,$(NIGHTLY_LIMIT),loadfile)
 
 learning: $(VENV)/.development ## what a mixer must be able to learn, and what not
 	$(call pytest,slow and not (slurm or nightly),$(LEARNING_LIMIT))
