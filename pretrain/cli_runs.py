@@ -21,6 +21,7 @@ Folders = Annotated[
     list[Path] | None, typer.Argument(metavar="[FOLDER]...", help="Runs, or folders of runs; runs/ by default.")
 ]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as in runs/h3_hybrid_tiny.")]
+Grace = Annotated[float, typer.Option(min=0, help="Seconds to finish the step and save; 0: end at once.")]
 SomeRuns = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or a sweep's.")]
 
 
@@ -123,7 +124,7 @@ def logs(
 
 def cancel(
     runs: SomeRuns,
-    grace: Annotated[float, typer.Option(min=0, help="Seconds to finish the step and save; 0: end at once.")] = 60.0,
+    grace: Grace = 60.0,
 ) -> None:
     """End every job of a run, a chain or a sweep for good. What trains is told to save first.
 
@@ -140,8 +141,8 @@ def cancel(
         raise typer.Exit(1)
 
 
-def requeue(runs: SomeRuns) -> None:
-    """Send a run back into the queue: one that trains, as Slurm's own requeue; one that ended early, anew.
+def requeue(runs: SomeRuns, grace: Grace = 60.0) -> None:
+    """Send a run back into the queue: one that trains, when it has saved; one that ended early, anew.
 
     A finished run is refused: to go on with one, submit it again with more train.steps. Of a sweep, all are sent back
     that neither wait nor are finished.
@@ -150,7 +151,7 @@ def requeue(runs: SomeRuns) -> None:
     """
     from potamos.slurm.control import requeue_all
 
-    for done in requeue_all(runs):
+    for done in requeue_all(runs, grace=grace):
         show.line(done)
 
 

@@ -169,7 +169,7 @@ def _await(ids: Iterable[str], seconds: float, poll: float, *, save: bool = Fals
 # --- requeue --------------------------------------------------------------------------------------------------------
 
 
-def requeue_all(folders: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
+def requeue_all(folders: Iterable[str | os.PathLike[str]], *, grace: float = GRACE) -> Iterator[str]:
     """`requeue` each of these runs; of a folder of runs those that can be. What was done, or why not, as sentences.
 
     Raises:
@@ -178,21 +178,22 @@ def requeue_all(folders: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
     """
     for folder in map(Path, folders):
         if not folder.is_dir() or is_run(folder):
-            yield requeue(folder)
+            yield requeue(folder, grace=grace)
             continue
         for run in find_runs([folder]):
             try:
-                yield requeue(run)
+                yield requeue(run, grace=grace)
             except ControlError as error:
                 yield str(error)
 
 
-def requeue(run: str | os.PathLike[str]) -> str:
+def requeue(run: str | os.PathLike[str], *, grace: float = GRACE, poll: float = 0.5) -> str:
     """Send a run back into the queue; what was done, as a sentence.
 
-    A running job is ended by Slurm, which gives it KillWait to save, and goes on from its newest checkpoint. A run that
-    was cancelled, failed or stopped is submitted again, as it was asked for before, and its earlier failures no longer
-    count.
+    A job that trains is told to save, as before a time limit, upon which its script puts it back (or the next of its
+    chain goes on). Slurm's own requeue would grant it no more than KillWait, usually 30 s, so that is for a job which
+    has not saved after ``grace`` seconds. A run that was cancelled, failed or stopped is submitted again, as it was
+    asked for before, and its earlier failures no longer count.
 
     Raises:
         ControlError: it is finished, waits already, or is trained outside of Slurm.
@@ -212,14 +213,29 @@ def requeue(run: str | os.PathLike[str]) -> str:
         )
     active = [entry for entry in own if entry.state not in (*WAITING, "COMPLETING")]
     if active:
-        client.run("scontrol", "requeue", active[0].id)
-        return f"{name}: job {active[0].id} goes back into the queue"
+        return f"{name}: {_send_back(active[0].id, grace, poll)}"
     if own:
         return _of_waiting(name, own, status)
     if holder := lock_holder(folder.lock):
         raise ControlError(f"{name} is trained by {holder}; stop that first, with Ctrl-C or SIGTERM")
     jobs = resubmit(folder)
     return f"{name}: submitted again, job {', '.join(jobs)}" + (f", from step {status.saved}" if status.saved else "")
+
+
+def _send_back(job: str, grace: float, poll: float) -> str:
+    again, end = time.monotonic(), time.monotonic() + grace
+    while time.monotonic() < end:
+        if time.monotonic() >= again:
+            again = time.monotonic() + AGAIN
+            _scancel([job], "--signal=USR1")
+        time.sleep(poll)
+        own = entries_of([job], client.queue([job]))
+        if not own:
+            return f"job {job} has saved and ended"
+        if own[0].state != "RUNNING":
+            return f"job {job} has saved and goes back into the queue"
+    client.run("scontrol", "requeue", job)
+    return f"job {job} goes back into the queue"
 
 
 def _of_waiting(name: str, own: Sequence[QueueEntry], status: Status) -> str:

@@ -199,7 +199,7 @@ def test_a_slurm_that_refuses_is_heard(tmp_path: Path, slurm: FalseSlurm):
 def test_requeue_by_state(tmp_path: Path, slurm: FalseSlurm):
     run = make(tmp_path / "x", "7_3")
     slurm.queue(j7_3="RUNNING")
-    assert requeue(run).endswith("job 7_3 goes back into the queue")
+    assert requeue(run, grace=0).endswith("job 7_3 goes back into the queue")
     slurm.queue(j7_3="PENDING Priority")
     with pytest.raises(ControlError, match="job 7_3 waits already \\(Priority\\)"):
         requeue(run)
@@ -215,6 +215,20 @@ def test_requeue_by_state(tmp_path: Path, slurm: FalseSlurm):
         requeue(run)
     with pytest.raises(ControlError, match="no run folder"):
         requeue(tmp_path / "none")
+
+
+def test_a_run_saves_before_it_is_requeued(tmp_path: Path, slurm: FalseSlurm):
+    """Slurm's own requeue would grant it KillWait, too little for a large model."""
+    run = make(tmp_path / "x", "12")
+    slurm.queue(j12="RUNNING")
+    assert requeue(run, grace=0.05, poll=0.01).endswith("job 12 goes back into the queue")  # deaf
+    assert slurm.calls("scontrol") == ["scontrol requeue 12"]
+    (slurm.folder / "saves").write_text("sed -i s/RUNNING/COMPLETING/ $HERE/queue; exit 0\n")
+    assert requeue(run, grace=20, poll=0.01).endswith("job 12 has saved and goes back into the queue")
+    slurm.queue(j12="RUNNING")
+    (slurm.folder / "saves").write_text("")  # the last of a chain, or it was done
+    assert requeue(run, grace=20, poll=0.01).endswith("job 12 has saved and ended")
+    assert slurm.calls("scontrol") == ["scontrol requeue 12"]
 
 
 def test_of_a_sweep_those_are_requeued_that_can_be(tmp_path: Path, slurm: FalseSlurm, monkeypatch: pytest.MonkeyPatch):
@@ -326,9 +340,8 @@ def test_a_run_is_watched_requeued_cancelled_and_finished(cluster, trainer: str,
         assert (state().job, state().nodes, state().why) == (first, "n[0-1]", "")
         with pytest.raises(SlurmError, match=f"has job {first} already"):
             submit(job, [RECIPE], "environment")
-        assert requeue(run).endswith(f"job {first} goes back into the queue")
-        until(lambda: state().state == "requeued", state)
-        assert "before: SIGTERM" in until(lambda: state().state == "requeued" and state().why, state)
+        assert requeue(run, grace=PATIENCE, poll=0.1).endswith(f"job {first} has saved and goes back into the queue")
+        assert "before: SIGUSR1" in until(lambda: state().state == "requeued" and state().why, state)
         with pytest.raises(ControlError, match="waits already"):
             requeue(run)
         until(lambda: trains(1), state)
