@@ -17,7 +17,9 @@ FAULTS = """
 import os, sys, time
 node = os.environ.get("SLURMD_NODENAME")
 if "potamos.parallel.node_check" in sys.orig_argv and node == "n1":
-    time.sleep(600)
+    while not all(os.path.exists(f"logs/preflight-0.{other}.json") for other in ("n0", "n2")):
+        time.sleep(0.1)
+    os._exit(0)
 if "potamos.parallel.node_check" in sys.orig_argv and node == "n3":
     os._exit(7)
 """
@@ -28,13 +30,13 @@ if "potamos.parallel.node_check" in sys.orig_argv and node == "n3":
 def test_nodes_of_a_real_slurm(faulty: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if faulty:
         (tmp_path / "sitecustomize.py").write_text(FAULTS)
-        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     (tmp_path / "logs").mkdir()
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     check = [sys.executable, "-P", "-m", "potamos.parallel.node_check", "--attempt", "0"]
-    step = ["srun", "--nodes=4", "--ntasks=4", "--ntasks-per-node=1", "--mem=1G", "--kill-on-bad-exit=0", "--wait=13"]
-    limits = ["--timeout=4" if faulty else "--timeout=60", "--run-disk=0.01"]  # --wait is for srun: after the first end
+    step = ["srun", "--nodes=4", "--ntasks=4", "--ntasks-per-node=1", "--mem=1G", "--kill-on-bad-exit=0"]
+    limits = ["--timeout=6" if faulty else "--timeout=60", "--run-disk=0.01"]
     done = run(*step, *check, "--out", "logs", *limits, cwd=tmp_path)
     records = {f"n{k}": read_record(tmp_path / "logs", 0, f"n{k}") for k in range(4)}
     judged = run(*check, "--judge", "logs", "--nodes", "n0,n1,n2,n3", cwd=tmp_path)

@@ -464,7 +464,7 @@ class Sleeping:
 def sleeping(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sleeping:
     """A small job that runs, in place of a long one: where the nodes look for modules first, one stands in for it."""
     (tmp_path / "sitecustomize.py").write_text(SLEEPER.replace("HERE", repr(str(tmp_path))))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     submitted = Submission(tmp_path / "logs", Site(), Resources(memory="1G", time=120))
     found = Sleeping(tmp_path, tmp_path / "logs", submitted.add("sleeping", [["data", "prepare"]]))
     until(lambda: found.starts == 1)
