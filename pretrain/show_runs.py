@@ -34,7 +34,8 @@ def statuses(found: Sequence[Status]) -> None:
     for status in found:
         step = "" if status.step is None else f"{status.step:,}"
         step += "" if status.total_steps is None else f"/{status.total_steps:,}"
-        why = status.why + (f"; {status.behind} more in its chain" if status.behind else "")
+        behind = f"{status.behind} more in its chain" if status.behind else ""
+        why = "; ".join(filter(None, [status.why, behind]))
         rows.add_row(
             Text(shorter(status.folder)),
             Text(status.state, style=STYLES.get(status.state, "")),
