@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import signal
 import time
 from types import SimpleNamespace
 
 import pytest
+
+from potamos.slurm import daemons
 
 STEPS, MORE = 48, 6
 
@@ -130,3 +135,61 @@ def test_it_goes_on_with_fewer_nodes_on_the_same_data(hurt, whole, runs, life, t
     assert [r["loss"] for r in found] == pytest.approx([r["loss"] for r in expected], rel=1e-3)
     assert found[0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-5)
     assert found[1]["loss"] != pytest.approx(expected[0]["loss"], rel=1e-3)
+
+
+# --- other ends ------------------------------------------------------------------------------------------------------
+
+
+def test_a_signal_during_the_imports_is_kept_and_one_rank_is_enough_and_a_cancelled_run_stays_away(
+    life, session_cluster, slurm_folder, text
+):
+    """Three ways to stop a run that would go on for days."""
+    run = life.submit(session_cluster, slurm_folder / "runs" / "signals", *text, *life.short_run(100_000))
+    run.until(lambda: len(run.ranks()) >= 2, "the ranks to start")
+    assert run.records() == []
+    run.warn()  # while torch is being imported: its default action would kill the ranks
+    run.until(lambda: run.attempts[0].verdict, "the first attempt to end")
+    assert (run.attempts[0].status, run.attempts[0].verdict, run.attempts[0].reason) == (0, "requeue", "SIGUSR1")
+    assert run.attempts[0].end_step == 1, "the first step after the imports was not the last"
+
+    run.until(lambda: len(run.attempts) == 2, "the second attempt")
+    run.until_progress()
+    daemons.send(run.ranks(1), signal.SIGUSR1)  # ranks must agree: a save by some alone is no checkpoint
+    run.until(lambda: run.attempts[1].verdict, "the second attempt to end")
+    assert (run.attempts[1].status, run.attempts[1].verdict) == (0, "requeue")
+    assert run.attempts[1].reason == "another rank was asked to stop"
+    assert json.loads(run.folder.stop(1).read_text())["step"] == run.attempts[1].end_step == run.step
+
+    run.until(lambda: len(run.attempts) == 3, "the third attempt")
+    run.until_progress()
+    session_cluster.run("scancel", run.job)
+    assert run.until_ended() == "CANCELLED"
+    assert run.facts()["Restarts"] == "2"
+    assert run.attempts[2].verdict in ("stopped", None)
+
+
+def test_a_run_that_cannot_go_on_stops_after_its_bound_and_says_why(life, session_cluster, slurm_folder, text):
+    """Text that went bad on the disk: the same rank dies at the same step, whenever it gets there."""
+    good, bad = slurm_folder / "text" / "text", slurm_folder / "bad-text"
+    shutil.copytree(good, bad)
+    (shard,) = bad.glob("*.tar")
+    with shard.open("r+b") as file:
+        file.seek(shard.stat().st_size // 2)
+        block = file.read(4096)
+        file.seek(-len(block), 1)
+        file.write(bytes(255 - byte for byte in block))
+    read_bad = [part.replace(str(good), str(bad)) for part in text]
+    run = life.submit(
+        session_cluster, slurm_folder / "runs" / "crash", *read_bad, *life.short_run(100_000), "slurm.crashes=2"
+    )
+    assert run.until_ended() == "FAILED"
+    *_, before, last = run.attempts
+    assert (last.verdict, last.step, last.end_step) == ("failed", before.end_step, before.end_step)
+    assert [attempt.verdict for attempt in run.attempts[:-1]] == ["requeue"] * (len(run.attempts) - 1)
+    reached = [
+        max((r["step"] for r in run.records() if r["attempt"] == a.number), default=a.step) for a in (before, last)
+    ]
+    assert reached[0] == reached[1], "it did not die where it died before"
+    assert shard.name in (last.reason or "")
+    assert "2 such attempts in a row" in (last.reason or "")
+    assert run.facts()["ExitCode"] != "0:0"

@@ -261,7 +261,7 @@ def test_a_run_that_makes_progress_never_meets_the_bound(toys):
 
 
 def test_requeues_from_outside_are_no_crashes(toys):
-    """They raise Slurm's own count of restarts all the same. Nothing is saved here before step 100, one crash ends it."""
+    """They raise Slurm's own count of restarts all the same. Nothing is saved here, and one crash would end it."""
     toy = toys["requeued"]
     began(toy, 0)
     toy.requeue()

@@ -1,0 +1,110 @@
+"""What each fault costs a run on a cluster: seconds from the fault to the first step that was not trained before.
+
+A real Slurm of four nodes is started on this machine (Debian's slurmctld, slurmd, slurm-client and munge), and one run
+of `h3_hybrid_tiny` on two of them goes through every fault. Slurm's own delays are as short as `potamos cluster up` makes
+them: 5 s until a requeued job may start again (its default: 120) and 5 s of silence until a node counts as dead (300).
+The ranks stand still (SIGSTOP) until the fault has been done to them, the controller's restart included, during which
+they would otherwise just go on.
+
+    python benchmarks/slurm_faults.py [--out benchmarks/results/slurm_faults.csv]
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from machine import stamp, write_table
+
+from potamos.slurm.cluster import Cluster
+
+RESULTS = Path(__file__).parent / "results" / "slurm_faults.csv"
+STEPS = 80
+
+
+def load_life() -> ModuleType:
+    """The watched run of the tests."""
+    path = Path(__file__).resolve().parents[1] / "tests" / "slurm" / "life.py"
+    spec = importlib.util.spec_from_file_location("slurm_life", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["slurm_life"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def measure(life: ModuleType, cluster: Cluster, folder: Path) -> list[dict[str, Any]]:
+    """A row for the start and for each fault, of one run."""
+    began = time.time()
+    run = life.submit(cluster, folder / "run", *life.prepare_text(folder), *life.short_run(STEPS))
+    submitted = time.time()
+    run.until(run.records, "the first step")
+    rows = [_row("start (submitted)", round(run.records()[0]["time"] - submitted, 1))]
+    print(f"prepared and submitted in {submitted - began:.0f} s, first step after {rows[0]['seconds_to_new_step']} s")
+
+    died: list[str] = []
+    kill: Callable[[bool], Callable[[], object]] = lambda tell: lambda: died.append(run.kill_node(tell=tell))  # noqa: E731
+    faults: list[tuple[str, Callable[[], object], dict[str, Any]]] = [
+        ("warning before the time limit (SIGUSR1)", run.warn, {}),
+        ("preemption by a higher partition", run.preempt, {}),
+        ("SIGKILL of a rank", run.kill_rank, {}),
+        ("death of a node, told (scontrol state=down)", kill(True), {}),
+        ("death of a node, noticed by Slurm", kill(False), {}),
+        ("scontrol requeue", run.requeue, {}),
+        ("restart of the controller", cluster.restart_controller, {"first": cluster.save, "restarts": False}),
+    ]
+    for name, act, how in faults:
+        outage = run.suffer(name, act, **how)
+        rows.append(_row(name, outage.seconds, outage.again, outage.saved, outage.before, outage.after))
+        print(f"{name}: {outage.seconds} s, {outage.again} steps again")
+        while died:
+            run.revive(died.pop())
+    assert run.until_ended() == "COMPLETED"
+    return rows
+
+
+def _row(
+    fault: str, seconds: float, again: int = 0, saved: bool = False, before: str = "", after: str = ""
+) -> dict[str, Any]:
+    return {
+        "fault": fault,
+        "seconds_to_new_step": seconds,
+        "steps_trained_again": again,
+        "saved": "yes" if saved else "no",
+        "nodes_before": before,
+        "nodes_after": after,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    out = parser.parse_args().out
+    life = load_life()
+    folder = Path(tempfile.mkdtemp(prefix="potamos-faults-"))
+    try:
+        cluster = Cluster.up(folder / "cluster", nodes=4, deadline=120.0)
+        try:
+            version = cluster.run("sinfo", "--version").split()[-1]
+            rows = measure(life, cluster, folder)
+        finally:
+            cluster.down()
+        shape = cluster.shape
+        settings = {"slurm": version, "requeue_delay": shape.requeue_delay, "node_timeout": shape.node_timeout,
+                    "kill_wait": shape.kill_wait, "grace": shape.grace}  # fmt: skip
+        write_table(out, [row | settings | stamp() for row in rows])
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
