@@ -1,7 +1,7 @@
 """What each fault costs a run on a cluster: seconds from the fault to the first step that was not trained before.
 
 A real Slurm of four nodes is started on this machine (Debian's slurmctld, slurmd, slurm-client and munge), and one run
-of `h3_hybrid_tiny` on two of them goes through every fault. Slurm's own delays are as short as `potamos cluster up` makes
+of `h3_hybrid_tiny` on two of them goes through every fault. Slurm's own delays are as short as `potamos cluster up` has
 them: 5 s until a requeued job may start again (its default: 120) and 5 s of silence until a node counts as dead (300).
 The ranks stand still (SIGSTOP) until the fault has been done to them, the controller's restart included, during which
 they would otherwise just go on.

@@ -422,7 +422,10 @@ def _user_name() -> str:
     try:
         return pwd.getpwuid(os.geteuid()).pw_name
     except KeyError:
-        return str(os.geteuid())  # a container may run as a number without a name
+        raise ClusterError(
+            f"user {os.geteuid()} has no name here, and Slurm needs one (SlurmUser): give it a line in /etc/passwd, or "
+            "run as another user"
+        ) from None
 
 
 def _usable(folder: Path) -> Path:

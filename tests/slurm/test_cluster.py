@@ -322,6 +322,14 @@ def test_unusable_folders_are_refused(tmp_path):
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.usefixtures("slurm_folder")
+def test_a_user_without_a_name_is_told(monkeypatch, tmp_path):
+    """As containers have, which run as a number."""
+    monkeypatch.setattr(module.pwd, "getpwuid", lambda number: {}[number])
+    with pytest.raises(ClusterError, match="has no name here"):
+        Cluster.up(tmp_path / "c")
+
+
 def test_no_cluster_is_said(tmp_path):
     for name in ("down", "status"):
         done = command(name, "--folder", str(tmp_path / "none"))
