@@ -43,7 +43,8 @@ def statuses(found: Sequence[Status]) -> None:
             "" if status.loss is None else f"{status.loss:.4f}",
             "" if status.tokens_per_second is None else f"{status.tokens_per_second:,.0f}",
             "" if status.eta is None else duration(status.eta),
-            (f"{status.attempts}" if status.attempts else "") + (f", {status.crashes} crashed" if status.crashes else ""),
+            (f"{status.attempts}" if status.attempts else "")
+            + (f", {status.crashes} crashed" if status.crashes else ""),
             Text(printable(status.nodes)),
             Text(printable(why), style="dim"),
         )
