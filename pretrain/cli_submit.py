@@ -86,7 +86,10 @@ def print_submitted(found: Submission, submitted: Submitted) -> None:
     limit = "no time limit" if found.seconds is None else format_time(found.seconds)
     show.line(f"job {', '.join(submitted.ids)}: {job.name}, {where}, {limit}")
     show.line(f"folder: {job.folder}")
-    code = f"commit {prepared.commit}" + (" with changes (code/dirty.diff)" if prepared.modified else "")
+    known = not prepared.commit.startswith("unknown")
+    code = f"{'commit ' if known else ''}{prepared.commit}" + (
+        " with changes (code/dirty.diff)" if prepared.modified else ""
+    )
     kept = "" if prepared.refreshed else "; the copy that the run began with, --refresh-code takes today's"
     show.line(f"code: {code}{kept}")
     for text in expectations(found):

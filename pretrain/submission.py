@@ -120,6 +120,7 @@ def send(asked: Asked) -> tuple[Submission, submit.Submitted]:
     partition, remarks = check_cluster(job, client.partitions())
     remarks += check_place(job.folder, site.shared)
     check_writable(job.folder)
+    remarks += check_interpreter(job, site)
     forecast = foresee(recipe, job, asked.gpu or gpu_of(partition))
     remarks += [*forecast.remarks, *check_data(recipe, site)]
     recipes = texts(recipe, job.tasks)
@@ -185,6 +186,15 @@ def check_data(recipe: Recipe, site: Site) -> list[str]:
     found = plan(recipe)
     places = {path: seen_here_alone(Path(path), site.shared) for path in local_paths(recipe)}
     return [*found.notices, *(f"{path} {why}" for path, why in places.items() if why)]
+
+
+def check_interpreter(job: Job, site: Site) -> list[str]:
+    """A remark on a Python that the nodes may not see. What the system brings along, every node has."""
+    python = Path(job.python)
+    if not python.is_absolute() or python.parts[1] in ("usr", "bin", "opt"):
+        return []
+    why = seen_here_alone(python.parent, site.shared)  # a venv's python is a link, and may well lead to /usr
+    return [f"{python} {why}; `python` in the site file names another"] if why else []
 
 
 def check_continuation(recipe: Recipe, run: RunFolder) -> list[str]:

@@ -109,6 +109,7 @@ def _replace(new: Path, code: Path) -> None:
 def _git(package: Path, *arguments: str, **variables: str) -> bytes | None:
     """What git prints; None if it fails or is not there. The user's own settings must not change what it prints."""
     settings = ("-c", "core.quotePath=false", "-c", "core.autocrlf=false", "-c", "core.fsmonitor=false")
+    settings += ("-c", f"safe.directory={package}")  # a colleague's checkout: its program is run already
     kept = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
         done = subprocess.run(
@@ -146,29 +147,41 @@ def _state(package: Path) -> tuple[str, bytes | None]:
 
 
 def _diff(package: Path) -> bytes | None:
-    """`git diff HEAD` with new files in it, which are marked so in a copy of the index: the user's stays as it is."""
+    """`git diff HEAD` with new files in it. They are marked as new in a copy of the index: the checkout stays as it is,
+    and may be one that this user can only read."""
     out = _git(package, "ls-files", "-z", "--others", "--exclude-standard")
-    index = _git(package, "rev-parse", "--path-format=absolute", "--git-path", "index")
-    if out is None or index is None:
+    index, objects = _git_path(package, "index"), _git_path(package, "objects")
+    if out is None or index is None or objects is None:
         return None
     new = [name for name in out.split(b"\0") if name and not _is_private(name)]
     fitting = [name for name in new if _size(package, name) <= LARGEST_NEW_FILE]
     with tempfile.TemporaryDirectory() as folder:
         own, names = Path(folder) / "index", Path(folder) / "names"
-        if Path(os.fsdecode(index.rstrip(b"\n"))).exists():
-            shutil.copyfile(os.fsdecode(index.rstrip(b"\n")), own)
+        if index.exists():
+            shutil.copyfile(index, own)
+        (Path(folder) / "objects").mkdir()
+        places = {
+            "GIT_INDEX_FILE": str(own),
+            "GIT_OBJECT_DIRECTORY": f"{folder}/objects",
+            "GIT_ALTERNATE_OBJECT_DIRECTORIES": str(objects),
+        }
         names.write_bytes(b"\0".join(fitting))
         if fitting:
             mark = ("add", "--intent-to-add", f"--pathspec-from-file={names}", "--pathspec-file-nul")
-            if _git(package, *mark, GIT_INDEX_FILE=str(own)) is None:
+            if _git(package, *mark, **places) is None:
                 return None
         options = ("--no-ext-diff", "--no-textconv", "--no-color", "--binary", "--full-index", "--no-renames")
         prefixes = ("--src-prefix=a/", "--dst-prefix=b/")
-        diff = _git(package, "diff", *options, *prefixes, "HEAD", GIT_INDEX_FILE=str(own))
+        diff = _git(package, "diff", *options, *prefixes, "HEAD", **places)
     if diff is None:
         return None
     left = sorted(set(new) - set(fitting))
     return b"".join(b"# left out, larger than 1 MiB: %s\n" % name for name in left) + diff
+
+
+def _git_path(package: Path, name: str) -> Path | None:
+    out = _git(package, "rev-parse", "--path-format=absolute", "--git-path", name)
+    return None if out is None else Path(os.fsdecode(out.rstrip(b"\n")))
 
 
 def _is_private(name: bytes) -> bool:

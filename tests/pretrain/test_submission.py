@@ -218,6 +218,16 @@ def test_the_site_file_counts_and_its_mistakes_are_told(potamos, here: Path):
     assert f"{site}:1: partitoin: unknown key; did you mean `partition`?" in err
 
 
+def test_an_interpreter_that_nodes_do_not_see(potamos, here: Path, monkeypatch: pytest.MonkeyPatch):
+    for python, remarked in (("/tmp/venv/bin/python", True), ("/usr/bin/python3", False), ("python3", False)):
+        (here.parent / "site.yaml").write_text(f"python: {python}\n")
+        monkeypatch.setenv("POTAMOS_SITE", str(here.parent / "site.yaml"))
+        status, _, err = potamos()
+        assert status == 0
+        assert (f"{python} lies in /tmp, which other nodes usually do not see; `python` in" in err) == remarked
+        assert f'"python": "{python}"' in (here / "runs" / "h3_hybrid_tiny" / "job.json").read_text()
+
+
 def begin(run: Path, step: int) -> None:
     (run / "state.json").write_text(json.dumps({"step": step, "next_sample": 8 * step}))
     (run / "checkpoints" / f"step-{step:08}").mkdir(parents=True)
