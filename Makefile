@@ -86,10 +86,10 @@ unit: $(VENV)/.development ## tests of single functions and modules
 	$(call pytest,not (distributed or kernels or resume or slow),$(UNIT_LIMIT))
 
 distributed: $(VENV)/.development ## tests that start several gloo ranks
-	$(call pytest,distributed and not resume,$(DISTRIBUTED_LIMIT))
+	$(call pytest,distributed and not (resume or slow),$(DISTRIBUTED_LIMIT))
 
 kernels: $(VENV)/.development ## operations against their reference
-	$(call pytest,kernels and not (distributed or resume),$(KERNELS_LIMIT))
+	$(call pytest,kernels and not (distributed or resume or slow),$(KERNELS_LIMIT))
 
 # For a bare GPU machine: its own python3 with torch, triton and pytest, no $(VENV), nothing fetched. Not part of the tests.
 gpu: ## test and time the kernels on this machine's GPU, with its own python3 (8 minutes at most)
@@ -99,7 +99,7 @@ gpu: ## test and time the kernels on this machine's GPU, with its own python3 (8
 resume: $(VENV)/.development ## killed runs continue, bit for bit
 	$(call pytest,resume,$(RESUME_LIMIT))
 
-learning: $(VENV)/.development ## what a mixer must be able to learn, and what not
+learning: $(VENV)/.development ## what a mixer must be able to learn, and what not; the memory of 125M parameters
 	$(call pytest,slow,$(LEARNING_LIMIT))
 
 check: $(VENV)/.development ## lint, format and types, changing nothing

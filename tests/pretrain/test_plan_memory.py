@@ -18,6 +18,9 @@ TINY = (
     "train={steps: 2, sequences: 8, micro_sequences: 2, seed: 1, device: cpu}", "parallel.dp_replicate=1",
 )  # fmt: skip
 
+DROPPING = "model.at={1: {mixer: {kind: attention, heads: 4, dropout: 0.1}}}"
+"""Attention that torch's own form does not compute."""
+
 
 def recipe(*changes: str) -> Recipe:
     return load_recipe("h3_hybrid_tiny", (*TINY, *changes))
@@ -32,12 +35,13 @@ def planned(of: Recipe, world: int) -> Memory:
     ("world", "changes"),
     [
         (1, ("train.precision=bf16",)),
+        (1, (DROPPING, "data.sequence_length=320")),
         (2, ("parallel.dp_shard=2",)),
         (2, ("parallel.tp=2",)),
         (2, ("parallel.pp=2",)),
         (2, ("parallel.dp_replicate=2", "parallel.checkpointing=full")),
     ],
-    ids=["one process", "dp_shard", "tp", "pp", "dp_replicate, recomputed"],
+    ids=["one process", "tiles of attention", "dp_shard", "tp", "pp", "dp_replicate, recomputed"],
 )
 def test_the_plan_is_what_ranks_need(world: int, changes: tuple[str, ...], run_ranks) -> None:
     """Every tensor of one process is accounted for, and a little more: states that a step drops before its backward are
