@@ -88,10 +88,10 @@ unit: $(VENV)/.development ## tests of single functions and modules
 	$(call pytest,not (distributed or kernels or resume or slurm or nightly or slow),$(UNIT_LIMIT))
 
 distributed: $(VENV)/.development ## tests that start several gloo ranks
-	$(call pytest,distributed and not resume,$(DISTRIBUTED_LIMIT))
+	$(call pytest,distributed and not (resume or slow),$(DISTRIBUTED_LIMIT))
 
 kernels: $(VENV)/.development ## operations against their reference
-	$(call pytest,kernels and not (distributed or resume),$(KERNELS_LIMIT))
+	$(call pytest,kernels and not (distributed or resume or slow),$(KERNELS_LIMIT))
 
 # For a bare GPU machine: its own python3 with torch, triton and pytest, no $(VENV), nothing fetched. Not part of the tests.
 gpu: ## test and time the kernels on this machine's GPU, with its own python3 (8 minutes at most)
@@ -108,7 +108,7 @@ slurm: $(VENV)/.development ## runs on a real Slurm that is started here; skippe
 nightly: $(VENV)/.development ## what takes minutes of waiting: Slurm's own delays and time limits
 	$(call pytest,nightly,$(NIGHTLY_LIMIT),loadfile)
 
-learning: $(VENV)/.development ## what a mixer must be able to learn, and what not
+learning: $(VENV)/.development ## what a mixer must be able to learn, and what not; the memory of 125M parameters
 	$(call pytest,slow and not (slurm or nightly),$(LEARNING_LIMIT))
 
 check: $(VENV)/.development ## lint, format and types, changing nothing

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from potamos.parallel.check import check_layout
+from potamos.parallel.check import check_layout, check_micro_batches
 from potamos.parallel.facts import Layout
 from potamos.parallel.mesh import LayoutError, Sizes, sizes
 from potamos.pretrain.ceilings import CEILINGS, NOT_REACHABLE, Ceiling, Reached
@@ -58,8 +58,9 @@ class Planned:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run will take. own: the recipe's layout; best: the fastest that fit, which may hold it; usable: bytes of a
-    device that tensors can have. refused: why the recipe's own layout cannot run, or None."""
+    """What a run will take. own: the recipe's layout, None where it is none for this model or number of devices; best:
+    the fastest that fit, which may hold it; usable: bytes of a device that tensors can have. refused: why the recipe's
+    own layout cannot run, or None."""
 
     recipe: Recipe
     gpus: int
@@ -68,14 +69,13 @@ class RunPlan:
     usable: int
     parameters: int
     flops_per_token: float
-    own: Planned
+    own: Planned | None
     best: Sequence[Planned]
     refused: str | None
 
-    @property
-    def hours(self) -> float:
+    def hours(self, planned: Planned) -> float:
         """From the first step to the last, without validation, checkpoints and waiting."""
-        return self.recipe.train.steps * self.own.time.seconds / 3600
+        return self.recipe.train.steps * planned.time.seconds / 3600
 
 
 class Planner:
@@ -97,14 +97,13 @@ class Planner:
         return Costs(self.recipe)
 
     def plan(self, shown: int = SHOWN) -> RunPlan:
-        """The recipe's own layout, and the fastest ones.
-
-        Raises:
-            LayoutError, ValueError: the recipe's own layout is none for this model or this number of devices.
-        """
-        own = self.planned(self.recipe)
+        """The recipe's own layout, or why it cannot be had, and the fastest ones."""
+        try:
+            own, refused = self.planned(self.recipe), None
+        except LayoutError as error:
+            own, refused = None, str(error)
         best = self.best(shown)
-        if own.memory.peak <= self.usable:
+        if own is not None and own.memory.peak <= self.usable:
             best = sorted(
                 [own, *(each for each in best if each.sizes != own.sizes)], key=lambda each: each.time.seconds
             )
@@ -118,7 +117,7 @@ class Planner:
             self.costs.flops_per_token,
             own,
             best[:shown],
-            self._refusal(own),
+            refused if own is None else self._refusal(own),
         )
 
     def planned(self, recipe: Recipe) -> Planned:
@@ -160,6 +159,7 @@ class Planner:
                 f"train.sequences: {rows} is not a multiple of {size.data} data ranks x train.micro_sequences "
                 f"{recipe.train.micro_sequences}; use {' or '.join(map(str, near))}, or change train.micro_sequences"
             )
+        check_micro_batches(layout, size, rows // unit)
         return size
 
     def _time(self, recipe: Recipe, size: Sizes) -> Time:

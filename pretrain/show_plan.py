@@ -12,25 +12,29 @@ if TYPE_CHECKING:
 
 
 def run(found: RunPlan) -> None:
-    """The recipe's own layout in full, then the best layouts, a line each."""
+    """The recipe's own layout in full, if it is one, then the best layouts, a line each."""
     own, recipe = found.own, found.recipe
-    line(f"{recipe.name} on {found.gpus} x {found.ceiling.name}: {own.sizes}", "bold")
+    layout = "its layout is refused, as the last line says" if own is None else str(own.sizes)
+    line(f"{recipe.name} on {found.gpus} x {found.ceiling.name}: {layout}", "bold")
     line(
         f"{found.parameters:,} parameters, {found.flops_per_token / 1e9:.3g} GFLOP a token; "
         f"{recipe.train.sequences} rows of {recipe.data.sequence_length:,} tokens a step, "
         f"{recipe.train.micro_sequences} at a time"
     )
-    memory(own, found.usable)
-    seconds(own)
-    hours = found.hours
-    line(
-        f"{own.time.tokens_per_second:,.0f} tokens/s, {own.time.seconds:.3g} s a step, {recipe.train.steps:,} steps: "
-        f"{hours:,.1f} hours, {hours * found.gpus:,.0f} GPU-hours"
-    )
+    if own is not None:
+        memory(own, found.usable)
+        seconds(own)
+        hours = found.hours(own)
+        line(
+            f"{own.time.tokens_per_second:,.0f} tokens/s, {own.time.seconds:.3g} s a step, {recipe.train.steps:,} "
+            f"steps: {hours:,.1f} hours, {hours * found.gpus:,.0f} GPU-hours"
+        )
     reached = found.reached
     line(f"estimated from {reached.share:.0%} of the peak, {reached.kind}: {reached.source} ({reached.date})", "dim")
     if found.best:
         layouts(found)
+    elif own is None:
+        line("no layout of these devices was found that fits, with the recipe's batch and micro-batches", "dim")
 
 
 def memory(planned: Planned, usable: int) -> None:
@@ -68,11 +72,11 @@ def layouts(found: RunPlan) -> None:
     """The fastest layouts that fit."""
     rows = table("fastest that fit", right=("tokens/s", "memory", "bubble", "hours"))
     for each in found.best:
-        mark = " (this recipe)" if each.sizes == found.own.sizes and each.layout == found.own.layout else ""
-        hours = found.recipe.train.steps * each.time.seconds / 3600
+        own = found.own is not None and (each.sizes, each.layout) == (found.own.sizes, found.own.layout)
+        mark = " (this recipe)" if own else ""
         rows.add_row(
             each.spelled + mark, f"{each.time.tokens_per_second:,.0f}", gigabytes(each.memory.peak),
-            f"{each.time.bubble:.1%}", f"{hours:,.1f}",
+            f"{each.time.bubble:.1%}", f"{found.hours(each):,.1f}",
         )  # fmt: skip
     out.print(rows)
 

@@ -23,6 +23,7 @@ Standard library only, and quick to start: it runs on the first node of every at
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -103,13 +104,14 @@ def read_attempts(run: str | os.PathLike[str]) -> list[Attempt]:
     """The attempts that the batch script began in this folder, in order; lines that are no record are passed over."""
     attempts: dict[int, Attempt] = {}
     for record in _records(RunFolder.of(run)):
-        number = record.get("attempt", -1)
-        if record["event"] == "begin":
-            facts = {key: record[key] for key in ("job", "restart", "nodes", "step")}
-            attempts[number] = Attempt(number=number, began=record["at"], **facts)
-        elif record["event"] == "end" and number in attempts:
-            facts = {key: record[key] for key in ("status", "verdict", "reason", "fruitless")}
-            attempts[number] = replace(attempts[number], ended=record["at"], end_step=record["step"], **facts)
+        with contextlib.suppress(KeyError):
+            number = record["attempt"]
+            if record["event"] == "begin":
+                facts = {key: record[key] for key in ("job", "restart", "nodes", "step")}
+                attempts[number] = Attempt(number=number, began=record["at"], **facts)
+            elif record["event"] == "end" and number in attempts:
+                facts = {key: record[key] for key in ("status", "verdict", "reason", "fruitless")}
+                attempts[number] = replace(attempts[number], ended=record["at"], end_step=record["step"], **facts)
     return list(attempts.values())
 
 
@@ -236,14 +238,19 @@ def _next_number(folder: RunFolder) -> int:
 # --- reasons ------------------------------------------------------------------------------------------------------
 
 _OWN = re.compile(r"^(?:ERROR: |error: )?([A-Za-z_.]*(?:Error|Exception|Interrupt)\b.*|error: .*)$")
-_OF_ANOTHER = re.compile(r"PeerError|rank \d+: |[Cc]onnection (closed|reset|refused)|Broken pipe|Timed out waiting")
+_OF_ANOTHER = re.compile(
+    r"PeerError|rank \d+: |[Cc]onnection (closed|reset|refused)|Broken pipe|[Tt]imed out|"
+    r"remote (process|error)|(network|unhandled system) error|ncclRemoteError"
+)
 _SRUN = re.compile(r"srun: error: (\S+: tasks? \S+: .*)$")
 
 
 def _why(folder: RunFolder, number: int, status: int) -> str:
-    """The words of the rank that failed by itself, else what srun says of it, else the status."""
+    """The words of the rank that failed by itself, and first; else what srun says of it, else the status."""
     others = []
-    for path in sorted(folder.logs.glob(f"attempt-{number}.rank-*.txt"), key=lambda p: _rank(p) or 0):
+    for path in sorted(
+        folder.logs.glob(f"attempt-{number}.rank-*.txt"), key=lambda p: (p.stat().st_mtime_ns, _rank(p))
+    ):
         for line in reversed(_last_lines(path)):
             if match := _OWN.match(line.strip()):
                 text = f"rank {_rank(path)}: {match[1].removeprefix('error: ')}"
@@ -257,9 +264,9 @@ def _why(folder: RunFolder, number: int, status: int) -> str:
     return (first or next(iter(others + told), f"srun ended with status {status} and left no words"))[:300]
 
 
-def _rank(path: Path) -> int | None:
+def _rank(path: Path) -> int:
     digits = path.stem.rpartition("-")[2]
-    return int(digits) if digits.isdecimal() else None
+    return int(digits) if digits.isdecimal() else -1
 
 
 def _last_lines(path: Path, size: int = 65536) -> list[str]:

@@ -98,7 +98,7 @@ echo "$(date -Is) attempt $ATTEMPT: srun's status $status, $verdict"
 case $verdict in
 done | next | stopped) exit 0 ;;
 requeue) requeue ;;
-waiting) sleep 300; exit 0 ;;
+waiting) exit 0 ;; # Slurm has requeued it already, and starts it once this script is gone
 esac
 [ "$status" -ne 0 ] && exit "$status"
 exit 1

@@ -150,24 +150,29 @@ def resubmit(run: str | os.PathLike[str]) -> list[str]:
         job = job_of(asked)
     except (KeyError, TypeError, ValueError):
         raise SubmitError(f"{folder.path} was never submitted; do so with: potamos submit RECIPE --run ...") from None
+    one = _only(job, folder.path)
     with held(job.folder):
-        place = folder.path.absolute()
-        one = _only(job, place) if job.tasks else job
         check_idle(one)
         return list(_queue(one, asked | {"after": None}, narrowed=bool(job.tasks)))
 
 
 def _only(job: Job, run: Path) -> Job:
-    """The task of an array that trains this folder."""
+    """The job narrowed to what trains this folder: all of it, or one task of an array."""
     places = [each for each in job.runs if each.resolve() == run.resolve()]
     if not places:
-        raise SubmitError(f"{run} is no run of the array in {job.folder}")
+        recipe = shlex.quote(str(run / "recipe.yaml"))
+        raise SubmitError(
+            f"{run} was submitted as {job.runs[0]}, and its script says so still; write another: "
+            f"potamos submit {recipe} --run {shlex.quote(str(run))}"
+        )
+    if not job.tasks:
+        return job
     task = job.tasks[job.runs.index(places[0])]
     return replace(job, runs=(places[0],), tasks=(task,), array=str(task))
 
 
 def _queue(job: Job, asked: Mapping[str, Any], *, narrowed: bool = False) -> tuple[str, ...]:
-    """Test, then queue; what was queued is taken back if the rest of its chain is refused.
+    """Test, then queue; what was queued is taken back if the rest of its chain is refused, or cannot be written down.
 
     narrowed: to a task of an array, though its script asks for all.
     """
@@ -180,13 +185,14 @@ def _queue(job: Job, asked: Mapping[str, Any], *, narrowed: bool = False) -> tup
         for _ in range(asked["chain"]):
             words = _with(command(job, after=asked["after"], previous=ids[-1] if ids else None), options)
             ids.append(client.run(*words, timeout=PATIENCE).strip().partition(";")[0])
+        _remember(job, {**asked, "ids": ids, "submitted": _now(), "command": first}, job.runs if narrowed else None)
     except BaseException:
         if ids:
-            client.run("scancel", *ids, check=False)
+            with contextlib.suppress(client.SlurmError):  # what went wrong before is what to tell
+                client.run("scancel", *ids, check=False)
         for path, content in marks.items():
             write_atomically(path, content)
         raise
-    _remember(job, {**asked, "ids": ids, "submitted": _now(), "command": first}, job.runs if narrowed else None)
     return tuple(ids)
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..dropout import attention_keep_mask
 from .biases import BiasTerms, bias_values
@@ -166,6 +167,11 @@ class _Calls:
 
     def _parts(self) -> Iterator[_Part]:
         some, full = tile_matrices(self.mask, self.queries, self.keys, self.tile_q, self.tile_k, self.device)
+        if isinstance(some, FakeTensor):  # there is only memory to count, and one tile of keys takes what any does
+            one = [[True] + [False] * (some.shape[3] - 1)] * some.shape[2]
+            none = [[False] * some.shape[3]] * some.shape[2]
+            yield _Part(slice(0, self.batch), slice(0, self.heads), slice(0, self.heads // self.group), one, none)
+            return
         for axis in (0, 1):
             together = some.any(axis, keepdim=True)
             # Little to skip: one call over all is cheaper than many over one each.

@@ -18,6 +18,9 @@ TINY = (
     "train={steps: 2, sequences: 8, micro_sequences: 2, seed: 1, device: cpu}", "parallel.dp_replicate=1",
 )  # fmt: skip
 
+DROPPING = "model.at={1: {mixer: {kind: attention, heads: 4, dropout: 0.1}}}"
+"""Attention that torch's own form does not compute."""
+
 
 def recipe(*changes: str) -> Recipe:
     return load_recipe("h3_hybrid_tiny", (*TINY, *changes))
@@ -32,12 +35,13 @@ def planned(of: Recipe, world: int) -> Memory:
     ("world", "changes"),
     [
         (1, ("train.precision=bf16",)),
+        (1, (DROPPING, "data.sequence_length=320")),
         (2, ("parallel.dp_shard=2",)),
         (2, ("parallel.tp=2",)),
         (2, ("parallel.pp=2",)),
         (2, ("parallel.dp_replicate=2", "parallel.checkpointing=full")),
     ],
-    ids=["one process", "dp_shard", "tp", "pp", "dp_replicate, recomputed"],
+    ids=["one process", "tiles of attention", "dp_shard", "tp", "pp", "dp_replicate, recomputed"],
 )
 def test_the_plan_is_what_ranks_need(world: int, changes: tuple[str, ...], run_ranks) -> None:
     """Every tensor of one process is accounted for, and a little more: states that a step drops before its backward are
@@ -49,6 +53,25 @@ def test_the_plan_is_what_ranks_need(world: int, changes: tuple[str, ...], run_r
     if world == 1:
         assert plan.peak >= max(found)
     assert sum(plan.parts.values()) == plan.peak
+
+
+@pytest.mark.slow
+def test_the_plan_of_125m_parameters_is_what_a_rank_needs(run_ranks) -> None:
+    """The whole model, every layer and the whole table, over two tensor ranks; rows are short. By torch's own record of
+    its allocator, too, which knows what operations allocate inside."""
+    whole = load_recipe(
+        "h3_hybrid_125m",
+        (
+            "train={steps: 2, sequences: 1, micro_sequences: 1, seed: 1, device: cpu, precision: fp32}",
+            "data.sequence_length=128", "parallel={dp_replicate: 1, tp: 2}",
+        ),
+    )  # fmt: skip
+    assert sum(p.numel() for p in setup.draft_system(whole).parameters()) == 126_139_392
+    found = run_ranks(2, lambda rank, world: measure(whole, rank, world, allocator=True), timeout=80)
+    plan = planned(whole, 2)
+    for measured in (max(each.tensors for each in found), max(each.allocator for each in found)):
+        assert plan.peak == pytest.approx(measured, rel=0.1)
+    assert plan.peak > 4 * 4 * 126_139_392 / 2  # weights, gradients and two moments of a half
 
 
 def test_what_a_plan_counts_of_weights_and_moments() -> None:

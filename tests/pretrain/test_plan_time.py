@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
 
@@ -138,7 +139,8 @@ def test_the_best_layouts_fit_and_are_ranked() -> None:
     assert speeds == sorted(speeds, reverse=True)
     assert len({each.spelled for each in found.best}) == len(found.best) > 1
     assert all(each.memory.peak <= found.usable for each in found.best)
-    assert found.hours == pytest.approx(100 * found.own.time.seconds / 3600)
+    assert found.own is not None
+    assert found.hours(found.own) == pytest.approx(100 * found.own.time.seconds / 3600)
 
 
 def test_what_cannot_fit_is_refused_with_the_nearest_change(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,11 +162,30 @@ def test_what_cannot_fit_is_refused_with_the_nearest_change(monkeypatch: pytest.
         check_fits(tiny, 1, "h100")
 
 
-def test_layouts_that_are_none() -> None:
-    with pytest.raises(LayoutError, match="needs 4 processes, and this run has 2"):
-        Planner(recipe("parallel.tp=2", "parallel.pp=2", "parallel.dp_replicate=1"), 2, "h100").plan()
-    with pytest.raises(LayoutError, match=r"train.sequences: 16 is not a multiple of 16 data ranks"):
-        Planner(recipe(), 16, "h100").plan()
+@pytest.mark.parametrize(
+    ("gpus", "changes", "refused"),
+    [
+        (2, ("parallel.tp=2", "parallel.pp=2", "parallel.dp_replicate=1"), "needs 4 processes, and this run has 2"),
+        (4, ("train.sequences=4",), r"train.sequences: 4 is not a multiple of 4 data ranks"),
+        (5, ("parallel.tp=5",), "parallel.tp: 5 does not divide"),
+        (2, ("parallel.pp=2", "train.micro_sequences=16"), "1f1b over 2 stages cannot order 1 micro-batches"),
+    ],
+)
+def test_a_layout_that_is_none_is_refused_beside_those_that_are(gpus, changes, refused) -> None:
+    tiny = recipe(*changes)
+    planner = Planner(tiny, gpus, "h100")
+    found = planner.plan(1)
+    assert found.own is None
+    assert re.search(refused, found.refused or "")
+    for each in found.best:
+        assert planner.planned(each.recipe) == each  # which refuses what does not work
+        assert each.sizes.world == gpus
+    assert bool(found.best) is (gpus != 5)  # 16 rows of 2 at a time go to no five ranks
+    with pytest.raises(LayoutError, match=refused):
+        check_fits(tiny, gpus, "h100")
+
+
+def test_a_device_that_nobody_knows() -> None:
     with pytest.raises(ValueError, match="unknown device 'tpu'; known are h100"):
         Planner(recipe(), 1, "tpu")
 
@@ -186,5 +207,11 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     status, out, err = potamos("h3_hybrid_tiny", *TINY, "--gpus", "1", "--layouts", "0")
     assert status == 2
     assert "does not fit 1 x H100 SXM" in err
+    monkeypatch.undo()
+    status, out, err = potamos("h3_hybrid_tiny", *TINY, "--gpus", "2", "parallel.tp=2", "parallel.pp=2")
+    assert (status, "(this recipe)" in out) == (2, False)
+    assert "its layout is refused" in out
+    assert "parallel.dp_replicate=2" in out.partition("fastest that fit")[2]
+    assert "error: parallel: pp 2 x tp 2 needs 4 processes" in err.replace("\n", " ")
     status, out, _ = potamos("--help")
     assert (status, "Example: potamos plan" in out) == (0, True)

@@ -1,6 +1,7 @@
 """How attempts of a run are judged, from the marks that a run leaves and the lines that Slurm printed (22.05.8)."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -186,14 +187,16 @@ def test_nodes_that_fail_the_check_are_no_crash(folder):
             {"srun": "srun: error: n1: task 1: Terminated\nsrun: error: n0: task 0: Killed\n", "rank-0": "step 3\n"},
             "n0: task 0: Killed",
         ),
-        ({"rank-10": "ValueError: ten\n", "rank-9": "ValueError: nine\n"}, "rank 9: ValueError: nine"),
+        ({"rank-10": "ValueError: ten\n", "rank-9": "ValueError: nine\n"}, "rank 10: ValueError: ten"),
         ({}, "srun ended with status 9 and left no words"),
     ],
 )
 def test_the_reason_is_the_words_of_the_rank_that_failed(folder, logs, reason):
     number = start(folder)
-    for name, text in logs.items():
-        (folder.logs / f"attempt-{number}.{name}.txt").write_text(text)
+    for second, (name, text) in enumerate(logs.items()):
+        path = folder.logs / f"attempt-{number}.{name}.txt"
+        path.write_text(text)
+        os.utime(path, (second, second))  # in the order in which their ranks wrote last
     (folder.logs / "attempt-7.rank-0.txt").write_text("ValueError: of another attempt\n")
     assert ends(folder, number, status=9)[1].startswith(reason)
 
@@ -208,6 +211,7 @@ def test_numbers_avoid_the_marks_of_attempts_outside_of_slurm(folder):
 def test_torn_lines_are_passed_over_and_not_written_into(folder):
     start(folder)
     with open(folder.attempts, "a") as file:
+        file.write('{"event": "begin", "attempt": 5}\n')  # of another version
         file.write('{"event": "end", "attem')
     assert start(folder) == 1
     assert [a.number for a in read_attempts(folder)] == [0, 1]

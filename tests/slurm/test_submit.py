@@ -286,6 +286,28 @@ def test_one_run_of_an_array_is_submitted_again_alone(slurm: Slurm, seeds: Job, 
     assert job_of(asked(seeds.runs[1])) == seeds, "so that it can be submitted a third time"
 
 
+def test_a_run_that_was_moved_needs_another_script(slurm: Slurm, job: Job, seeds: Job):
+    submit(job, [RECIPE], "")
+    moved = job.folder.rename(job.folder.with_name("moved"))
+    with pytest.raises(
+        SubmitError, match=r"moved was submitted as .*trial\).*potamos submit .*moved/recipe.yaml --run"
+    ):
+        resubmit(moved)
+    assert len(slurm.of("sbatch")) == 2
+    assert not job.folder.exists()
+
+
+def test_a_job_that_cannot_be_written_down_is_taken_back(slurm: Slurm, job: Job, monkeypatch: pytest.MonkeyPatch):
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("potamos.slurm.submit.write_atomically", full)
+    with pytest.raises(OSError, match="No space left"):
+        submit(job, [RECIPE], "")
+    assert slurm.of("scancel") == [["12"]]
+    assert jobs_of(job.folder) == []
+
+
 @pytest.mark.parametrize("content", [None, "torn {", "[]", '{"job": {}}', '{"job": {"name": "a b"}}'])
 def test_what_was_never_submitted(slurm: Slurm, tmp_path: Path, content: str | None):
     if content is not None:
