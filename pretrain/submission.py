@@ -156,13 +156,13 @@ def foresee(recipe: Recipe, job: Job, gpu: str | None) -> Forecast:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, about tensors without data
-            found = planner.plan(shown=0)
+            planned = planner.planned(recipe)
     except RuntimeError as error:  # that an operation cannot be followed without data is no reason not to train
         remarks.append(f"time and memory are unknown: the plan met {type(error).__name__}; see potamos plan")
     else:
-        hours = found.hours
-        if found.refused is not None and device != "cpu":  # for a CPU the plan only assumes what memory there is
-            raise PlanError(f"{found.refused} (planned for {device}; --gpu names another)")
+        hours = recipe.train.steps * planned.time.seconds / 3600
+        if planned.memory.peak > planner.usable and device != "cpu":  # of a CPU's memory the plan knows nothing
+            raise PlanError(f"{planner.plan(shown=0).refused} (planned for {device}; --gpu names another)")
     check_micro_batches(layout, size, recipe.train.sequences // (size.data * recipe.train.micro_sequences))
     tokens = recipe.train.steps * recipe.train.sequences * recipe.data.sequence_length
     return Forecast(device, hours, tokens, planner.costs.parameters * BYTES_PER_PARAMETER, tuple(remarks))

@@ -168,7 +168,7 @@ def test_a_plan_that_cannot_be_made_does_not_stop_a_run(potamos, monkeypatch: py
     def fail(*_: object, **__: object) -> None:
         raise NotImplementedError("an operation without a fake form")
 
-    monkeypatch.setattr(Planner, "plan", fail)
+    monkeypatch.setattr(Planner, "planned", fail)
     status, out, err = potamos()
     assert status == 0
     assert "plan:" not in out
