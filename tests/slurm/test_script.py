@@ -25,9 +25,10 @@ def values(text: str) -> str:
 def evaluate(text: str, *names: str) -> dict[str, list[str]]:
     """What bash makes of the assignments: each variable's words."""
     show = "".join(f'printf "%s\\0" {name} "${{{name}[@]}}" ""\n' for name in names)
-    done = subprocess.run(["bash", "-u"], input=values(text) + show, capture_output=True, text=True, timeout=10)
+    # As bytes: text mode would turn every carriage return into a line's end.
+    done = subprocess.run(["bash", "-u"], input=(values(text) + show).encode(), capture_output=True, timeout=10)
     assert done.returncode == 0, done.stderr
-    found, rest = {}, done.stdout.split("\0")[:-1]
+    found, rest = {}, done.stdout.decode().split("\0")[:-1]
     while rest:
         end = rest.index("")
         found[rest[0]], rest = rest[1:end], rest[end + 1 :]
