@@ -29,6 +29,7 @@ from potamos.pretrain import (
 from potamos.pretrain.arguments import Device, Overrides, RecipeName, RunPath, Step
 
 TRACEBACK = "POTAMOS_TRACEBACK"
+CLUSTER = "On a Slurm cluster"
 
 app = typer.Typer(
     name="potamos",
@@ -42,17 +43,17 @@ recipe_app = typer.Typer(help="Look at one recipe.", no_args_is_help=True)
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_kernels.app, name="kernels")
-app.add_typer(cli_cluster.app, name="cluster")
+app.add_typer(cli_cluster.app, name="cluster", rich_help_panel=CLUSTER)
 app.command()(cli_verify.verify)
 app.command()(cli_plan.plan)
-app.command()(cli_submit.submit)
-app.command()(cli_runs.sweep)
-app.command()(cli_runs.status)
-app.command()(cli_runs.logs)
-app.command()(cli_runs.cancel)
-app.command()(cli_runs.requeue)
-app.command()(cli_runs.board)
-app.command()(cli_runs.doctor)
+app.command(rich_help_panel=CLUSTER)(cli_submit.submit)
+app.command(rich_help_panel=CLUSTER)(cli_runs.sweep)
+app.command(rich_help_panel=CLUSTER)(cli_runs.status)
+app.command(rich_help_panel=CLUSTER)(cli_runs.logs)
+app.command(rich_help_panel=CLUSTER)(cli_runs.cancel)
+app.command(rich_help_panel=CLUSTER)(cli_runs.requeue)
+app.command(rich_help_panel=CLUSTER)(cli_runs.board)
+app.command(rich_help_panel=CLUSTER)(cli_runs.doctor)
 
 
 def _version(wanted: bool) -> None:
