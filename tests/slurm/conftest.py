@@ -76,6 +76,13 @@ def life() -> ModuleType:
     return module
 
 
+@pytest.fixture(scope="module")
+def module_cluster(session_cluster: Cluster) -> Iterator[Cluster]:
+    """The same, clean again only after all tests of a file. SLURM_CONF is not set."""
+    yield session_cluster
+    restore(session_cluster)
+
+
 @pytest.fixture
 def cluster(session_cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """The session's cluster, idle and with an empty queue; SLURM_CONF names it for whatever the test starts."""

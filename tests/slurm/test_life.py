@@ -13,6 +13,8 @@ import pytest
 from potamos.slurm import daemons
 
 STEPS, MORE = 48, 6
+# Rank 0 says why: that it was asked, or that it heard of another that was a step sooner.
+ASKED = ("SIGUSR1", "another rank was asked to stop")
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +25,10 @@ def text(life, slurm_folder):
 
 
 @pytest.fixture(scope="module")
-def runs(life, session_cluster, slurm_folder, text):
+def runs(life, module_cluster, slurm_folder, text):
     """Of one recipe: `hurt`, to which everything happens, and `whole`, to which nothing does, once it is asked for."""
     start = lambda name, steps=STEPS: life.submit(  # noqa: E731
-        session_cluster, slurm_folder / "runs" / name, *text, *life.short_run(steps)
+        module_cluster, slurm_folder / "runs" / name, *text, *life.short_run(steps)
     )
     return SimpleNamespace(hurt=start("hurt"), start=start)
 
@@ -42,7 +44,8 @@ def hurt(runs):
 def test_a_warning_before_the_time_limit(hurt):
     outage = hurt.suffer("warning", hurt.warn)
     assert (outage.saved, outage.again) == (True, 0)
-    assert (hurt.attempts[0].verdict, hurt.attempts[0].reason) == ("requeue", "SIGUSR1")
+    assert hurt.attempts[0].verdict == "requeue"
+    assert hurt.attempts[0].reason in ASKED
 
 
 def test_preemption_by_a_higher_partition(hurt):
@@ -141,15 +144,16 @@ def test_it_goes_on_with_fewer_nodes_on_the_same_data(hurt, whole, runs, life, t
 
 
 def test_a_signal_during_the_imports_is_kept_and_one_rank_is_enough_and_a_cancelled_run_stays_away(
-    life, session_cluster, slurm_folder, text
+    life, module_cluster, slurm_folder, text
 ):
     """Three ways to stop a run that would go on for days."""
-    run = life.submit(session_cluster, slurm_folder / "runs" / "signals", *text, *life.short_run(100_000))
+    run = life.submit(module_cluster, slurm_folder / "runs" / "signals", *text, *life.short_run(100_000))
     run.until(lambda: len(run.ranks()) >= 2, "the ranks to start")
     assert run.records() == []
     run.warn()  # while torch is being imported: its default action would kill the ranks
     run.until(lambda: run.attempts[0].verdict, "the first attempt to end")
-    assert (run.attempts[0].status, run.attempts[0].verdict, run.attempts[0].reason) == (0, "requeue", "SIGUSR1")
+    assert (run.attempts[0].status, run.attempts[0].verdict) == (0, "requeue")
+    assert run.attempts[0].reason in ASKED
     assert run.attempts[0].end_step == 1, "the first step after the imports was not the last"
 
     run.until(lambda: len(run.attempts) == 2, "the second attempt")
@@ -162,13 +166,13 @@ def test_a_signal_during_the_imports_is_kept_and_one_rank_is_enough_and_a_cancel
 
     run.until(lambda: len(run.attempts) == 3, "the third attempt")
     run.until_progress()
-    session_cluster.run("scancel", run.job)
+    module_cluster.run("scancel", run.job)
     assert run.until_ended() == "CANCELLED"
     assert run.facts()["Restarts"] == "2"
     assert run.attempts[2].verdict in ("stopped", None)
 
 
-def test_a_run_that_cannot_go_on_stops_after_its_bound_and_says_why(life, session_cluster, slurm_folder, text):
+def test_a_run_that_cannot_go_on_stops_after_its_bound_and_says_why(life, module_cluster, slurm_folder, text):
     """Text that went bad on the disk: the same rank dies at the same step, whenever it gets there."""
     good, bad = slurm_folder / "text" / "text", slurm_folder / "bad-text"
     shutil.copytree(good, bad)
@@ -180,7 +184,7 @@ def test_a_run_that_cannot_go_on_stops_after_its_bound_and_says_why(life, sessio
         file.write(bytes(255 - byte for byte in block))
     read_bad = [part.replace(str(good), str(bad)) for part in text]
     run = life.submit(
-        session_cluster, slurm_folder / "runs" / "crash", *read_bad, *life.short_run(100_000), "slurm.crashes=2"
+        module_cluster, slurm_folder / "runs" / "crash", *read_bad, *life.short_run(100_000), "slurm.crashes=2"
     )
     assert run.until_ended() == "FAILED"
     *_, before, last = run.attempts

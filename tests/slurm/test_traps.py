@@ -82,18 +82,18 @@ PLANS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def toys(life, session_cluster, slurm_folder):
+def toys(life, module_cluster, slurm_folder):
     """Every toy run, by name, in the queue."""
     found = {}
     for name, (plan, asked) in PLANS.items():
         run = slurm_folder / "toys" / name
         put(run, plan)
-        (found[name],) = queue(life, session_cluster, run, [run], **asked)
+        (found[name],) = queue(life, module_cluster, run, [run], **asked)
     folder = slurm_folder / "toys" / "array"
     tasks = [folder / "0", folder / "1"]
     for run in tasks:
         put(run, {"steps": 9, "hold": 5})
-    found["array 0"], found["array 1"] = queue(life, session_cluster, folder, tasks)
+    found["array 0"], found["array 1"] = queue(life, module_cluster, folder, tasks)
     return found
 
 
@@ -143,13 +143,13 @@ def test_one_dead_rank_ends_the_others(toys):
     assert daemons.is_alive(int((toy.folder.path / "importing.0.0").read_text())) is False
 
 
-def test_a_failed_step_is_a_failed_job(session_cluster, toys):
+def test_a_failed_step_is_a_failed_job(module_cluster, toys):
     """A batch script whose last command succeeds is COMPLETED whatever its steps did."""
     toy = toys["fails"]
     assert toy.until_ended() == "FAILED"
     assert toy.facts()["ExitCode"] == "3:0"
-    naive = session_cluster.run("sbatch", "--parsable", "--output=/dev/null", "--wrap=srun false; echo").strip()
-    toy.until(lambda: "JobState=COMPLETED" in session_cluster.run("scontrol", "show", "job", naive), "COMPLETED")
+    naive = module_cluster.run("sbatch", "--parsable", "--output=/dev/null", "--wrap=srun false; echo").strip()
+    toy.until(lambda: "JobState=COMPLETED" in module_cluster.run("scontrol", "show", "job", naive), "COMPLETED")
 
 
 def test_no_one_waits_by_sbatch():
@@ -197,13 +197,13 @@ def test_logs_are_appended_to(toys):
     assert " attempt 1 of " in text
 
 
-def test_a_requeue_takes_as_long_as_a_credential_lives(toys, session_cluster):
+def test_a_requeue_takes_as_long_as_a_credential_lives(toys, module_cluster):
     """Two minutes where nobody changed `cred_expire`; five seconds here."""
     toy = toys["warned"]
     assert began(toy, 1)["SLURM_RESTART_COUNT"] == "1"
     first, second = toy.attempts[:2]
     waited = (datetime.fromisoformat(second.began) - datetime.fromisoformat(first.ended)).total_seconds()
-    assert session_cluster.shape.requeue_delay <= waited < 100
+    assert module_cluster.shape.requeue_delay <= waited < 100
 
 
 def test_signals_that_come_while_the_program_is_being_imported_are_kept(toys):
@@ -217,10 +217,10 @@ def test_signals_that_come_while_the_program_is_being_imported_are_kept(toys):
     assert (toy.attempts[0].status, toy.folder.stop(0).exists()) == (0, True)
 
 
-def test_the_shell_waits_on_when_a_signal_ends_its_wait(toys, session_cluster):
+def test_the_shell_waits_on_when_a_signal_ends_its_wait(toys, module_cluster):
     toy = toys["shell"]
     toy.until(lambda: newest(toy) == "step-00000005", "step 5")
-    session_cluster.run("scancel", "--batch", "--signal=TERM", toy.job)
+    module_cluster.run("scancel", "--batch", "--signal=TERM", toy.job)
     log = toy.folder.logs / f"job-{toy.job}.txt"
     toy.until(lambda: "was sent SIGTERM" in log.read_text(), "the shell to hear of it")
     go(toy)
@@ -228,10 +228,10 @@ def test_the_shell_waits_on_when_a_signal_ends_its_wait(toys, session_cluster):
     assert [attempt.verdict for attempt in toy.attempts] == ["done"]
 
 
-def test_a_user_who_cancels_means_it(toys, session_cluster):
+def test_a_user_who_cancels_means_it(toys, module_cluster):
     toy = toys["cancelled"]
     toy.until(lambda: newest(toy) == "step-00000005", "step 5")
-    session_cluster.run("scancel", toy.job)
+    module_cluster.run("scancel", toy.job)
     assert toy.until_ended() == "CANCELLED"
     assert toy.facts()["Restarts"] == "0"
     assert [attempt.verdict for attempt in toy.attempts] in (["stopped"], [None])  # None: the shell was killed too
@@ -274,18 +274,18 @@ def test_requeues_from_outside_are_no_crashes(toys):
 # --- where Slurm acts by itself -------------------------------------------------------------------------------------
 
 
-def test_slurm_was_quicker_with_the_requeue(session_cluster, slurm_folder):
+def test_slurm_was_quicker_with_the_requeue(module_cluster, slurm_folder):
     """After the death of a node our own `scontrol requeue` is told that the job is pending, which is no failure."""
-    held = session_cluster.run("sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap=true").strip()
+    held = module_cluster.run("sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap=true").strip()
     with pytest.raises(ClusterError, match="pending"):
-        session_cluster.run("scontrol", "requeue", held)
+        module_cluster.run("scontrol", "requeue", held)
     function = re.search(r"^requeue\(\) \{.*?^\}", BODY.read_text(), re.DOTALL | re.MULTILINE)
     assert function is not None
     ours = f"fail() {{ echo failed; exit 1; }}; sleep() {{ :; }}; RUN=/r; JOB={held}\n{function[0]}\nrequeue"
-    assert "failed" not in session_cluster.run("bash", "-c", ours)
+    assert "failed" not in module_cluster.run("bash", "-c", ours)
     with pytest.raises(ClusterError):  # and what is a failure is one
-        session_cluster.run("bash", "-c", ours.replace(f"JOB={held}", "JOB=99999999"))
-    session_cluster.run("scancel", held)
+        module_cluster.run("bash", "-c", ours.replace(f"JOB={held}", "JOB=99999999"))
+    module_cluster.run("scancel", held)
 
 
 def test_an_arrays_task_is_requeued_by_its_own_name(toys):
@@ -303,25 +303,25 @@ def test_an_arrays_task_is_requeued_by_its_own_name(toys):
     assert {a.job for a in other.attempts} == {other.job}
 
 
-def test_a_job_after_one_that_failed_does_not_wait_for_ever(session_cluster, slurm_folder, life):
+def test_a_job_after_one_that_failed_does_not_wait_for_ever(module_cluster, slurm_folder, life):
     """Slurm leaves it in the queue with DependencyNeverSatisfied, unless told to drop it."""
     folder = slurm_folder / "after"
     job = Job(name="after", folder=folder, runs=(folder,))
     (folder / "logs").mkdir(parents=True)
     (folder / "submit.sbatch").write_text("#!/bin/sh\n#SBATCH --output=/dev/null\ntrue\n")
-    failed = session_cluster.run("sbatch", "--parsable", "--output=/dev/null", "--wrap=false").strip()
-    naive = session_cluster.run(
+    failed = module_cluster.run("sbatch", "--parsable", "--output=/dev/null", "--wrap=false").strip()
+    naive = module_cluster.run(
         "sbatch", "--parsable", f"--dependency=afterok:{failed}", "--output=/dev/null", "--wrap=true"
     ).strip()
-    ours = session_cluster.run(*command(job, after=failed)).strip()
-    chained = session_cluster.run(*command(job, previous=failed)).strip()
-    seen = {name: life.Submitted(session_cluster, RunFolder(folder), number)
+    ours = module_cluster.run(*command(job, after=failed)).strip()
+    chained = module_cluster.run(*command(job, previous=failed)).strip()
+    seen = {name: life.Submitted(module_cluster, RunFolder(folder), number)
             for name, number in (("naive", naive), ("ours", ours), ("chained", chained))}  # fmt: skip
     assert seen["ours"].until_ended() == "CANCELLED"
     assert seen["chained"].until_ended() == "COMPLETED", "the next of a chain goes on after any end"
     seen["naive"].until(lambda: "DependencyNeverSatisfied" in seen["naive"].facts()["Reason"], "Slurm to notice")
     assert seen["naive"].state() == "PENDING"
-    session_cluster.run("scancel", naive)
+    module_cluster.run("scancel", naive)
 
 
 # --- nightly: as long as Slurm itself takes -------------------------------------------------------------------------
