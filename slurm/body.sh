@@ -69,13 +69,17 @@ echo "$(date -Is) attempt $ATTEMPT of $RUN: job $JOB, restart $RESTART, on $SLUR
 SRUN=(srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"} ${CONTAINER_OPTIONS[@]+"${CONTAINER_OPTIONS[@]}"})
 
 if [ "$PREFLIGHT" = 1 ]; then
-    attend "${SRUN[@]}" --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" --output="logs/preflight-$ATTEMPT.%N.txt" \
+    # A node that fails must not end the others' checks, which are waited for a little longer than they take (180 s).
+    attend "${SRUN[@]}" --kill-on-bad-exit=0 --wait=600 --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" \
+        --output="logs/preflight-$ATTEMPT.%n.txt" \
         ${CONTAINER[@]+"${CONTAINER[@]}"} "$RANK_PYTHON" -P -m potamos.parallel.node_check --out logs --attempt "$ATTEMPT" --gpus "$GPUS"
-    bad=$("$PYTHON" -P -m potamos.parallel.node_check --judge logs --attempt "$ATTEMPT" --nodes "$NODES") || fail "the nodes could not be judged"
+    bad=$("$PYTHON" -P -m potamos.parallel.node_check --judge logs --attempt "$ATTEMPT" --nodes "$NODES") ||
+        fail "no node passed the check; see $RUN/logs/preflight-$ATTEMPT.*"
     bad=$(paste -sd, <<<"$bad")
     if [ -n "$bad" ]; then
         # A running job cannot be given other nodes, so another takes its place.
         judge end . --attempt "$ATTEMPT" --bad-nodes "$bad" >/dev/null
+        [ "$REQUEUE" = 1 ] || fail "nodes $bad failed the check; the next job of the chain goes on"
         bad=$bad${EXCLUDE:+,$EXCLUDE}${POTAMOS_EXCLUDE:+,$POTAMOS_EXCLUDE}
         home=$(dirname "$CODE")
         next=$(POTAMOS_EXCLUDE=$bad sbatch --parsable --chdir="$home" --exclude="$bad" \

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class BlockLayout:
     def from_dense(cls, visible: Tensor, size: int) -> BlockLayout:
         """visible: (heads or 1, query blocks, key blocks) bool."""
         counts = visible.sum(-1, dtype=torch.int32)
-        most = max(1, int(counts.max()))
+        # A plan counts memory without values: there, any block may see all.
+        most = visible.shape[-1] if isinstance(visible, FakeTensor) else max(1, int(counts.max()))
         # A stable sort puts the seen blocks first and leaves them in order.
         order = (~visible).to(torch.int8).sort(dim=-1, stable=True).indices
         return cls(size, counts, order[..., :most].to(torch.int32))

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .masks import BlockLayout, Mask
@@ -210,8 +211,9 @@ def _range_table(some: Tensor, full: Tensor) -> Tensor:
 def _list_table(some: Tensor, full: Tensor) -> Tensor:
     """(batch, heads, tiles, 2 + most): counts, then the full tiles and after them the others."""
     counts = torch.stack([full.sum(-1), some.sum(-1)], -1)
-    # How many the longest list has is only read where reading does not wait for a device.
-    most = some.shape[-1] if some.is_cuda else max(1, int(counts[..., 1].max()))
+    # How many the longest list has is only read where there are values, and reading does not wait for a device.
+    unread = some.is_cuda or isinstance(some, FakeTensor)
+    most = some.shape[-1] if unread else max(1, int(counts[..., 1].max()))
     order = 2 - some.to(torch.int8) - full.to(torch.int8)
     return torch.cat([counts, order.sort(dim=-1, stable=True).indices[..., :most]], -1)
 

@@ -82,7 +82,7 @@ _kernel: Any = rotate_kernel
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, *, interleaved: bool, inverse: bool = False) -> Tensor:
-    """Write x (batch, head, length, dim) turned by the angles to out, which may be x itself, and return out.
+    """Write x (batch, head, length, dim) turned by the angles to out, which may be x, the same object; return out.
 
     cos, sin: (batch or 1, length, pairs) fp32, factors multiplied in; the `inverse` of a rotation, or the adjoint of
     one with factors. Not differentiable: see `rotate_by_table`.
@@ -96,7 +96,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, *, interleaved: bool,
     assert cos.shape[1] == length
     assert 2 * pairs <= dim
     assert cos.dtype == sin.dtype == torch.float32
-    in_place = out.data_ptr() == x.data_ptr()
+    in_place = out is x
     assert out.shape == x.shape
     assert not in_place or out.stride() == x.stride()
     cos, sin = cos.contiguous(), sin.contiguous()

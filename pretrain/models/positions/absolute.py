@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from potamos.pretrain.models import interfaces
 from potamos.pretrain.models.interfaces import Context, Positions
@@ -21,7 +22,8 @@ class LearnedTable(Embedding):
         return len(self.weight)
 
     def forward(self, ids: Tensor) -> Tensor:
-        if not ids.is_cuda and ids.numel() and int(ids.max()) >= self.limit:  # a GPU would have to wait
+        known = not (ids.is_cuda or isinstance(ids, FakeTensor))  # a GPU would have to wait; a plan has no values
+        if known and ids.numel() and int(ids.max()) >= self.limit:
             raise ValueError(
                 f"position {int(ids.max())} is beyond positions.max_length {self.limit}: "
                 "use shorter rows, or train with a larger max_length"
