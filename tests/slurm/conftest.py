@@ -20,6 +20,7 @@ from potamos.slurm.cluster import Cluster
 
 # Upper bounds, not waits: a machine that runs other work besides is many times slower.
 PATIENCE = 120.0
+PREFIX = "potamos-slurm-"
 
 
 @pytest.fixture(scope="session")
@@ -31,10 +32,21 @@ def slurm_folder() -> Iterator[Path]:
         if os.environ.get("POTAMOS_NEED_SLURM") == "1":
             raise
         pytest.skip(str(error))
-    folder = Path(tempfile.mkdtemp(prefix="potamos-slurm-"))
+    remove_orphans()
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX))
     folder.chmod(0o755)
+    (folder / "owner").write_text(str(os.getpid()))
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_orphans() -> None:
+    """Clusters of test sessions that were killed, which could not stop them."""
+    for owner in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/owner"):
+        if owner.stat().st_uid == os.geteuid() and not daemons.is_alive(int(owner.read_text() or 0)):
+            for facts in owner.parent.glob("*/cluster.json"):
+                Cluster.at(facts.parent).down(deadline=PATIENCE)
+            shutil.rmtree(owner.parent, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
