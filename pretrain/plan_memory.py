@@ -57,6 +57,8 @@ class _Rank:
         self.stages = self._stages(stage_costs)
         self.shards = sizes.dp_shard * sizes.cp if sizes.dp_shard > 1 else 1
         self.replicated = self.shards == 1 and sizes.dp_replicate * sizes.cp > 1 and sizes.pp == 1
+        # Weights that are gathered once a step lie there to its end; see `parallel.data.shard`.
+        self.once = self.shards > 1 and sizes.pp > 1 and SCHEDULES[self.layout.schedule].splits_backward
         self.compute = setup.DTYPES[recipe.train.precision].itemsize
         self.live: Counter[str] = Counter()
         self.total = 0
@@ -92,7 +94,8 @@ class _Rank:
             self._add("communication", stored)  # DDP's buckets, in which gradients lie from the last backward on
         self._receive_buffers()
         if self.shards > 1:
-            self._add("communication", self._gathered([(INPUT, INPUT), (OUTPUT, OUTPUT)]))
+            every = [unit for units in self.stages.values() for unit in units]
+            self._add("communication", self._gathered(every if self.once else [(INPUT, INPUT), (OUTPUT, OUTPUT)]))
         self._note("before the first forward")
         order = self._order()
         last = {action.stage: action for action in order if action.kind in ("backward", "backward_weight")}
@@ -120,7 +123,7 @@ class _Rank:
 
     def _forward(self, name: str, kind: str, when: str, *, first: bool) -> None:
         change = self._change(name, kind, 0)
-        gathered = self._gathered([(name, kind)]) if kind not in (INPUT, OUTPUT) else 0
+        gathered = self._passing((name, kind))
         self._note(when, {"communication": 2 * gathered})  # as received, and as parameters
         self._note(when, {_label(kind): change.peak, "communication": gathered})
         self._add(_label(kind), change.left)
@@ -130,9 +133,7 @@ class _Rank:
         fresh = name not in self.seen
         self.seen.add(name)
         own = self._gradient(name, kind) if fresh else 0
-        inner = kind not in (INPUT, OUTPUT)
-        gathered = self._gathered([(name, kind)]) if inner else 0
-        coming = self._gathered([after]) if after is not None and after[1] not in (INPUT, OUTPUT) else 0
+        gathered, coming = self._passing((name, kind)), self._passing(after)
         self._note(when, {"communication": gathered + 2 * coming, _label(kind): change.peak})
         self._add(_label(kind), change.left - own)
         self._add("gradients", own)
@@ -198,6 +199,12 @@ class _Rank:
             for kind in kinds
             for held in self.traced.parameters[kind]
         )
+
+    def _passing(self, unit: tuple[str, str] | None) -> int:
+        """The same of one unit that is gathered for its own forward or backward only."""
+        if unit is None or unit[1] in (INPUT, OUTPUT) or self.once:
+            return 0
+        return self._gathered([unit])
 
     def _receive_buffers(self) -> None:
         """torch's stages hold a buffer for each micro-batch that they receive, and for each gradient."""

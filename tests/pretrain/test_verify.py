@@ -218,7 +218,14 @@ def test_sizes_that_are_asked_for_are_taken():
         ("pp=8 schedule=zbv", r"parallel\.pp: 16 stages need as many layers, the model has 12"),
         ("cp=3", r"data\.sequence_length: 2048 cannot be cut into 6 slices for cp 3; use 2046 or 2052"),
         ("ep=2", r"parallel\.ep: 2 needs experts"),
-        ("dp_shard=2 pp=2 schedule=zbv", r"parallel\.dp_shard: 2 does not go with schedule zbv"),
+        (
+            "cp=2 pp=2 schedule=zbv",
+            r"parallel\.cp: 2 hands states on, which does not go with schedule zbv: .* cp_kinds",
+        ),
+        (
+            "pp=2 schedule=zero_bubble checkpointing=selective",
+            r"parallel\.checkpointing: selective does not go with schedule zero_bubble, .*; use full, none",
+        ),
     ],
 )
 def test_what_the_full_recipe_cannot_have_is_refused(words, message):
