@@ -94,7 +94,8 @@ def begun(run: RunFolder) -> bool:
 
 
 def is_done(run: RunFolder, recipe: str) -> bool:
-    """Whether ``run`` was trained to the last step that ``recipe`` asks for."""
+    """Whether ``run`` was trained to the last step of ``recipe``, which need not be in its folder yet (there,
+    `attempt.is_done` compares)."""
     import yaml
 
     step = read_json(run.done).get("step", -1)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from potamos.slurm import client
-from potamos.slurm.attempt import Attempt, jobs_of, newest_step, read_attempts
+from potamos.slurm.attempt import Attempt, is_done, jobs_of, newest_step, read_attempts
 from potamos.slurm.client import QueueEntry, SlurmError
 from potamos.slurm.run_folder import RunFolder
 
@@ -46,11 +46,13 @@ class StatusError(ValueError):
 
 @dataclass(frozen=True)
 class Facts:
-    """What a run folder says of its run. `done` and `stop` are the markers' content, None without one."""
+    """What a run folder says of its run. `done` and `stop` are the markers' content, None without one; ``finished``:
+    whether `done` is of the last step that the recipe asks for now."""
 
     folder: RunFolder
     state: dict[str, Any]
     done: dict[str, Any] | None
+    finished: bool
     stop: dict[str, Any] | None
     cancelled: bool
     attempts: Sequence[Attempt]
@@ -195,12 +197,23 @@ def read_facts(run: str | os.PathLike[str]) -> Facts:
     return Facts(
         folder=folder,
         state=read_json(folder.state) or {},
-        done=read_json(folder.done),
+        done=(done := read_json(folder.done)),
+        finished=done is not None and _is_finished(folder, done),
         stop=read_json(newest) if newest else None,
         cancelled=folder.cancelled.exists(),
         attempts=read_attempts(folder),
         jobs=jobs_of(folder),
     )
+
+
+def _is_finished(folder: RunFolder, done: Mapping[str, Any]) -> bool:
+    """`is_done`, as the batch script asks it; without a recipe to compare with, the marker's word."""
+    import yaml
+
+    try:
+        return is_done(folder)
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return _whole(done.get("step")) is not None
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -238,7 +251,7 @@ def judge(facts: Facts, queue: Mapping[str, QueueEntry] | None, now: datetime) -
     runs = [entry for entry in own if entry.state not in WAITING]
     waits = [entry for entry in own if entry.state in WAITING]
     base = _figures(facts)
-    if facts.done is not None and not runs and not (waits and _submitted_since(facts)):
+    if facts.finished and not runs:  # what waits is the rest of its chain
         return replace(base, state="finished", why="")
     if runs and not (runs[0].state == "COMPLETING" and facts.cancelled):
         return _running(base, facts, runs[0], len(waits), now)
@@ -321,6 +334,9 @@ def _ended(base: Status, facts: Facts, asked: bool, now: datetime) -> Status:
     # What judged an earlier attempt does not speak for one that ran after it, outside of Slurm.
     verdict = last.verdict if last is not None and last.number == facts.last_attempt else None
     why = _end_of(last) if last is not None else ""
+    if verdict == "done" or (verdict is None and reason == "finished"):
+        trained = f"was trained to step {(facts.done or {}).get('step')}, and its recipe asks for more"
+        return replace(base, state="stopped", why=f"{trained}; no job follows")
     if verdict in ("failed", "stopped"):
         return replace(base, state="failed" if verdict == "failed" else "cancelled", why=why)
     if facts.jobs and not asked:
@@ -345,13 +361,6 @@ def _end_of(attempt: Attempt) -> str:
     if attempt.verdict is None:
         return "killed from outside"
     return attempt.reason or attempt.verdict
-
-
-def _submitted_since(facts: Facts) -> bool:
-    """Whether a finished run was submitted again, to go on; else what waits is the rest of its chain."""
-    job = read_json(facts.folder.job) or {}
-    submitted, done = _time(job.get("submitted")), _time((facts.done or {}).get("at"))
-    return submitted is not None and done is not None and submitted > done
 
 
 # --- values that others wrote ---------------------------------------------------------------------------------------

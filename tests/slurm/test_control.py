@@ -213,6 +213,9 @@ def test_requeue_by_state(tmp_path: Path, slurm: FalseSlurm):
     run.done.write_text('{"step": 100, "at": "2026-01-01T00:00:00+00:00"}')
     with pytest.raises(ControlError, match=r"finished at step 100: raise train\.steps"):
         requeue(run)
+    run.recipe.write_text("name: x\ntrain: {steps: 200}\n")
+    with pytest.raises(SlurmError, match="never submitted"):  # got past that it is finished
+        requeue(run)
     with pytest.raises(ControlError, match="no run folder"):
         requeue(tmp_path / "none")
 

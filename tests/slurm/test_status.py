@@ -132,10 +132,22 @@ def test_a_finished_run_stays_so_while_the_rest_of_its_chain_waits(run: Run):
         "done.json", step=100
     )
     assert run.judged(entry("13", "PENDING", reason="Dependency")).state == "finished"
-    run.mark("job.json", submitted=ago(10))  # again, for more steps
-    assert run.judged(entry("13", "PENDING", reason="Priority")).state == "requeued"
     assert run.judged(entry("13")).state == "running"
     assert run.judged(asked=False).state == "finished"
+
+
+def test_a_run_is_finished_at_the_steps_of_its_recipe(run: Run):
+    """As the batch script judges it: steps may be raised after `done.json` was written."""
+    run.submitted("12").begin(0).end(0, "done", "finished").state("finished", step=100).mark("done.json", step=100)
+    assert run.judged().state == "finished"
+    (run.path / "recipe.yaml").write_text("name: x\ntrain: {steps: 200}\n")
+    assert run.judged(entry("13", "PENDING", reason="Priority")).state != "finished"
+    found = run.judged()
+    assert (found.state, found.why.partition(",")[0]) == ("stopped", "was trained to step 100")
+    run.submitted("13")
+    assert run.judged(entry("13", "PENDING", reason="Priority")).state == "requeued"
+    (run.path / "recipe.yaml").unlink()
+    assert run.judged().state == "finished", "nothing to compare with"
 
 
 def test_one_task_of_an_array_is_not_its_neighbor(run: Run):
