@@ -101,12 +101,19 @@ def _mebibytes(memory: str) -> float:
 
 
 def check_names(job: Job) -> None:
-    """Refuse folders whose names Slurm would read as patterns: the job would end before its first line, without a log.
+    """Refuse folders whose names something would read otherwise: Slurm takes patterns for the log's name (the job would
+    end before its first line), Python takes a list for PYTHONPATH (the job would run the installed program in place of
+    the folder's copy).
 
     Raises:
         SubmitError: names the character.
     """
     for path in (job.folder, *job.runs):
+        if ":" in str(path):
+            raise SubmitError(
+                f"{path}: a : separates the folders in PYTHONPATH, so the job would not find the copy of the program "
+                "that lies there; name another with --run"
+            )
         for mark in "%\\":
             if mark in str(path):
                 raise SubmitError(

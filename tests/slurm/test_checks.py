@@ -92,6 +92,13 @@ def test_slurm_reads_patterns_in_folder_names(mark: str):
         check_names(ask(runs=(Path(os.fsdecode(b"/shared/\xff")),)))
 
 
+def test_python_reads_lists_in_folder_names():
+    """PYTHONPATH would be two folders, neither of them the copy, and the installed program would run unnoticed."""
+    for folder in (Path("/shared/10:30"), Path("/a:b/runs/x")):
+        with pytest.raises(SubmitError, match=rf"{folder}: a : separates .* PYTHONPATH.*name another with --run"):
+            check_names(ask(folder=folder, runs=(folder,)))
+
+
 def test_places_that_other_nodes_do_not_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert "/tmp, which other nodes usually do not see" in check_place(Path("/tmp/runs/x"))[0]
     assert "which other nodes usually do not see" in check_place(Path("/dev/shm/x"))[0]
