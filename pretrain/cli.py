@@ -91,14 +91,18 @@ def train(
     """
     if nproc > 1:
         raise typer.Exit(_train_on(nproc, recipe, overrides or [], run))
-    from potamos.pretrain.guard import install_signal_handlers
+    from potamos.pretrain.guard import ignore_signals, install_signal_handlers
 
     install_signal_handlers()
     from potamos.pretrain.config import load_recipe
     from potamos.pretrain.trainer import train as run_training
 
     loaded = load_recipe(recipe, overrides or [])
-    raise typer.Exit(run_training(loaded, run or Path("runs") / loaded.name))
+    try:
+        status = run_training(loaded, run or Path("runs") / loaded.name)
+    finally:
+        ignore_signals()
+    raise typer.Exit(status)
 
 
 def _train_on(nproc: int, recipe: str, overrides: list[str], run: Path | None) -> int:

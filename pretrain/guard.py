@@ -51,6 +51,13 @@ def install_signal_handlers() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGUSR1})
 
 
+def ignore_signals() -> None:
+    """At the end of a run: a request that comes now has nothing left to stop, and Python, as it leaves, gives signals
+    their default action back, which would kill a rank that has saved."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
 def stop_requested() -> Stop | None:
     """The first request to stop, or None. It is this process's own: agree with the other ranks before acting on it."""
     return _stop

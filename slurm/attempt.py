@@ -27,6 +27,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -77,7 +78,10 @@ class Told:
         A job that is being cancelled and one that is being requeued are both COMPLETING; only the latter has one
         restart more than its script knows of. One that ran into its limit has run for as long.
         """
-        said = {key: value for key, _, value in (word.partition("=") for word in line.split())}
+        said: dict[str, str] = {}
+        for word in line.split():
+            key, _, value = word.partition("=")
+            said.setdefault(key, value)  # the first counts: a folder's name further on may look like a field
         state, count = said.get("JobState", ""), said.get("Restarts", "0")
         requeued = count.isdecimal() and int(count) > restart
         ended = state in ("COMPLETING", "CANCELLED", "TIMEOUT") and not requeued
@@ -132,7 +136,7 @@ def begin(folder: RunFolder, job: str, restart: int, nodes: str, crashes: int) -
         AttemptError: `crashes` attempts in a row failed without a new checkpoint, the run was cancelled, or this node
             cannot write into the folder.
     """
-    if _is_done(folder):
+    if is_done(folder):
         return None
     if folder.cancelled.exists():
         raise AttemptError(f"{folder.path} was cancelled; go on with: potamos requeue {folder.path}")
@@ -154,31 +158,39 @@ def begin(folder: RunFolder, job: str, restart: int, nodes: str, crashes: int) -
     return number
 
 
-def end(folder: RunFolder, number: int, status: int, told: Told, *, requeue: bool, crashes: int) -> tuple[str, str]:
+def end(
+    folder: RunFolder, number: int, status: int, told: Told, *, requeue: bool, crashes: int, why: str = ""
+) -> tuple[str, str]:
     """How attempt `number` ended, and why; remembers it.
 
     Args:
         status: srun's exit status.
         requeue: whether this job may go back into the queue, rather than another follow.
         crashes: how many attempts in a row may be of no use.
+        why: the reason, where the ranks never started.
     """
     began = next((attempt.step for attempt in read_attempts(folder) if attempt.number == number), 0)
     step, stop = newest_step(folder), folder.stop(number)
     fruitless, verdict = False, "waiting" if told.requeued else "requeue"
-    if _is_done(folder):
+    if is_done(folder):
         verdict, reason = "done", "finished"
     elif folder.cancelled.exists() or told.cancelled:
         verdict, reason = "stopped", "cancelled"
     else:
         fruitless = step <= began and not (told.requeued or told.preempted)
-        reason = str(_read(stop).get("reason", "asked to stop")) if stop.exists() else _why(folder, number, status)
+        reason = (
+            str(_read(stop).get("reason", "asked to stop")) if stop.exists() else (why or _why(folder, number, status))
+        )
         reason = ", ".join(filter(None, [reason, str(told)])) + (", before the first new checkpoint" * fruitless)
         if fruitless and len(_fruitless(folder)) + 1 >= crashes:
             verdict, reason = "failed", f"{reason} ({crashes} such attempts in a row)"
         elif not requeue:
             verdict = "next" if stop.exists() else "crashed"
     record = {"event": "end", "attempt": number, "status": status, "verdict": verdict, "reason": reason, "step": step}
-    _append(folder, record | {"fruitless": fruitless})
+    try:
+        _append(folder, record | {"fruitless": fruitless})
+    except OSError as error:  # go on all the same: the next begin refuses if it cannot write either
+        print(f"attempts.jsonl could not be written ({error.strerror})", file=sys.stderr)
     return verdict, reason
 
 
@@ -198,7 +210,7 @@ def newest_step(folder: RunFolder) -> int:
     return max((int(match[1]) for name in names if (match := STEP_FOLDER.fullmatch(name))), default=0)
 
 
-def _is_done(folder: RunFolder) -> bool:
+def is_done(folder: RunFolder) -> bool:
     """Whether the run was trained to the last step that its recipe asks for now."""
     if not folder.done.exists():
         return False
@@ -237,7 +249,7 @@ def _next_number(folder: RunFolder) -> int:
 
 # --- reasons ------------------------------------------------------------------------------------------------------
 
-_OWN = re.compile(r"^(?:ERROR: |error: )?([A-Za-z_.]*(?:Error|Exception|Interrupt)\b.*|error: .*)$")
+_OWN = re.compile(r"^(?:\[rank\d+\]: )?(?:ERROR: )?([A-Za-z_.]*(?:Error|Exception|Interrupt)(?:: .*)?|error: .*)$")
 _OF_ANOTHER = re.compile(
     r"PeerError|rank \d+: |[Cc]onnection (closed|reset|refused)|Broken pipe|[Tt]imed out|"
     r"remote (process|error)|(network|unhandled system) error|ncclRemoteError"
@@ -261,7 +273,17 @@ def _why(folder: RunFolder, number: int, status: int) -> str:
     lines = _last_lines(folder.logs / f"attempt-{number}.srun.txt")
     told = [match[1] for line in lines if (match := _SRUN.search(line.strip()))]
     first = next((line for line in told if "Terminated" not in line), None)
-    return (first or next(iter(others + told), f"srun ended with status {status} and left no words"))[:300]
+    return (first or next(iter(others + told), f"srun ended with status {status} and left no words{_room(folder)}"))[
+        :300
+    ]
+
+
+def _room(folder: RunFolder) -> str:
+    """A remark on the disk where it has no room: then words are what it has no room for."""
+    with contextlib.suppress(OSError):
+        if shutil.disk_usage(folder).free < 1 << 20:
+            return ": the disk of the run folder is full"
+    return ""
 
 
 def _rank(path: Path) -> int:
@@ -321,7 +343,7 @@ def _read(path: Path) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m potamos.slurm.attempt", description="Judge attempts of a run.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("begin", "end", "follow"):
+    for name in ("begin", "end", "follow", "outside"):
         command = commands.add_parser(name)
         command.add_argument("run", type=Path)
         command.add_argument("--crashes", type=int, default=3)
@@ -332,6 +354,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("--status", type=int, default=0)
         command.add_argument("--told", default="")
         command.add_argument("--bad-nodes", default="")
+        command.add_argument("--why", default="")
         command.add_argument("--requeue", type=int, default=1)
     asked = parser.parse_args(arguments)
     folder = RunFolder(asked.run.absolute())
@@ -341,12 +364,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("done" if number is None else number)
         elif asked.command == "follow":
             note_submission(folder, [asked.job.partition(";")[0]])
+        elif asked.command == "outside":
+            print(Told.read(asked.told, asked.restart))
         elif asked.bad_nodes:
             replaced(folder, asked.attempt, asked.bad_nodes)
         else:
             requeue = bool(asked.requeue)
             told = Told.read(asked.told, asked.restart)
-            verdict, reason = end(folder, asked.attempt, asked.status, told, requeue=requeue, crashes=asked.crashes)
+            verdict, reason = end(
+                folder, asked.attempt, asked.status, told, requeue=requeue, crashes=asked.crashes, why=asked.why
+            )
             print(verdict)
             print(f"attempt {asked.attempt}: {verdict}: {reason}", file=sys.stderr)
     except (AttemptError, OSError) as error:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -52,6 +53,8 @@ def ends(folder, number, *, status=0, told=RUNNING, requeue=True, crashes=3):
         (TIMEOUT, Told(out_of_time=True)),
         (CANCELLED.replace("TimeLimit=00:10:00", "TimeLimit=UNLIMITED"), Told(cancelled=True)),
         (CANCELLED.replace("00:01:00", "1-00:10:02").replace("00:10:00", "1-00:10:00"), Told(out_of_time=True)),
+        (RUNNING.replace("RUNNING", "TIMEOUT"), Told(out_of_time=True)),
+        (RUNNING + " WorkDir=/runs/x Restarts=9 JobState=CANCELLED", Told()),  # a folder's name
         ("", Told()),
         ("slurm_load_jobs error: Unable to contact slurm controller (connect failure)", Told()),
     ],
@@ -188,6 +191,8 @@ def test_nodes_that_fail_the_check_are_no_crash(folder):
             "n0: task 0: Killed",
         ),
         ({"rank-10": "ValueError: ten\n", "rank-9": "ValueError: nine\n"}, "rank 10: ValueError: ten"),
+        ({"rank-0": "Exception in thread Thread-3:\n"}, "srun ended with status 9 and left no words"),
+        ({"rank-0": "[rank0]: OSError: [Errno 28] full\n"}, "rank 0: OSError: [Errno 28] full"),
         ({}, "srun ended with status 9 and left no words"),
     ],
 )
@@ -215,6 +220,20 @@ def test_torn_lines_are_passed_over_and_not_written_into(folder):
         file.write('{"event": "end", "attem')
     assert start(folder) == 1
     assert [a.number for a in read_attempts(folder)] == [0, 1]
+
+
+def test_a_full_disk_is_said_and_does_not_end_the_run(folder, monkeypatch, capsys):
+    number = start(folder)
+    monkeypatch.setattr(attempts.shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(attempts, "_append", refuse)
+    verdict, reason = ends(folder, number, status=1)
+    assert verdict == "requeue"
+    assert "the disk of the run folder is full" in reason
+    assert "attempts.jsonl could not be written" in capsys.readouterr().err
 
 
 def test_jobs_of_a_run_in_order(folder):

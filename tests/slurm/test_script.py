@@ -1,8 +1,10 @@
 """The batch script as text, and run by bash with commands that only write down what they were told."""
 
+import json
 import os
 import shlex
 import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from potamos.slurm.attempt import jobs_of
 from potamos.slurm.job import Container, Job, JobError
 from potamos.slurm.script import BODY, header, script
 
@@ -158,7 +161,10 @@ class Desk:
             "scontrol",
             'case "$1 $2" in "show hostnames") printf "n7\\nn8\\n" ;;'
             ' "show node") echo "NodeName=$3 Arch=x NodeAddr=${ADDRESS-10.0.0.7} NodeHostName=$3" ;;'
-            ' "show job") echo "JobState=${STATE-RUNNING} Restarts=${RESTARTS-0} RunTime=0:00:09 TimeLimit=00:10:00" ;;'
+            ' "show job") echo "JobState=${STATE-RUNNING} Restarts=${RESTARTS-0} RunTime=${RAN-00:00:09}"'
+            ' "TimeLimit=00:10:00" ;;'
+            ' ping*) echo "Slurmctld(primary) at host is ${CONTROLLER-UP}" ;;'
+            ' "show config") echo "KillWait                = 3 sec" ;;'
             ' requeue*) [ -z "${DENY-}" ] || { echo "$DENY" >&2; exit 1; } ;; esac',
         )
         self.command("sleep", "")
@@ -371,3 +377,105 @@ def test_bad_nodes_are_left_to_a_new_job(desk):
     assert "--exclude=n8,n1,n3" in words
     assert words[-1] == f"{desk.run}/submit.sbatch"
     assert "n8 failed the check" in (desk.run / "attempts.jsonl").read_text()
+
+
+def preflight(desk, checks: str, judged: str, **changes) -> Job:
+    """A job that examines its nodes: what the check does, and what the judge of it does."""
+    real = desk.python
+    desk.command("judge", f'case "$*" in *--judge*) {judged} ;; *slurm.attempt*) exec {shlex.quote(real)} "$@" ;; esac')
+    desk.command("srun", f'case "$*" in *node_check*) {checks} ;; *) {stopping()} ;; esac')
+    desk.command("sbatch", 'echo "restart=${SLURM_RESTART_COUNT-none} exclude=$POTAMOS_EXCLUDE" >"$CALLS.env"; echo 42')
+    return replace(
+        Job(name="t", folder=desk.run, runs=(desk.run,), python=str(desk.bin / "judge"), preflight=True), **changes
+    )
+
+
+def ends(desk) -> list[dict]:
+    records = [json.loads(line) for line in (desk.run / "attempts.jsonl").read_text().splitlines()]
+    return [record for record in records if record["event"] == "end"]
+
+
+def test_the_job_that_goes_on_without_bad_nodes_is_remembered_and_counts_anew(desk):
+    job = preflight(desk, "true", "echo n8", tasks=(5,), array="5")
+    place = {"SLURM_ARRAY_JOB_ID": "41", "SLURM_ARRAY_TASK_ID": "5"}
+    assert desk.start(job, SLURM_RESTART_COUNT="3", **place).returncode == 0
+    assert Path(f"{desk.calls}.env").read_text() == "restart=none exclude=n8\n"
+    assert "--array=5" in desk.told("sbatch")[0]
+    assert jobs_of(desk.run) == ["42"]
+    (check,) = desk.told("srun")
+    assert check.index("--kill-on-bad-exit=0") > check.index("--kill-on-bad-exit=1")  # the last one counts
+    assert "--wait=600" in check
+
+
+def test_a_chain_leaves_bad_nodes_to_its_next_job(desk):
+    """Another job would train in the folder beside the next link."""
+    done = desk.start(preflight(desk, "true", "echo n8", requeue=False))
+    assert done.returncode == 1
+    assert desk.told("sbatch") == []
+    assert ends(desk)[0]["verdict"] == "next"
+
+
+def test_a_stop_while_nodes_are_examined_blames_no_node(desk):
+    job = preflight(desk, "kill -TERM $PPID; /bin/sleep 0.3", "exit 4")
+    done = desk.start(job)
+    assert done.returncode == 0, done.stderr
+    assert len(desk.told("srun")) == 1
+    assert "env" in desk.told("srun")[0]  # which holds the ranks' signals back there too
+    assert ["requeue", "41"] in desk.told("scontrol")
+    assert "while the nodes were examined" in ends(desk)[0]["reason"]
+
+
+def test_no_node_that_passes_is_a_failed_attempt_and_not_the_end(desk):
+    done = desk.start(preflight(desk, "true", "exit 4"))
+    assert done.returncode == 0
+    assert ["requeue", "41"] in desk.told("scontrol")
+    assert (ends(desk)[0]["fruitless"], "no node passed" in ends(desk)[0]["reason"]) == (True, True)
+
+
+def test_ranks_that_hang_at_the_time_limit_are_judged_before_slurm_kills_the_script(desk):
+    desk.command("srun", "/bin/sleep 0.3; kill -TERM $PPID; exec /bin/sleep 50")
+    began = time.monotonic()
+    done = desk.start(STATE="COMPLETING", RAN="00:10:01")
+    assert time.monotonic() - began < 30
+    assert done.returncode == 0, done.stderr
+    assert ["requeue", "41"] in desk.told("scontrol")
+    assert "time limit" in ends(desk)[0]["reason"]
+
+
+def test_ranks_that_save_in_the_grace_of_a_preemption_are_let(desk):
+    desk.command("srun", f"kill -TERM $PPID; /bin/sleep 1; {stopping()}")
+    assert desk.start().returncode == 0
+    assert ends(desk)[0]["reason"] == "SIGUSR1"
+
+
+def test_a_controller_that_is_away_is_waited_for(desk):
+    """Away when the attempt ends: nobody else would requeue the job."""
+    away, up, down = '[ -f "$CALLS.away" ]', "Slurmctld(primary) at host is UP", "Slurmctld(primary) at host is DOWN"
+    desk.command(
+        "scontrol",
+        'n=$(cat "$CALLS.n" 2>/dev/null || echo 0); case "$1 $2" in "show hostnames") echo n7 ;;'
+        ' "show node") echo "NodeName=n7 NodeAddr=10.0.0.7" ;; "show job") echo "JobState=RUNNING Restarts=0" ;;'
+        f' ping*) {away} && {{ n=$((n + 1)); echo $n >"$CALLS.n"; [ $n -lt 4 ] || rm "$CALLS.away"; }};'
+        f' {away} && echo "{down}" || echo "{up}" ;;'
+        f' requeue*) {away} && {{ echo "Unexpected message received for job 41" >&2; exit 1; }} ;; esac; exit 0',
+    )
+    desk.command("srun", stopping() + '; touch "$CALLS.away"')
+    done = desk.start()
+    assert done.returncode == 0, done.stderr
+    assert "waiting for it" in done.stdout
+    assert ["requeue", "41"] in desk.told("scontrol")
+
+
+@pytest.mark.parametrize("line", ["set -euo pipefail", "set -e", "set -u"])
+def test_a_strict_prologue_changes_nothing(desk, line):
+    desk.command("srun", "exit 137")
+    job = Job(name="t", folder=desk.run, runs=(desk.run,), python=desk.python, prologue=(line,))
+    assert desk.start(job).returncode == 0
+    assert ends(desk)[0]["verdict"] == "requeue"
+    assert ["requeue", "41"] in desk.told("scontrol")
+
+
+def test_a_path_that_modules_set_is_kept_behind_the_runs_own(desk):
+    desk.command("srun", f'echo "$PYTHONPATH" >"$CALLS.env"; {stopping()}')
+    desk.start(PYTHONPATH="/opt/site")
+    assert Path(f"{desk.calls}.env").read_text() == f"{desk.run}/code:/opt/site\n"
