@@ -29,7 +29,7 @@ def plan(
 
     loaded = load_recipe(recipe, overrides or [])
     asked = (loaded.slurm.nodes or 1) * (loaded.slurm.gpus_per_node or 1)
-    found = Planner(loaded, gpus or asked, gpu).plan(layouts)
+    found = Planner(loaded, asked if gpus is None else gpus, gpu).plan(layouts)
     show_plan.run(found)
     try:
         show.plan(plan_data(loaded))

@@ -14,12 +14,14 @@ from potamos.data.tokenizer import Tokenizer
 from potamos.files import write_atomically
 from potamos.parallel import launch
 from potamos.parallel.apply import Spread
+from potamos.parallel.check import check_layout, check_micro_batches
 from potamos.parallel.mesh import LayoutError, Sizes
 from potamos.pretrain import setup
 from potamos.pretrain.config import Change, to_yaml
 from potamos.pretrain.environment import write_environment
 from potamos.pretrain.guard import remove_done
 from potamos.pretrain.models.trunk import Model
+from potamos.pretrain.objectives.base import System
 from potamos.pretrain.plan_time import predict
 from potamos.pretrain.recipe import Recipe
 from potamos.pretrain.records import attempt_number
@@ -88,6 +90,21 @@ def tokens_before(skips: SkipList, sequence_length: int, next_sample: int) -> in
     return (next_sample - left_out) * sequence_length
 
 
+def check_spread(recipe: Recipe, draft: System, size: Sizes) -> int:
+    """Everything that a recipe is refused for on ``size`` before its data are opened and its model is built: of the
+    trainer and of whoever tells beforehand what a trainer will do. Returns the micro-batches of a step on one rank.
+
+    draft: its system, which may be on the meta device. Raises LayoutError where the layout is to blame or the number of
+    ranks, ValueError where no layout would help.
+    """
+    layout = recipe.parallel.layout()
+    check_carried(recipe, draft.model, size)
+    check_layout(draft, layout, size, recipe.data.sequence_length)
+    count = micro_batches(recipe, size.data)
+    check_micro_batches(layout, size, count)
+    return count
+
+
 def check_carried(recipe: Recipe, model: Model, size: Sizes) -> None:
     """Refuse rows that go on in the next step where nothing can carry their states."""
     if recipe.data.order != "contiguous":
@@ -116,7 +133,7 @@ def micro_batches(recipe: Recipe, ranks: int) -> int:
         unit = ranks * micro
         below, above = sequences // unit * unit, -(-sequences // unit) * unit
         near = f"{below} or {above}" if below else f"{above}"
-        raise ValueError(
+        raise LayoutError(
             f"train.sequences: {sequences} is not a multiple of {ranks} data ranks x train.micro_sequences {micro}; "
             f"use {near}, or change train.micro_sequences"
         )

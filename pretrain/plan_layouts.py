@@ -6,15 +6,15 @@ the fastest layouts until enough of them fit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from potamos.parallel.check import check_layout, check_micro_batches
 from potamos.parallel.facts import Layout
 from potamos.parallel.mesh import LayoutError, Sizes, sizes
 from potamos.pretrain.ceilings import CEILINGS, NOT_REACHABLE, Ceiling, Reached
+from potamos.pretrain.opening import check_spread
 from potamos.pretrain.plan_forms import Form, form_on
 from potamos.pretrain.plan_memory import Memory, memory
 from potamos.pretrain.plan_time import Costs, Time, step_time
@@ -102,8 +102,9 @@ class Planner:
             own, refused = self.planned(self.recipe), None
         except LayoutError as error:
             own, refused = None, str(error)
-        best = self.best(shown)
-        if own is not None and own.memory.peak <= self.usable:
+        fits = own is not None and own.memory.peak <= self.usable
+        best = self.best(shown, split_rows=not fits)
+        if own is not None and fits:
             best = sorted(
                 [own, *(each for each in best if each.sizes != own.sizes)], key=lambda each: each.time.seconds
             )
@@ -125,13 +126,26 @@ class Planner:
         size = self._checked(recipe)
         return Planned(recipe, size, self._memory(recipe, size), self._time(recipe, size))
 
-    def best(self, shown: int) -> list[Planned]:
-        """The fastest layouts that fit, the fastest first."""
+    def best(self, shown: int, *, split_rows: bool = False) -> list[Planned]:
+        """The fastest layouts that fit, the fastest first.
+
+        split_rows: also those that cut rows into slices where the recipe does not, which are looked for in any case
+        where no other fits: to count the memory of each takes as long as that of all the others.
+        """
+        kept = {1, self.recipe.parallel.cp}
+        found = self._fitting(shown, kept)
+        if shown and (split_rows or not found):
+            cuts = [cp for cp in _divisors(self.gpus) if self.recipe.data.sequence_length % cp == 0]
+            found += self._fitting(shown, set(cuts) - kept)
+        return sorted(found, key=lambda each: each.time.seconds)[:shown]
+
+    def _fitting(self, shown: int, slices: Collection[int]) -> list[Planned]:
+        """The fastest that fit of the layouts with so many slices of a row."""
         found: list[Planned] = []
         if not shown:
             return found
         timed = []
-        for recipe in self._candidates():
+        for recipe in self._candidates(slices):
             try:
                 size = self._checked(recipe)
                 timed.append((self._time(recipe, size), size, recipe))
@@ -148,18 +162,8 @@ class Planner:
     # --- parts -----------------------------------------------------------------------------------------------------
 
     def _checked(self, recipe: Recipe) -> Sizes:
-        layout = recipe.parallel.layout()
-        size = sizes(layout, self.gpus)
-        check_layout(self.costs.system, layout, size, recipe.data.sequence_length)
-        unit = size.data * recipe.train.micro_sequences
-        rows = recipe.train.sequences
-        if rows % unit:
-            near = [n for n in (rows // unit * unit, -(-rows // unit) * unit) if n]
-            raise LayoutError(
-                f"train.sequences: {rows} is not a multiple of {size.data} data ranks x train.micro_sequences "
-                f"{recipe.train.micro_sequences}; use {' or '.join(map(str, near))}, or change train.micro_sequences"
-            )
-        check_micro_batches(layout, size, rows // unit)
+        size = sizes(recipe.parallel.layout(), self.gpus)
+        check_spread(recipe, self.costs.system, size)
         return size
 
     def _time(self, recipe: Recipe, size: Sizes) -> Time:
@@ -178,12 +182,12 @@ class Planner:
             self._traces[key] = trace(recipe, tp=size.tp, cp=size.cp, form=self.form)
         return memory(recipe, self._traces[key], size, self.costs.system.stage_costs())
 
-    def _candidates(self) -> Iterator[Recipe]:
-        """Every way to put the devices on the axes; sequence slices only where the recipe has them already."""
+    def _candidates(self, slices: Collection[int]) -> Iterator[Recipe]:
+        """Every way to put the devices on the axes, with so many slices of a row."""
         own, inside = self.recipe.parallel, min(self.gpus, self.ceiling.per_node)
         for tp in _divisors(inside):
             for pp in _divisors(self.gpus // tp):
-                for cp in {1, own.cp}:
+                for cp in slices:
                     data, rest = divmod(self.gpus, tp * pp * cp)
                     for shard in _divisors(data) if not rest else ():
                         if shard not in (1, data, inside // tp):

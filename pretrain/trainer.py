@@ -21,7 +21,6 @@ from torch import Tensor
 from potamos.data.loader import Loader, Rows
 from potamos.parallel import launch
 from potamos.parallel.apply import apply
-from potamos.parallel.check import check_micro_batches
 from potamos.parallel.mesh import sizes
 from potamos.parallel.watchdog import Watchdog
 from potamos.pretrain import carried, opening, resume, setup
@@ -80,17 +79,15 @@ class Trainer:
             setup.keep_freed_memory()
         if recipe.train.threads is not None:
             torch.set_num_threads(recipe.train.threads)
-        self.sizes = sizes(recipe.parallel.layout(), rank.world)
-        self.micro_batches = opening.micro_batches(recipe, self.sizes.data)
-        check_micro_batches(recipe.parallel.layout(), self.sizes, self.micro_batches)
+        draft, layout = setup.draft_system(recipe), recipe.parallel.layout()
+        self.sizes = sizes(layout, rank.world)
+        self.micro_batches = opening.check_spread(recipe, draft, self.sizes)
         self.tokenizer = launch.together(lambda: setup.open_tokenizer(recipe))
         self.token_bytes = self.tokenizer.token_bytes()
         self.stream = launch.together(lambda: setup.open_stream(recipe, self.tokenizer))
         self.validation = launch.together(lambda: setup.open_validation(recipe, self.tokenizer))
         check_same_data(self.stream, self.validation)
 
-        draft, layout = setup.draft_system(recipe), recipe.parallel.layout()
-        opening.check_carried(recipe, draft.model, self.sizes)
         self.flops_per_token = 3.0 * draft.model.flops_per_token(recipe.data.sequence_length)
         dtype = setup.DTYPES[recipe.train.precision]
         self.spread = apply(

@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from potamos.kernels.attention import DropoutKey, Mask, Toeplitz, attention_reference
+from potamos.kernels.attention import BiasTerms, DropoutKey, Mask, Toeplitz, attention_reference
 from potamos.parallel.context import SequenceAxis, Slices
+from potamos.parallel.ring import Ring, ring_attention
 from potamos.parallel.slices import held_slices
 
 pytestmark = pytest.mark.distributed
@@ -82,3 +83,37 @@ def test_a_ring_is_attention_over_the_row(run_ranks, name, order, world, dtype, 
             )
         error = ((got - reference).norm() / reference.norm()).item()
         assert error <= limit, f"{['y', *names][i]}: {error:.1e}"
+
+
+class Told:
+    """A form of attention whose gradients are told by its arguments: that of queries is the keys' number, those of keys
+    and values are the queries' number and twice it. In fp32, so that only their sums can be narrow."""
+
+    def forward(self, q, k, v, terms, mask, scale, drop, *, wide):
+        assert wide
+        return torch.zeros_like(q, dtype=torch.float32), torch.zeros(q.shape[:3])
+
+    def backward(self, grad_out, grad_lse, q, k, v, out, lse, terms, mask, scale, drop, needs):
+        queries, keys = q[..., :1, :1].float(), k[..., :1, :1].float()
+        return keys.expand(q.shape), queries.expand(k.shape), 2 * queries.expand(v.shape), None, None, None
+
+
+@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
+def test_gradients_are_summed_wider_than_they_are_kept(run_ranks, order):
+    """256 and three times 0.75: beside 256, bf16 has nothing nearer than 258, so a sum in bf16 stays at 256."""
+    shape = (1, 1, 8, 2)
+
+    def work(rank: int, world: int) -> list[float]:
+        group = dist.group.WORLD
+        assert group is not None
+        number = 256.0 if rank == 0 else 0.75
+        q, k, v = (torch.full(shape, number, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+        y = ring_attention(Ring(group, order), Told(), q, k, v, BiasTerms(), Mask(causal=False), 1.0, None)
+        found = torch.autograd.grad(y.sum(), [q, k, v])
+        assert all(x.dtype == torch.bfloat16 for x in found)
+        return [x.unique().item() for x in found]
+
+    slices = 2 if order == "zigzag" else 1
+    total = torch.tensor(slices * (256.0 + 3 * 0.75)).bfloat16().item()
+    assert total == slices * 258.0
+    assert run_ranks(4, work) == [[total, total, 2 * total]] * 4

@@ -17,6 +17,7 @@ from potamos.parallel.apply import LayoutError, Spread, apply
 from potamos.parallel.check import check_layout, check_micro_batches
 from potamos.parallel.data import SHARDS
 from potamos.parallel.mesh import sizes
+from potamos.parallel.pipeline import SCHEDULES
 from potamos.pretrain import setup
 from potamos.pretrain.config import available, load_recipe
 from potamos.pretrain.opening import micro_batches
@@ -54,7 +55,7 @@ def as_ranks(run_ranks: Any, world: int, ranks: Iterable[int], work: Callable[[i
 
 
 def looked_at(world: int) -> list[int]:
-    """The first rank, the last, and one of the middle, which with a pipeline holds neither end."""
+    """The first rank, the last, and one of the middle, which in a pipeline of three or more holds neither end."""
     return sorted({0, world // 2, world - 1})
 
 
@@ -99,6 +100,10 @@ def check(run_ranks: Any, recipe: Recipe, world: int, ranks: Sequence[int] | Non
         assert set().union(*by_stage.values()) == every
     else:
         assert all(layers < every for layers in by_stage.values())
+    if not SCHEDULES[recipe.parallel.schedule].v:
+        for stage, layers in by_stage.items():
+            ends = ("0" in layers, str(recipe.model.layers - 1) in layers)
+            assert ends == (stage == 0, stage == pipeline - 1)
 
 
 def changed(name: str, world: int, axes: dict[str, Any], *more: str) -> Recipe:
@@ -128,7 +133,7 @@ def test_every_recipe_goes_to_a_thousand_ranks(name, run_ranks):
     with pytest.raises(ValueError, match=rf"train\.sequences: .* not a multiple of 1024 .*; use {THOUSAND * micro}, "):
         micro_batches(recipe, THOUSAND)
     check(run_ranks, load_recipe(name, [f"train.sequences={THOUSAND * micro}"]), THOUSAND)
-    axes = {"dp_replicate": 32, "dp_shard": "all", "tp": 2, "cp": 2, "pp": 2}
+    axes = {"dp_replicate": 32, "dp_shard": "all", "tp": 2, "cp": 2, "pp": 4 if recipe.model.layers >= 4 else 2}
     if name == "linear_tiny":  # three heads a tensor slice, which two sequence slices cannot share
         layout = changed(name, THOUSAND, axes).parallel.layout()
         with pytest.raises(LayoutError, match=r"parallel\.cp: 2 .* 6 heads .* tp 2 .*; use a divisor of 3"):

@@ -14,7 +14,7 @@ from potamos.parallel.facts import Layout
 from potamos.parallel.launch import Rank
 from potamos.parallel.mesh import LayoutError
 from potamos.parallel.pipeline import balanced
-from potamos.pretrain import setup
+from potamos.pretrain import resume, setup
 from potamos.pretrain.records import read_metrics
 
 pytestmark = pytest.mark.distributed
@@ -107,6 +107,32 @@ def build(trial, layout: Layout, rank: int, world: int, *changes: str) -> Spread
     draft, device = setup.draft_system(recipe), torch.device("cpu")
     length = recipe.data.sequence_length
     return apply(draft, layout, rank, world, device, setup.filler(recipe, device), length=length)
+
+
+@pytest.mark.parametrize("shards", [3, 5])
+def test_rows_that_do_not_divide_are_restored_whole(trial, run_ranks, shards):
+    """Of every parameter, its elements numbered: what the ranks are given goes together to the same."""
+
+    def work(rank: int, world: int) -> Any:
+        spread = build(trial, Layout(dp_replicate=1, dp_shard=world), rank, world)
+        numbered = {name: torch.arange(s.numel(), dtype=torch.float32).view(s) for name, s in spread.shapes.items()}
+        with torch.no_grad():
+            resume.read_parameters(spread, numbered)
+        wrong = [
+            name for name, p in spread.parameters.items() if not torch.equal(spread.whole(name, p), numbered[name])
+        ]
+        uneven = [name for name, s in spread.shapes.items() if s[0] % world]
+        own = {name: spread.local(name, whole) for name, whole in numbered.items()}
+        return wrong, uneven, own
+
+    ranks = run_ranks(shards, work)
+    assert [wrong for wrong, *_ in ranks] == [[]] * shards
+    uneven = ranks[0][1]
+    assert len(uneven) > 10, "the sizes of the model are to be such that rows do not divide"
+    for name, first in ranks[0][2].items():
+        together = torch.cat([own[name] for *_, own in ranks])
+        assert torch.equal(together.flatten(), torch.arange(together.numel())), name
+        assert together.shape[1:] == first.shape[1:]
 
 
 @pytest.mark.parametrize("order", ["zigzag", "contiguous"])

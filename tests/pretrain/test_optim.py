@@ -183,6 +183,16 @@ def test_muon_is_a_plain_loop() -> None:
         torch.testing.assert_close(parameter.detach(), value, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(24, 24), (24, 10), (10, 24)])
+def test_doubles_are_orthogonalized_as_doubles(shape: tuple[int, int]) -> None:
+    """What is compared to 1e-10 elsewhere: iterated in fp32, small singular values are wrong by 1e-5."""
+    matrices = torch.randn(3, *shape, dtype=torch.float64)
+    found = orthogonalize(matrices)
+    assert found.dtype == torch.float64
+    for result, matrix in zip(found, matrices, strict=True):
+        torch.testing.assert_close(result, naive_orthogonalize(matrix), rtol=0, atol=1e-11)
+
+
 def test_muon_is_torchs() -> None:
     """torch.optim.Muon iterates in bf16, so only to that: 1 % of the update."""
     ours, theirs = (nn.Parameter(torch.randn(24, 40, generator=torch.Generator().manual_seed(1))) for _ in range(2))

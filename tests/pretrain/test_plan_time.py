@@ -11,7 +11,7 @@ import torch
 
 from potamos.parallel import axes, context
 from potamos.parallel.mesh import LayoutError, Sizes, sizes
-from potamos.pretrain import cli, plan_layouts
+from potamos.pretrain import cli, plan_layouts, show_plan
 from potamos.pretrain.ceilings import CEILINGS
 from potamos.pretrain.config import load_recipe
 from potamos.pretrain.plan_layouts import PlanError, Planner, changed_layout, check_fits
@@ -139,8 +139,47 @@ def test_the_best_layouts_fit_and_are_ranked() -> None:
     assert speeds == sorted(speeds, reverse=True)
     assert len({each.spelled for each in found.best}) == len(found.best) > 1
     assert all(each.memory.peak <= found.usable for each in found.best)
-    assert found.own is not None
-    assert found.hours(found.own) == pytest.approx(100 * found.own.time.seconds / 3600)
+    assert {each.sizes.cp for each in found.best} == {1}, "rows are split only where nothing else will do"
+
+
+def test_hours_of_each_layout_are_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    found = Planner(recipe("parallel.dp_replicate=2", "train.steps=1000000000"), 2, "h100").plan()
+    hours = [10**9 * each.time.seconds / 3600 for each in found.best]
+    assert [found.hours(each) for each in found.best] == pytest.approx(hours)
+    assert len({f"{count:,.1f}" for count in hours}) == len(hours) > 1
+    show_plan.layouts(found)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "parallel." in line]
+    assert [row[-1] for row in rows] == [f"{count:,.1f}" for count in hours]
+
+
+def test_rows_are_split_where_nothing_else_will_do() -> None:
+    """One micro-batch of all rows: data ranks have nothing to share, and the heads allow two tensor slices."""
+    tiny = recipe("train.micro_sequences=16", "model.at={1: {mixer: {kind: attention, heads: 2}}}")
+    planner = Planner(tiny, 8, "h100")
+    found = planner.plan()
+    assert {str(each.sizes) for each in found.best} == {"cp 8", "cp 4 x tp 2"}
+    for each in found.best:
+        assert planner.planned(each.recipe) == each
+        assert each.memory.peak <= found.usable
+    refused = Planner(recipe("parallel.tp=2", "parallel.pp=2"), 2, "h100").plan(9)
+    assert refused.own is None
+    assert {each.sizes.cp for each in refused.best} == {1, 2}
+
+
+def test_what_the_trainer_refuses_is_refused_here() -> None:
+    """Rows that go on in the next step: their states go with data ranks alone, and learned positions come to an end."""
+    carried = recipe("data.order=contiguous", "parallel.tp=2", "parallel.dp_replicate=1")
+    found = Planner(carried, 2, "h100").plan(9)
+    assert found.own is None
+    assert "data.order: contiguous carries states that only data parallelism deals yet" in (found.refused or "")
+    assert {each.sizes.data for each in found.best} == {2}
+    with pytest.raises(LayoutError, match="carries states that only data parallelism deals yet"):
+        check_fits(carried, 2, "h100")
+    ending = recipe("data.order=contiguous", "model.positions={kind: learned, max_length: 64}")
+    with pytest.raises(ValueError, match=r"model\.positions has only 64"):
+        Planner(ending, 1, "h100").plan()
+    with pytest.raises(ValueError, match=r"model\.positions has only 64"):
+        check_fits(ending, 1, "h100")
 
 
 def test_what_cannot_fit_is_refused_with_the_nearest_change(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,5 +252,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert "its layout is refused" in out
     assert "parallel.dp_replicate=2" in out.partition("fastest that fit")[2]
     assert "error: parallel: pp 2 x tp 2 needs 4 processes" in err.replace("\n", " ")
+    status, _, err = potamos("h3_hybrid_tiny", *TINY, "--gpus", "0")
+    assert (status, "--gpus: 0 devices are none; give 1 or more" in err) == (2, True)
     status, out, _ = potamos("--help")
     assert (status, "Example: potamos plan" in out) == (0, True)

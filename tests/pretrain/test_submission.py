@@ -196,6 +196,10 @@ def test_without_slurm(potamos, here: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_dry_run_refuses_what_can_be_told_without_slurm(potamos):
+    carried = ("data.order=contiguous", "parallel={dp_replicate: 1, tp: 2}")
+    status, out, err = potamos("--dry-run", "--nodes", "2", *carried)
+    assert (status, out) == (2, "")
+    assert "contiguous carries states that only data parallelism deals yet" in " ".join(err.split())
     status, out, err = potamos("--dry-run", "--nodes", "3")
     assert (status, out) == (2, "")
     assert "train.sequences: 8 is not a multiple of 3 data ranks" in err

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from potamos.pretrain import setup
+from potamos.pretrain import opening, setup
 from potamos.pretrain.config import RecipeError
 from potamos.pretrain.records import read_metrics
 from potamos.pretrain.trainer import StepResult, Trainer
@@ -253,6 +253,20 @@ def test_mfu_counts_what_a_hybrid_computes(trial, run):
         peak = trainer.flops_per_token * record["tokens_per_second"] / record["mfu"]
         assert 0 < record["mfu"] < 1
         assert 1e8 < peak < 1e14
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError, KeyError, AssertionError, ZeroDivisionError, RecursionError, MemoryError]
+)
+def test_a_prediction_that_fails_ends_no_run(trial, run, monkeypatch, caplog, error):
+    def fail(*_):
+        raise error("nobody knows")
+
+    monkeypatch.setattr(opening, "predict", fail)
+    assert trial.fit(run, "train.steps=1", "validate={every: 100}") == 0
+    assert "no prediction of the speed: " in caplog.text
+    (line,) = [line for line in read_metrics(run) if "loss" in line]
+    assert "plan/predicted_tokens_per_second" not in line
 
 
 def test_a_log_has_a_line_for_each_interval(trial, run, capsys):

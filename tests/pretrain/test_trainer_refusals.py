@@ -19,6 +19,7 @@ from potamos.data.prepare import prepare
 from potamos.data.tokenizer import train_bpe
 from potamos.parallel.check import check_micro_batches
 from potamos.parallel.facts import Layout
+from potamos.parallel.launch import Rank
 from potamos.parallel.mesh import LayoutError, Sizes
 from potamos.pretrain import checkpoint
 from potamos.pretrain.config import RecipeError
@@ -59,6 +60,13 @@ def test_rows_that_do_not_fit_the_ranks_are_refused(trial, ranks, near):
     assert micro_batches(recipe, 2) == 1
     with pytest.raises(RecipeError, match=r"train.sequences: value 8: not a multiple of train.micro_sequences 3"):
         trial.recipe("train.micro_sequences=3")
+
+
+def test_states_that_cannot_be_carried_are_refused_before_anything_starts(trial, run):
+    changes = ("data.order=contiguous", "parallel={dp_replicate: 1, tp: 2}")
+    with pytest.raises(LayoutError, match=r"parallel: tp 2: data\.order: contiguous .* set tp, pp and cp to 1"):
+        trial.trainer(run, *changes, rank=Rank(0, 2, 0, 2))
+    assert not run.exists()
 
 
 def test_another_tokenizer_than_the_datas_is_refused(trial, run, tmp_path):
