@@ -152,9 +152,8 @@ class Watchdog:
         half.write_text(join(list(parts.values()), list(parts), self.world), encoding="utf-8")
         os.replace(half, self.folder / "hang.txt")
         print(f"no progress for {waited:.0f} s: see {self.folder / 'hang.txt'}", file=sys.stderr, flush=True)
-        for rank in sorted(
-            parts, reverse=True
-        ):  # the lowest last: the one after it is not to take itself for the lowest
+        # The lowest last, or the one after it would take itself for the lowest.
+        for rank in sorted(parts, reverse=True):
             self._part(rank).unlink(missing_ok=True)
 
     def _part(self, rank: int) -> Path:
