@@ -23,15 +23,22 @@ from typing import IO
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 GRACE_SECONDS = 5.0
 """How long the other ranks have to end by themselves after one has failed."""
-ECHO = re.compile(r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|Timed out waiting|PeerError|rank \d+: ")
+HOLD_SECONDS = 5.0
+"""How long what looks like rank 0's end is held back while no rank has ended: then it was told of, and work goes on."""
+ECHO = re.compile(r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|Timed out waiting|PeerError")
 """What ranks say that another one has left."""
+QUOTE = re.compile(r"rank (\d+): ")
+"""How a rank passes on what another one has said."""
+FAILURE = re.compile(r"(\[rank\d+\]: )?(Traceback \(most recent call last\)|error: )")
+"""How the words of a failing rank begin; torch puts the rank in front once the process group is up."""
 
 
 def run_processes(command: Sequence[str], count: int, environment: Mapping[str, str] = os.environ) -> int:
     """Run `command` once per rank and wait for all; the exit status of the rank that failed first, or 0.
 
     Rank 0 writes to this process's terminal. What the others write to standard error is kept, and what rank 0 writes
-    once it fails is held back, until all have ended: then the words of the rank that caused it come first.
+    once it fails is held back, until all have ended: then the words of the rank that caused it come first. Where no
+    rank ends, rank 0's are passed on after HOLD_SECONDS.
     """
     with tempfile.TemporaryDirectory(prefix="ranks-") as scratch:
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(count)}
@@ -57,12 +64,13 @@ def run_processes(command: Sequence[str], count: int, environment: Mapping[str, 
                     )
                 if rank == 0:
                     first.follow(ranks[0])
-            failed_first = _wait(ranks)
+            failed_first = _wait(ranks, first)
+            left = [n for n, rank in enumerate(ranks) if rank.poll() is None]
             for rank in ranks:
                 _send(rank, signal.SIGKILL)
                 rank.wait()
             kept = [first.end(), *(Path(scratch, f"{n}").read_text(errors="replace").strip() for n in range(1, count))]
-            return _tell([rank.returncode for rank in ranks], kept, failed_first)
+            return _tell([rank.returncode for rank in ranks], kept, failed_first, left)
         finally:
             for rank in ranks:
                 _send(rank, signal.SIGKILL)
@@ -76,6 +84,8 @@ class _Words:
 
     def __init__(self) -> None:
         self._held: list[str] = []
+        self._since = 0.0
+        self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
     def follow(self, rank: subprocess.Popen[bytes]) -> None:
@@ -83,6 +93,13 @@ class _Words:
         assert rank.stderr is not None
         self._thread = threading.Thread(target=self._read, args=(rank.stderr,), daemon=True)
         self._thread.start()
+
+    def go_on(self) -> None:
+        """Pass on what was held back for long enough: no rank has ended, so it was a logged error or a thread's."""
+        with self._lock:
+            if self._held and time.monotonic() - self._since > HOLD_SECONDS:
+                _say("".join(self._held))
+                self._held.clear()
 
     def end(self) -> str:
         """What was held back."""
@@ -93,14 +110,21 @@ class _Words:
     def _read(self, source: IO[bytes]) -> None:
         for line in source:
             text = line.decode(errors="replace")
-            if self._held or text.startswith(("Traceback (most recent call last)", "error: ")):
+            with self._lock:
+                if not self._held and not FAILURE.match(text):
+                    _say(text)
+                    continue
+                if not self._held:
+                    self._since = time.monotonic()
                 self._held.append(text)
-            else:
-                sys.stderr.write(text)
-                sys.stderr.flush()
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
+def _say(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]], words: _Words) -> int | None:
     """Until all have ended, or one has failed and the others have had their time; the rank seen to fail first."""
     first, deadline = None, float("inf")
     while True:
@@ -111,15 +135,20 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
                 deadline = time.monotonic() + GRACE_SECONDS
         if None not in codes or time.monotonic() > deadline:
             return first
+        if first is None:
+            words.go_on()
         time.sleep(0.02)
 
 
-def _tell(codes: Sequence[int], words: Sequence[str], first: int | None) -> int:
-    """Say what each failed rank said, the cause before its echoes; the cause's exit status, or 0."""
+def _tell(codes: Sequence[int], words: Sequence[str], first: int | None, left: Sequence[int] = ()) -> int:
+    """Say what each failed rank said, the cause before its echoes; the cause's exit status, or 0.
+
+    `left` are the ranks that went on until they were ended from here, which no cause does.
+    """
     failed = [n for n, code in enumerate(codes) if code]
     # Of a user's mistake rank 0 alone speaks; one that leaves without a word beside it is not the cause.
     silent = {n for n in failed if codes[n] > 0 and not words[n]}
-    failed.sort(key=lambda n: (bool(ECHO.search(words[n])), n in silent, n != first, n))
+    failed.sort(key=lambda n: (n in left, n in silent, _is_echo(n, words), n != first, n))
     said: set[str] = set()
     for n in failed:
         code = codes[n]
@@ -133,11 +162,19 @@ def _tell(codes: Sequence[int], words: Sequence[str], first: int | None) -> int:
         else:
             continue
         said.add(words[n])
-        print(text, file=sys.stderr, flush=True)
+        _say(f"{text}\n")
+    if not codes[0] and words[0]:  # an error that it told of and outlived
+        _say(f"{words[0]}\n")
     if not failed:
         return 0
     code = codes[failed[0]]
     return 128 - code if code < 0 else code
+
+
+def _is_echo(rank: int, words: Sequence[str]) -> bool:
+    """Whether a rank only says what has become of another, or quotes one that speaks for itself."""
+    others = {int(match[1]) for match in QUOTE.finditer(words[rank])} - {rank}
+    return bool(ECHO.search(words[rank])) or any(n < len(words) and words[n] for n in others)
 
 
 def _die_with_parent() -> None:

@@ -7,6 +7,7 @@ One of them joins the reports, names who is behind, and each ends its process, s
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
@@ -116,7 +117,10 @@ class Watchdog:
         while not self._ended.wait(min(1.0, self.seconds / 4)):
             waited = time.monotonic() - self._beat
             if waited > self.seconds:
-                self._report(waited)
+                try:
+                    self._report(waited)
+                except Exception as error:  # a report that cannot be written keeps nobody
+                    print(f"no progress for {waited:.0f} s, and no report of it: {error}", file=sys.stderr, flush=True)
                 self._exit(EXIT_CODE)
                 return
 
@@ -126,16 +130,31 @@ class Watchdog:
         half = own.with_suffix(".half")
         half.write_text(self._words(waited), encoding="utf-8")
         os.replace(half, own)
-        # Ranks notice within a second or so of each other; the lowest that is still there joins the parts.
+        # Ranks notice within a second or so of each other; the lowest that is still there joins the parts. The others
+        # stay until it has: a launcher that sees one leave kills the rest. If it never does, whoever waited joins them.
         self._ended.wait(self.gather)
-        present = [rank for rank in range(self.world) if self._part(rank).exists()]
-        if present and present[0] == self.rank:
-            text = join([self._part(rank).read_text(encoding="utf-8") for rank in present], present, self.world)
-            half.write_text(text, encoding="utf-8")
-            os.replace(half, self.folder / "hang.txt")
-            print(f"no progress for {waited:.0f} s: see {self.folder / 'hang.txt'}", file=sys.stderr, flush=True)
-            for rank in present:
-                self._part(rank).unlink(missing_ok=True)
+        deadline = time.monotonic() + self.gather
+        while own.exists():
+            present = [rank for rank in range(self.world) if self._part(rank).exists()]
+            if present[:1] == [self.rank] or time.monotonic() > deadline:
+                self._join(waited)
+                return
+            self._ended.wait(min(0.05, self.gather))
+
+    def _join(self, waited: float) -> None:
+        parts: dict[int, str] = {}
+        for rank in range(self.world):
+            with contextlib.suppress(FileNotFoundError):  # no report, or another rank joins at this moment
+                parts[rank] = self._part(rank).read_text(encoding="utf-8")
+        if self.rank not in parts:
+            return
+        half = self._part(self.rank).with_suffix(".half")
+        half.write_text(join(list(parts.values()), list(parts), self.world), encoding="utf-8")
+        os.replace(half, self.folder / "hang.txt")
+        print(f"no progress for {waited:.0f} s: see {self.folder / 'hang.txt'}", file=sys.stderr, flush=True)
+        # The lowest last, or the one after it would take itself for the lowest.
+        for rank in sorted(parts, reverse=True):
+            self._part(rank).unlink(missing_ok=True)
 
     def _part(self, rank: int) -> Path:
         return self.folder / f".hang-{rank}.txt"

@@ -37,6 +37,8 @@ MANIFEST = "manifest.json"
 TRAINER = "trainer.json"
 RECIPE = "recipe.yaml"
 TENSORS = ("model", "optimizer", "carried")
+# What reading JSON raises, and looking for values that are not there: deep nesting, an Infinity where a number belongs.
+MALFORMED = (ValueError, KeyError, TypeError, OverflowError, RecursionError)
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 logger = logging.getLogger(__name__)
@@ -165,11 +167,12 @@ class Checkpoints:
         by all: ranks must agree on one step, and two that look by themselves may see different disks.
 
         Raises:
-            CheckpointError: there are checkpoints, but none can be loaded. A run never starts over by itself.
+            CheckpointError: there are checkpoints, but none can be loaded; a run never starts over by itself. Or the
+                folder cannot be listed.
         """
         self._settle()
         reasons = []
-        for step in readers.first(sorted(step_folders(self.folder), reverse=True)):
+        for step in self._steps(readers):
             path, loaded, error = self.folder / _name(step), None, None
             try:
                 loaded = load(path, readers)
@@ -189,6 +192,19 @@ class Checkpoints:
             + "\n  ".join(reasons)
             + "\nRestore one from a copy, or move the folder away to train from the first step."
         )
+
+    def _steps(self, readers: Readers) -> list[int]:
+        """The steps in the first reader's folder, newest first, on all readers; also its failure to list them."""
+        steps, failure = [], None
+        if readers.index == 0:
+            try:
+                steps = sorted(step_folders(self.folder), reverse=True)
+            except OSError as error:
+                failure = CheckpointError(f"{self.folder} cannot be listed: {error}")
+        reason = readers.failure(failure)
+        if reason is not None:
+            raise failure or CheckpointError(reason)
+        return readers.first(steps)
 
     def _settle(self) -> None:
         """Wait for the save under way; its failure was logged when it happened."""
@@ -249,7 +265,7 @@ def load(path: Path, readers: Readers = ALONE) -> Loaded:
     """
     try:
         _verify(path, readers)
-        scalars = json.loads((path / TRAINER).read_bytes())
+        scalars = _read_scalars(path / TRAINER)
         return Loaded(
             path=path,
             step=scalars["step"],
@@ -258,10 +274,22 @@ def load(path: Path, readers: Readers = ALONE) -> Loaded:
             recipe=(path / RECIPE).read_text(encoding="utf-8"),
             **{part: StoredTensors(path / part) for part in TENSORS},
         )
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path / RECIPE} is malformed ({error!r})") from error
     except (OSError, StorageError) as error:
         raise CheckpointError(str(error)) from error
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path / TRAINER} is malformed ({error!r})") from error
+
+
+def _read_scalars(path: Path) -> dict[str, Any]:
+    """What trainer.json holds, each value of its type."""
+    try:
+        scalars = json.loads(path.read_bytes())
+        for name, kind in (("step", int), ("next_sample", int), ("trainer", dict)):
+            if type(scalars[name]) is not kind:
+                raise TypeError(f"{name} is {scalars[name]!r}")
+    except MALFORMED as error:
+        raise CheckpointError(f"{path} is malformed ({error!r})") from error
+    return scalars
 
 
 def step_folders(folder: Path) -> dict[int, Path]:
@@ -371,7 +399,7 @@ def _verify(path: Path, readers: Readers) -> None:
         raise CheckpointError(f"{manifest_path} is missing: the checkpoint is partial") from error
     except CheckpointError:
         raise
-    except (ValueError, KeyError, TypeError) as error:
+    except MALFORMED as error:
         raise CheckpointError(f"{manifest_path} is malformed ({error!r})") from error
     if version != FORMAT:
         raise CheckpointError(f"{manifest_path} has format {version!r}; this version reads format {FORMAT}")

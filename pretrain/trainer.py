@@ -122,7 +122,7 @@ class Trainer:
         )
         loaded = resume.newest(self.checkpoints, rank)
         if loaded is not None:
-            launch.together(lambda: self.restore(loaded))
+            self.restore(loaded)
         self.peak = peak_flops(self.device, setup.DTYPES[recipe.train.precision])
         self.predicted = opening.predicted_speed(recipe, rank.world, self.device) if rank.is_main else None
         self.telemetry = opening.open_telemetry(
@@ -375,7 +375,16 @@ class Trainer:
             raise failure or CheckpointWriteError("the main rank could not write the last checkpoint")
 
     def restore(self, loaded: Loaded) -> None:
-        """Become what ``loaded`` was; refuses a recipe or data that would not continue it."""
+        """Become what ``loaded`` was; refuses a recipe or data that would not continue it. Every rank must call it."""
+        # All have read before any goes on: the forward below gathers sharded parameters, and waits for every rank.
+        rows = launch.together(lambda: self._read(loaded))
+        example = None if rows is None else self._example_state(rows)
+        self.carried = launch.together(
+            lambda: carried.scatter(loaded.carried, lambda: example, self.micro_batches, self.rank, self.device)
+        )
+
+    def _read(self, loaded: Loaded) -> Rows | None:
+        """This rank's part of ``loaded``; rows for an example of the state that it carries, if it carries any."""
         self.changes = resume.check_recipe(loaded, self.recipe, self.folder.path)
         resume.check_data(loaded, self.stream)
         resume.check_parameters(self.spread.shapes, loaded.model, loaded.path)
@@ -383,13 +392,14 @@ class Trainer:
         self.optimizer.load_tensors(resume.OwnMoments(self.spread, loaded.optimizer))
         self.guard.load_tensors(resume.guard_state(loaded.optimizer))
         self.step, self.next_sample = loaded.step, loaded.next_sample
-        self.carried = carried.scatter(loaded.carried, self._example_state, self.micro_batches, self.rank, self.device)
+        if not loaded.carried:
+            return None
+        return self.stream.rows(np.arange(self.recipe.train.micro_sequences))  # leaves what is read ahead alone
 
     @torch.no_grad()
-    def _example_state(self) -> State:
-        rows = self.stream.rows(np.arange(self.recipe.train.micro_sequences))  # which leave what is read ahead alone
+    def _example_state(self, rows: Rows) -> State:
         batch = self.objective.prepare(rows, seed=0, step=0, carried=True).to(self.device)
-        return self.model.stack.segment_state(self.objective(self.model, batch).state)
+        return self.model.stack.segment_state(self.system(batch).state)
 
     def _finish(self, stop: Stop | None) -> int:
         if stop is None and self.step % self.recipe.validation.every:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from potamos.parallel.launch import LaunchError, Rank, from_slurm
-from potamos.parallel.processes import run_processes
+from potamos.parallel.processes import HOLD_SECONDS, _tell, run_processes
 
 pytestmark = pytest.mark.distributed
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,6 +82,128 @@ def test_a_killed_rank_is_named(tmp_path):
     code, _, words = run(tmp_path, "if rank == 1: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(600)", 2)
     assert code == 137
     assert "rank 1 was ended by SIGKILL" in words
+
+
+GROUP = """
+import torch, torch.distributed as dist
+dist.init_process_group("gloo")
+for step in range(1000):
+    dist.all_reduce(torch.ones(4))
+    time.sleep(0.01)
+    if step == 3 and rank == {cause}:
+        {end}
+"""
+
+
+@pytest.mark.parametrize("cause", [0, 1])
+def test_a_rank_that_raises_in_a_process_group_speaks_first(tmp_path, cause):
+    """torch puts the rank in front of each line of a traceback, and the others lose their connection at once."""
+    code, _, words = run(tmp_path, GROUP.format(cause=cause, end="raise RuntimeError('the true cause')"), 2)
+    assert code == 1
+    assert (
+        words.splitlines()[0] == ("[rank0]: Traceback (most recent call last):", "rank 1 ended with status 1:")[cause]
+    )
+    assert f"[rank{cause}]: RuntimeError: the true cause" in words
+    assert f"[rank{1 - cause}]: RuntimeError: [" in words, "the other one was in a collective"
+    assert words.index("the true cause") < words.index(f"[rank{1 - cause}]: Traceback")
+
+
+def test_a_rank_that_is_killed_in_a_process_group_is_named_first(tmp_path):
+    code, _, words = run(tmp_path, GROUP.format(cause=2, end="os.kill(os.getpid(), signal.SIGKILL)"), 4)
+    assert code == 137
+    assert words.splitlines()[0] == "rank 2 was ended by SIGKILL"
+    assert "[rank0]: Traceback" in words, "the others were in a collective"
+
+
+TOLD = """
+import logging, threading
+if rank == 0:
+    print("before", file=sys.stderr)
+    try:
+        raise OSError("disk full")
+    except OSError:
+        logging.exception("the background could not save")
+    thread = threading.Thread(target=lambda: 1 / 0)
+    thread.start()
+    thread.join()
+    print("error: checkpoint was not written", file=sys.stderr)
+    print("WARNING: going on", file=sys.stderr, flush=True)
+{after}
+"""
+
+
+def test_what_rank_0_told_and_outlived_is_not_lost(tmp_path):
+    code, _, words = run(tmp_path, TOLD.format(after=""), 2)
+    assert code == 0
+    parts = (
+        "before\n",
+        "OSError: disk full\n",
+        "ZeroDivisionError",
+        "error: checkpoint was not",
+        "WARNING: going on\n",
+    )
+    assert [words.count(part) for part in parts] == [1] * len(parts)
+    assert sorted(parts, key=words.index) == list(parts)
+
+
+def test_nor_where_another_rank_fails(tmp_path):
+    code, _, words = run(tmp_path, TOLD.format(after="if rank == 1: sys.exit('error: the cause')"), 2)
+    assert code == 1
+    assert words.index("rank 1 ended with status 1:\nerror: the cause") < words.index("OSError: disk full")
+    assert "WARNING: going on" in words
+
+
+def test_what_rank_0_tells_and_goes_on_is_seen_while_it_does(tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import os, signal, sys, time\nrank = int(os.environ['RANK'])\n" + TOLD.format(after="time.sleep(60)\n")
+    )
+    call = f"run_processes([sys.executable, {str(script)!r}], 2)"
+    starter = f"import sys; from potamos.parallel.processes import run_processes; sys.exit({call})"
+    seen = tmp_path / "seen"
+    with seen.open("wb") as file:
+        running = subprocess.Popen([sys.executable, "-c", starter], stderr=file, cwd=tmp_path)
+    try:
+        deadline = time.monotonic() + HOLD_SECONDS + 25
+        while "WARNING: going on" not in seen.read_text() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert "OSError: disk full" in seen.read_text()
+        assert "WARNING: going on" in seen.read_text()
+        assert running.poll() is None
+    finally:
+        running.terminate()
+        running.wait()
+
+
+BEHIND = "Traceback\nRuntimeError: Connection reset by peer"
+CAUSE = "Traceback\nRuntimeError: no such shard"
+NOTED = "error: rank 0: model-00001 has 5 bytes"
+QUOTED = "error: rank 2: x is missing"
+TELLINGS = {
+    "rank 0 names itself": ([2, 2, 2], [NOTED, "", ""], 2, NOTED, 2),
+    "rank 0 names itself, and one lost it": ([2, 1, 2], [NOTED, BEHIND, ""], 1, NOTED, 2),
+    "rank 0 quotes one that is silent": ([2, 1, 3], [QUOTED, BEHIND, ""], 1, QUOTED, 2),
+    "rank 0 quotes one that speaks": ([2, 1, 3], [QUOTED, "", CAUSE], 0, "rank 2 ended with status 3:", 3),
+    "rank 0 quotes a rank of nowhere": ([2, 1], ["error: rank 9: gone", BEHIND], 1, "error: rank 9", 2),
+    "rank 0 has a peer's error": ([2, 3], ["PeerError: no such shard", CAUSE], 0, "rank 1 ended with status 3:", 3),
+    "rank 0 lost its connection": ([1, 3], [BEHIND, CAUSE], 0, "rank 1 ended with status 3:", 3),
+    "a silent rank left first": ([1, 3, 4], ["", BEHIND, ""], 2, "rank 1 ended with status 3:", 3),
+    "a killed rank is not silent": ([1, 1, -9], [BEHIND, BEHIND, ""], 0, "rank 2 was ended by SIGKILL\n", 137),
+    "all are silent": ([1, 3], ["", ""], 1, "rank 1 ended with status 3\n", 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("telling", TELLINGS.values(), ids=TELLINGS)
+def test_the_cause_is_told_from_its_echoes(telling, capsys):
+    codes, words, first, begins, status = telling
+    assert _tell(codes, words, first) == status
+    assert capsys.readouterr().err.startswith(begins)
+
+
+def test_a_rank_that_was_ended_from_here_is_no_cause(capsys):
+    """It went on when the others left, or hung: the one that failed first speaks first, though it lost a connection."""
+    assert _tell([1, -9], ["Connection refused by the store", ""], 0, left=[1]) == 1
+    assert capsys.readouterr().err == "Connection refused by the store\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])

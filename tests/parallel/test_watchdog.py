@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -71,6 +72,48 @@ def test_a_rank_that_is_gone_is_named(tmp_path):
     assert "No report from rank 1, 3" in report
     same = join(["3 4\nrank 0\n", "3 4\nrank 1\n"], [0, 1], 2)
     assert "look at the network" in same
+
+
+def report_of(folder, rank: int, gather: float, left: dict[int, bool]) -> threading.Thread:
+    """A rank that hangs; when it leaves, whether there was a report by then."""
+
+    def leave(_: int) -> None:
+        left[rank] = (folder / "hang.txt").exists()
+
+    dog = Watchdog(folder, rank, 2, seconds=0.2, gather=gather, exit=leave)
+    thread = threading.Thread(target=dog._watch)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_whoever_leaves_first_leaves_a_report(tmp_path, slow):
+    """A launcher that sees one rank leave kills the others: one that is done waiting waits for who joins the parts."""
+    left = {}
+    for thread in [report_of(tmp_path, rank, 1.5 if rank == slow else 0.8, left) for rank in (0, 1)]:
+        thread.join(timeout=20)
+    assert left == {0: True, 1: True}
+    assert "2 of 2 ranks report" in (tmp_path / "hang.txt").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["hang.txt"]
+
+
+def test_a_part_whose_rank_has_died_is_joined_by_another(tmp_path):
+    (tmp_path / ".hang-0.txt").write_text("3 4\nrank 0 on a node, killed since\n")
+    left, began = {}, time.monotonic()
+    report_of(tmp_path, 1, 0.3, left).join(timeout=20)
+    assert left == {1: True}
+    assert time.monotonic() - began < 10
+    report = (tmp_path / "hang.txt").read_text()
+    assert "2 of 2 ranks report" in report
+    assert "killed since" in report
+
+
+def test_a_report_that_cannot_be_written_keeps_nobody(tmp_path, capsys):
+    (tmp_path / "folder").write_text("a file")
+    left = {}
+    report_of(tmp_path / "folder", 0, 0.1, left).join(timeout=20)
+    assert left == {0: False}
+    assert "no report of it: [Errno 17] File exists" in capsys.readouterr().err
 
 
 def test_progress_keeps_it_quiet_and_the_end_restores_torch(tmp_path):

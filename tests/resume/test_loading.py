@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import hashlib
+import json
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ import torch
 
 from potamos.parallel import launch, storage
 from potamos.parallel.launch import Rank
-from potamos.pretrain import checkpoint, resume
+from potamos.pretrain import carried, checkpoint, resume
 from potamos.pretrain.checkpoint import CheckpointError, Checkpoints, Snapshot, load
 
 pytestmark = [pytest.mark.resume, pytest.mark.distributed]
@@ -157,6 +160,123 @@ def test_damage_is_found_by_all_whoever_reads_it(tmp_path, run_ranks, name, worl
         assert run_ranks(world, lambda rank, world: opened(tmp_path, rank, world)) == [1] * world
         path.write_bytes(content)
     assert run_ranks(world, lambda rank, world: opened(tmp_path, rank, world)) == [2] * world
+
+
+def sealed(step: Path, text: str) -> None:
+    """Give trainer.json another content, with the size and digest that the manifest then has."""
+    (step / "trainer.json").write_text(text)
+    manifest = json.loads((step / "manifest.json").read_text())
+    manifest["files"]["trainer.json"] = {"bytes": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    (step / "manifest.json").write_text(json.dumps(manifest))
+
+
+def with_bytes(step: Path, value: str) -> None:
+    manifest = json.loads((step / "manifest.json").read_text())
+    manifest["files"]["trainer.json"]["bytes"] = "HERE"
+    (step / "manifest.json").write_text(json.dumps(manifest).replace('"HERE"', value))
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+NONSENSE = {
+    "bytes without end": ("manifest.json", lambda step: with_bytes(step, "Infinity")),
+    "bytes that are no number": ("manifest.json", lambda step: with_bytes(step, "NaN")),
+    "bytes of a list": ("manifest.json", lambda step: with_bytes(step, "[]")),
+    "deep manifest": ("manifest.json", lambda step: (step / "manifest.json").write_text(DEEP)),
+    "deep scalars": ("trainer.json", lambda step: sealed(step, DEEP)),
+    "a list of scalars": ("trainer.json", lambda step: sealed(step, "[]")),
+    "step in words": ("trainer.json", lambda step: sealed(step, '{"step": "2", "next_sample": 16, "trainer": {}}')),
+    "half a sample": ("trainer.json", lambda step: sealed(step, '{"step": 2, "next_sample": 16.5, "trainer": {}}')),
+    "trainer of text": ("trainer.json", lambda step: sealed(step, '{"step": 2, "next_sample": 16, "trainer": "x"}')),
+    "nothing of it": ("trainer.json", lambda step: sealed(step, "{}")),
+}
+
+
+@pytest.mark.parametrize("damage", NONSENSE)
+def test_what_no_checkpoint_says_is_skipped_by_all(tmp_path, run_ranks, damage):
+    """Well-formed or not, and with a right digest: the file is named, and the checkpoint before is taken."""
+    fill(tmp_path)
+    name, hurt = NONSENSE[damage]
+    hurt(tmp_path / "step-00000002")
+    with pytest.raises(CheckpointError, match=rf"step-00000002/{name} is malformed"):
+        load(tmp_path / "step-00000002")
+    assert run_ranks(2, lambda rank, world: opened(tmp_path, rank, world)) == [1, 1]
+
+
+@pytest.mark.parametrize("blind", [0, 1])
+def test_a_folder_that_cannot_be_listed_stops_all_or_none(tmp_path, run_ranks, monkeypatch, blind):
+    """Only the main rank's listing counts; where that fails, the others do not wait for it."""
+    fill(tmp_path)
+
+    def work(rank: int, world: int) -> int | str:
+        def failing(folder: Path) -> dict[int, Path]:
+            raise PermissionError(13, "Permission denied", str(folder))
+
+        if rank == blind:
+            monkeypatch.setattr(checkpoint, "step_folders", failing)
+        return opened(tmp_path, rank, world)
+
+    found = run_ranks(2, work, timeout=30)
+    if blind == 1:
+        assert found == [2, 2]
+    for words in found if blind == 0 else ():
+        assert f"{tmp_path} cannot be listed: [Errno 13] Permission denied" in words
+
+
+CARRYING = ("data.order=contiguous", "parallel={dp_replicate: 1, dp_shard: 2}", "train.steps=4")
+
+
+def test_rows_that_carry_state_go_on_where_parameters_are_sharded(trial, tmp_path, run_ranks):
+    """The example of the state comes from the whole system: it alone gathers what lies outside the blocks."""
+
+    def train(rank: int, world: int, run: str, stop: int) -> tuple[int, int]:
+        place, kind = Rank(rank, world, rank, world), trial.variant(stop=stop)
+        made = trial.trainer(tmp_path / run, *CARRYING, rank=place, kind=kind)
+        return made.step, made.fit()
+
+    run_ranks(2, train, "whole", -1)
+    run_ranks(2, train, "pieces", 1)
+    assert [began for began, _ in run_ranks(2, train, "pieces", -1)] == [2, 2]
+    assert trial.differences(tmp_path / "whole", tmp_path / "pieces") == []
+
+
+@pytest.mark.parametrize("place", ["parameters", "rows", "state"])
+def test_a_rank_that_cannot_read_its_part_ends_all(trial, tmp_path, run_ranks, monkeypatch, place):
+    """Others would gather sharded parameters, for an example of the state that rows carry, and wait for it."""
+
+    def train(rank: int, world: int) -> int:
+        return trial.trainer(tmp_path / "run", *CARRYING, rank=Rank(rank, world, rank, world), kind=stopping).fit()
+
+    stopping = trial.variant(stop=2)
+    run_ranks(2, train)
+    assert trial.newest(tmp_path / "run").carried
+
+    def work(rank: int, world: int) -> tuple[str, float]:
+        def failing(*_: object) -> None:
+            raise OSError(5, "Input/output error", "a disk")
+
+        if rank == 1 and place == "parameters":
+            monkeypatch.setattr(resume, "read_parameters", failing)
+        elif rank == 1 and place == "state":
+            monkeypatch.setattr(carried, "scatter", failing)
+
+        class Unread(trial.variant()):
+            def restore(self, loaded):
+                assert loaded.carried
+                if rank == 1 and place == "rows":
+                    self.stream.rows = failing
+                super().restore(loaded)
+
+        began = time.monotonic()
+        try:
+            trial.trainer(tmp_path / "run", *CARRYING, rank=Rank(rank, world, rank, world), kind=Unread)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}", time.monotonic() - began
+        return "restored", 0.0
+
+    (first, waited), (second, _) = run_ranks(2, work)
+    assert first == "PeerError: rank 1: [Errno 5] Input/output error: 'a disk'"
+    assert second == "OSError: [Errno 5] Input/output error: 'a disk'"
+    assert waited < 20
 
 
 def test_a_rank_that_sees_another_disk_is_not_left_behind(tmp_path, run_ranks):
