@@ -64,6 +64,12 @@ class QueueEntry:
     name: str
     folder: str
 
+    def is_in(self, folders: Iterable[str | os.PathLike[str]]) -> bool:
+        """Whether it runs in one of these folders, whatever they are called where it was submitted. Numbers alone do
+        not tell whose a job is: another cluster has them too, and a controller that lost its state deals them anew."""
+        places = [os.fspath(folder) for folder in folders]
+        return self.folder in places or os.path.realpath(self.folder) in map(os.path.realpath, places)
+
 
 @dataclass(frozen=True)
 class Partition:
@@ -100,8 +106,8 @@ def run(*argv: str, timeout: float = 30, check: bool = True) -> str:
     """
     try:
         done = subprocess.run(
-            argv, capture_output=True, text=True, errors="replace", timeout=timeout, env=environment(), check=False,
-            stdin=subprocess.DEVNULL,
+            argv, capture_output=True, encoding="utf-8", errors="replace", timeout=timeout, env=environment(),
+            check=False, stdin=subprocess.DEVNULL,
         )  # fmt: skip
     except (FileNotFoundError, PermissionError):
         raise NoSlurm(argv[0]) from None

@@ -37,6 +37,7 @@ AGAIN = 5.0  # seconds between two such requests
 LEAVE = 30.0  # seconds that Slurm gets to end what did not leave by itself
 AT_ONCE = 500  # ids that one command is given: a command line has an end
 
+ENDING = ("COMPLETING", "STAGE_OUT")
 HELD = ("JobHeldUser", "JobHeldAdmin", "launch failed requeued held", "job requeued in held state")
 
 
@@ -89,7 +90,7 @@ def cancel(
     """
     facts = [read_facts(run) for run in find_runs(folders)]
     queue = client.queue({job for fact in facts for job in fact.jobs})
-    own = [(fact, entries) for fact in facts if (entries := entries_of(fact.jobs, queue))]
+    own = [(fact, entries) for fact in facts if (entries := entries_of(fact, queue))]
     if not own:
         raise ControlError(_nothing(facts))
     for fact, _ in own:
@@ -154,15 +155,14 @@ def _await(ids: Iterable[str], seconds: float, poll: float, *, save: bool = Fals
     end, again = now + seconds, now
     while True:
         queue = client.queue(left)
-        entries = {job: entries_of([job], queue) for job in left}
-        left = {job for job in left if entries[job]}
+        left &= queue.keys()
         if not left or time.monotonic() >= end:
             return left
         if save and time.monotonic() >= again:
             again = time.monotonic() + AGAIN
             there = sorted(left)
-            _scancel([job for job in there if entries[job][0].state not in WAITING], "--signal=USR1")
-            _scancel([job for job in there if entries[job][0].state in WAITING])
+            _scancel([job for job in there if queue[job].state not in WAITING], "--signal=USR1")
+            _scancel([job for job in there if queue[job].state in WAITING])
         time.sleep(min(poll, max(0.0, end - time.monotonic())))
 
 
@@ -205,7 +205,7 @@ def requeue(run: str | os.PathLike[str], *, grace: float = GRACE, poll: float = 
         raise ControlError(f"there is no run folder {name}")
     facts = read_facts(folder)
     queue = client.queue(facts.jobs)
-    status, own = judge(facts, queue, datetime.now(UTC)), entries_of(facts.jobs, queue)
+    status, own = judge(facts, queue, datetime.now(UTC)), entries_of(facts, queue)
     if status.state == "finished":
         raise ControlError(
             f"{name} is finished at step {(facts.done or {}).get('step')}: raise train.steps to go on, as in "
@@ -213,29 +213,53 @@ def requeue(run: str | os.PathLike[str], *, grace: float = GRACE, poll: float = 
         )
     active = [entry for entry in own if entry.state not in (*WAITING, "COMPLETING")]
     if active:
-        return f"{name}: {_send_back(active[0].id, grace, poll)}"
+        return f"{name}: {_send_back(folder, active[0], grace, poll)}"
     if own:
         return _of_waiting(name, own, status)
+    return f"{name}: {_again(folder)}"
+
+
+def _again(folder: RunFolder) -> str:
     if holder := lock_holder(folder.lock):
-        raise ControlError(f"{name} is trained by {holder}; stop that first, with Ctrl-C or SIGTERM")
-    jobs = resubmit(folder)
-    return f"{name}: submitted again, job {', '.join(jobs)}" + (f", from step {status.saved}" if status.saved else "")
+        raise ControlError(f"{printable(folder.path)} is trained by {holder}; stop that first, with Ctrl-C or SIGTERM")
+    jobs, saved = resubmit(folder), newest_step(folder)
+    return f"submitted again, job {', '.join(jobs)}" + (f", from step {saved}" if saved else "")
 
 
-def _send_back(job: str, grace: float, poll: float) -> str:
+def _send_back(folder: RunFolder, entry: QueueEntry, grace: float, poll: float) -> str:
+    """Tell a job to save, and wait for what becomes of it: a job that is ending may go back into the queue or leave."""
+    job, state, ran, ends = entry.id, entry.state, entry.state == "RUNNING", False
     again, end = time.monotonic(), time.monotonic() + grace
     while time.monotonic() < end:
-        if time.monotonic() >= again:
+        if not ends and time.monotonic() >= again:
             again = time.monotonic() + AGAIN
             _scancel([job], "--signal=USR1")
         time.sleep(poll)
-        own = entries_of([job], client.queue([job]))
-        if not own:
-            return f"job {job} has saved and ended"
-        if own[0].state != "RUNNING":
+        found = client.queue([job]).get(job)
+        if found is None:
+            return f"job {job} has ended; {_after(folder)}"
+        state = found.state
+        if state in WAITING or (ran and state == "CONFIGURING") or (ends and state == "RUNNING"):
             return f"job {job} has saved and goes back into the queue"
+        ran = ran or state == "RUNNING"
+        if state in ENDING and not ends:
+            ends, end = True, max(end, time.monotonic() + LEAVE)
+    if ends:
+        return f"job {job} is still ending; see potamos status, and try again if nothing goes on"
     client.run("scontrol", "requeue", job)
     return f"job {job} goes back into the queue"
+
+
+def _after(folder: RunFolder) -> str:
+    """What goes on when a job has left the queue for good; where nothing would, the run is submitted again."""
+    facts = read_facts(folder)
+    if facts.finished:
+        return "the run is finished"
+    if facts.cancelled:
+        return "the run was cancelled meanwhile"
+    if rest := entries_of(facts, client.queue(facts.jobs)):
+        return f"job {rest[0].id} goes on"
+    return _again(folder)
 
 
 def _of_waiting(name: str, own: Sequence[QueueEntry], status: Status) -> str:

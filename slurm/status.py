@@ -57,6 +57,7 @@ class Facts:
     cancelled: bool
     attempts: Sequence[Attempt]
     jobs: Sequence[str]
+    places: Sequence[Path]  # where its jobs run, as Slurm was told
 
     @property
     def last_attempt(self) -> int | None:
@@ -203,6 +204,16 @@ def read_facts(run: str | os.PathLike[str]) -> Facts:
         cancelled=folder.cancelled.exists(),
         attempts=read_attempts(folder),
         jobs=jobs_of(folder),
+        places=_places(folder),
+    )
+
+
+def _places(folder: RunFolder) -> list[Path]:
+    """The folder that its job was submitted in: of an array the array's. Without word of it, what it may have been."""
+    told = (read_json(folder.job) or {}).get("job")
+    place = told.get("folder") if isinstance(told, dict) else None
+    return (
+        [Path(place)] if isinstance(place, str) and "\0" not in place else [folder.path, folder.path.absolute().parent]
     )
 
 
@@ -247,7 +258,7 @@ def lock_holder(path: Path) -> str | None:
 
 def judge(facts: Facts, queue: Mapping[str, QueueEntry] | None, now: datetime) -> Status:
     """A run's status from its folder and the queue (None where Slurm cannot be asked)."""
-    own = entries_of(facts.jobs, queue or {})
+    own = entries_of(facts, queue or {})
     runs = [entry for entry in own if entry.state not in WAITING]
     waits = [entry for entry in own if entry.state in WAITING]
     base = _figures(facts)
@@ -260,10 +271,11 @@ def judge(facts: Facts, queue: Mapping[str, QueueEntry] | None, now: datetime) -
     return _ended(base, facts, queue is not None, now)
 
 
-def entries_of(jobs: Iterable[str], queue: Mapping[str, QueueEntry]) -> list[QueueEntry]:
-    """The entries of these jobs, in their order; those of every task where a job is named that is an array."""
-    found = {entry.id: entry for job in jobs for entry in queue.values() if job in (entry.id, entry.array)}
-    return list(found.values())
+def entries_of(facts: Facts, queue: Mapping[str, QueueEntry]) -> list[QueueEntry]:
+    """The entries of a run's jobs, in their order; those of every task where a job is named that is an array. What has
+    the number of its job but runs elsewhere is another's."""
+    named = {entry.id: entry for job in facts.jobs for entry in queue.values() if job in (entry.id, entry.array)}
+    return [entry for entry in named.values() if entry.is_in(facts.places)]
 
 
 def _figures(facts: Facts) -> Status:

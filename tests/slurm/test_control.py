@@ -55,14 +55,14 @@ class FalseSlurm:
             path.chmod(0o755)
         (folder / "queue").touch()
 
-    def queue(self, **states: str) -> None:
-        """`queue(j12="RUNNING", j7_3="PENDING Resources")`"""
+    def queue(self, at: str = "/r", **states: str) -> None:
+        """`queue(j12="RUNNING", j7_3="PENDING Resources")`, all of them in this folder."""
         lines = []
         for name, words in states.items():
             job, (state, _, reason) = name[1:], words.partition(" ")
             array = job.partition("_")[0]
             lines.append(
-                "\x1f".join([job, array, state, reason or "None", "n0", "9:00", "main", "N/A", "ann", "x", "/r"])
+                "\x1f".join([job, array, state, reason or "None", "n0", "9:00", "main", "N/A", "ann", "x", at])
             )
         (self.folder / "queue").write_text("".join(f"{line}\n" for line in lines))
 
@@ -85,6 +85,7 @@ def make(path: Path, *jobs: str) -> RunFolder:
     (path / "recipe.yaml").write_text("name: x\ntrain: {steps: 100}\n")
     if jobs:
         (path / "attempts.jsonl").write_text(json.dumps({"event": "submitted", "jobs": jobs, "at": ""}) + "\n")
+        (path / "job.json").write_text('{"job": {"folder": "/r"}}')
     return RunFolder(path)
 
 
@@ -226,12 +227,49 @@ def test_a_run_saves_before_it_is_requeued(tmp_path: Path, slurm: FalseSlurm):
     slurm.queue(j12="RUNNING")
     assert requeue(run, grace=0.05, poll=0.01).endswith("job 12 goes back into the queue")  # deaf
     assert slurm.calls("scontrol") == ["scontrol requeue 12"]
-    (slurm.folder / "saves").write_text("sed -i s/RUNNING/COMPLETING/ $HERE/queue; exit 0\n")
+    (slurm.folder / "saves").write_text("sed -i s/RUNNING/PENDING/ $HERE/queue; exit 0\n")
     assert requeue(run, grace=20, poll=0.01).endswith("job 12 has saved and goes back into the queue")
-    slurm.queue(j12="RUNNING")
-    (slurm.folder / "saves").write_text("")  # the last of a chain, or it was done
-    assert requeue(run, grace=20, poll=0.01).endswith("job 12 has saved and ended")
     assert slurm.calls("scontrol") == ["scontrol requeue 12"]
+
+
+def test_a_job_that_leaves_for_good_is_followed_by_another(
+    tmp_path: Path, slurm: FalseSlurm, monkeypatch: pytest.MonkeyPatch
+):
+    """The last of a chain, or one that may not be requeued: COMPLETING is not yet on its way back."""
+    monkeypatch.setattr(control, "resubmit", lambda run: ["77"])
+    run = make(tmp_path / "x", "12", "13")
+    ends = "sed -i s/RUNNING/COMPLETING/ $HERE/queue; (sleep 0.3; sed -i /^12/d $HERE/queue) >/dev/null 2>&1 & exit 0\n"
+    (slurm.folder / "saves").write_text(ends)
+    slurm.queue(j12="RUNNING")
+    assert requeue(run, grace=20, poll=0.01).endswith("job 12 has ended; submitted again, job 77")
+    slurm.queue(j12="RUNNING", j13="PENDING Dependency")
+    assert requeue(run, grace=20, poll=0.01).endswith("job 12 has ended; job 13 goes on")
+    slurm.queue(j12="RUNNING")
+    (slurm.folder / "saves").write_text(f"echo '{{\"step\": 100}}' > '{run.done}'\n{ends}")
+    assert requeue(run, grace=20, poll=0.01).endswith("job 12 has ended; the run is finished")
+    run.done.unlink()
+    slurm.queue(j12="RUNNING")
+    (slurm.folder / "saves").write_text("sed -i s/RUNNING/COMPLETING/ $HERE/queue; exit 0\n")
+    assert "job 12 is still ending" in requeue(run, grace=0.1, poll=0.01)
+    assert slurm.calls("scontrol") == []
+
+
+def test_a_number_does_not_make_a_job_ours(tmp_path: Path, slurm: FalseSlurm):
+    """Two clusters that share a home, or a controller that lost its state: job 12 is someone else's."""
+    run = make(tmp_path / "x", "12")
+    slurm.queue(j12="RUNNING", at="/elsewhere")
+    with pytest.raises(ControlError, match="no job of it waits or runs"):
+        cancel([run])
+    assert slurm.calls("scancel") == []
+    with pytest.raises(SlurmError, match="never submitted"):  # and not: told to save
+        requeue(run)
+    assert slurm.calls("scancel") == []
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (run.path / "job.json").write_text(json.dumps({"job": {"folder": str(tmp_path / "link")}}))
+    slurm.queue(j12="RUNNING", at=str(tmp_path / "real"))  # by another name
+    (slurm.folder / "saves").touch()
+    assert cancel([run], grace=20, poll=0.01)[0].jobs == ["12"]
 
 
 def test_of_a_sweep_those_are_requeued_that_can_be(tmp_path: Path, slurm: FalseSlurm, monkeypatch: pytest.MonkeyPatch):

@@ -56,6 +56,7 @@ class Run:
         return self
 
     def submitted(self, *jobs: str) -> Run:
+        (self.path / "job.json").write_text('{"job": {"folder": "/r"}}')
         return self.event("submitted", jobs=list(jobs))
 
     def begin(self, attempt: int, job: str = "12", step: int = 0, restart: int = 0) -> Run:
@@ -157,6 +158,16 @@ def test_one_task_of_an_array_is_not_its_neighbor(run: Run):
     assert run.judged(*others, entry("12_3")).state == "running"
     run.submitted("15")  # in its place, after a check of nodes
     assert run.judged(*others, entry("15_3")).job == "15_3"
+
+
+def test_a_job_of_that_number_elsewhere_is_anothers(run: Run):
+    run.submitted("12").begin(0).end(0, "failed", "rank 0: ValueError: x", status=1)
+    assert run.judged(entry("12", folder="/elsewhere")).state == "failed"
+    assert run.judged(entry("12")).state == "running"
+    (run.path / "job.json").unlink()  # then it may be this folder's, or of the array above it
+    assert run.judged(entry("12")).state == "failed"
+    for place in (run.path, run.path.parent):
+        assert run.judged(entry("12", folder=str(place))).state == "running"
 
 
 @pytest.mark.parametrize(
@@ -313,9 +324,7 @@ def test_hundreds_of_runs_are_one_question(tmp_path: Path, squeue: Callable[[str
     calls = squeue(
         line("7_0", "7", "RUNNING", "None", "n0", "9:58", "main", "2026-11-22T10:05:35", "ann", "x", "/r")
         + line("7_1", "7", "PENDING", "JobArrayTaskLimit", "", "10:00", "main", "N/A", "ann", "x", "/r")
-        + line(
-            "900", "900", "PENDING", "JobHeldUser", "", "1-00:00:00", "main", "N/A", "ann", "a b|c'd\"e", "/tmp/odd\n"
-        )
+        + line("900", "900", "PENDING", "JobHeldUser", "", "1-00:00:00", "main", "N/A", "ann", "a b|c'd\"e", "/r\n")
     )
     for k in range(300):
         Run(tmp_path / f"x{k:03}").state("finished").mark("done.json", step=100).submitted(str(100 + k))
