@@ -62,19 +62,45 @@ def held(folder: Path) -> Iterator[None]:
         yield
 
 
-def check_idle(job: Job) -> None:
-    """Refuse folders with a job in the queue: two jobs in one would replace each other's checkpoints.
+def check_idle(job: Job, *, alone: bool = False) -> None:
+    """Refuse folders with a job in the queue: two jobs in one would replace each other's checkpoints, and a second
+    array's script and code those of the first.
+
+    Args:
+        alone: the job goes on with one task of an array, by the array's own script, whatever the other tasks do.
 
     Raises:
         SubmitError: names the job.
     """
     ids = {job_id for run in job.runs for job_id in jobs_of(run)}
-    entries = list(client.queue(ids).values()) if ids else []
-    if not job.tasks:  # also one that was queued by a command which was killed before it could write that down
-        places = {str(job.folder), str(job.folder.resolve())}
-        entries += [entry for entry in client.queue(user=user_name()).values() if entry.folder in places]
-    if entries:
-        raise SubmitError(_busy(job, entries[0]))
+    known = [entry for entry in client.queue(ids).values() if {entry.id, entry.array} & ids] if ids else []
+    # Also what was queued by a command that was killed before it could write that down.
+    unknown = client.queue(user=user_name()).values()
+    tasks = {str(task) for task in job.tasks}
+    others = [entry for entry in unknown if not alone or entry.id.partition("_")[2] in tasks]
+    for entry in (*known, *others):
+        if entry.is_in([job.folder]):
+            raise SubmitError(_busy(job, entry))
+
+
+def check_seeds(job: Job) -> None:
+    """Refuse an array in a folder that holds other runs: their script would be gone, and no requeue could use it.
+
+    Raises:
+        SubmitError: names these runs.
+    """
+    if not job.tasks or not job.folder.is_dir():
+        return
+    own = {run.resolve() for run in job.runs}
+    others = sorted(
+        path for path in job.folder.iterdir() if RunFolder(path).recipe.exists() and path.resolve() not in own
+    )
+    if others:
+        names = ", ".join(path.name for path in others[:4]) + (", ..." if len(others) > 4 else "")
+        raise SubmitError(
+            f"{job.folder} holds {names} of another array, which could not be requeued any more: ask for those seeds "
+            f"too, name another folder with --run, or go on with one: potamos requeue {shlex.quote(str(others[0]))}"
+        )
 
 
 def _busy(job: Job, entry: QueueEntry) -> str:
@@ -128,6 +154,7 @@ def submit(
     check_folder(job)
     with held(job.folder):
         check_idle(job)
+        check_seeds(job)
         if all(is_done(RunFolder(run), recipe) for run, recipe in zip(job.runs, recipes, strict=True)):
             raise SubmitError(
                 f"{job.folder} is finished; raise train.steps to go on, or name another folder with --run"
@@ -152,7 +179,7 @@ def resubmit(run: str | os.PathLike[str]) -> list[str]:
         raise SubmitError(f"{folder.path} was never submitted; do so with: potamos submit RECIPE --run ...") from None
     one = _only(job, folder.path)
     with held(job.folder):
-        check_idle(one)
+        check_idle(one, alone=bool(job.tasks))
         return list(_queue(one, asked | {"after": None}, narrowed=bool(job.tasks)))
 
 

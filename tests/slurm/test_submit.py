@@ -180,10 +180,12 @@ def test_what_the_controller_refuses_is_not_queued(slurm: Slurm, job: Job):
 
 def test_a_second_submission_is_refused_with_the_first_ones_number(slurm: Slurm, job: Job):
     submit(job, [RECIPE], "")
-    slurm.queue(("12", "PENDING", Path("/elsewhere")))
+    slurm.queue(("12", "PENDING", job.folder))
     with pytest.raises(SubmitError, match=r"has job 12 already \(PENDING, Priority\).*potamos cancel '/"):
         submit(job, [RECIPE], "")
     assert slurm.of("squeue")[-2][-2:] == ["--jobs", "12"]
+    slurm.queue(("12", "PENDING", Path("/elsewhere")))  # a stranger's, of the same number
+    assert submit(job, [RECIPE], "").ids == ("13",)
 
 
 def test_an_array_is_taken_while_one_of_its_tasks_is(slurm: Slurm, seeds: Job):
@@ -191,6 +193,31 @@ def test_an_array_is_taken_while_one_of_its_tasks_is(slurm: Slurm, seeds: Job):
     slurm.queue(("12_8", "RUNNING", seeds.folder))
     with pytest.raises(SubmitError, match="has job 12_8 already"):
         submit(seeds, [RECIPE] * 2, "")
+
+
+def test_a_second_array_leaves_the_first_ones_script_alone(slurm: Slurm, seeds: Job):
+    submit(seeds, [RECIPE] * 2, "")
+    before = (seeds.folder / "submit.sbatch").read_text()
+    more = replace(seeds, runs=(seeds.folder / "seed-9",), tasks=(9,), array="9")
+    slurm.queue(("12_8", "RUNNING", seeds.folder))  # no task of the new array
+    with pytest.raises(SubmitError, match="has job 12_8 already"):
+        submit(more, [RECIPE], "")
+    slurm.queue()
+    with pytest.raises(SubmitError, match=r"holds seed-3, seed-8 of another array.*--run.*potamos requeue .*seed-3"):
+        submit(more, [RECIPE], "")
+    assert (seeds.folder / "submit.sbatch").read_text() == before
+    assert not more.runs[0].exists()
+    wider = replace(seeds, runs=(*seeds.runs, seeds.folder / "seed-9"), tasks=(3, 8, 9), array="3,8,9")
+    assert submit(wider, [RECIPE] * 3, "").ids == ("13",)
+
+
+def test_a_task_goes_on_beside_the_others(slurm: Slurm, seeds: Job):
+    submit(seeds, [RECIPE] * 2, "")
+    slurm.queue(("12_8", "RUNNING", seeds.folder))
+    assert resubmit(seeds.runs[0]) == ["13"]
+    slurm.queue(("99_3", "RUNNING", seeds.folder))  # of which nothing was written down
+    with pytest.raises(SubmitError, match="has job 99_3 already"):
+        resubmit(seeds.runs[0])
 
 
 def test_a_job_that_nobody_wrote_down_is_found_by_its_folder(slurm: Slurm, job: Job):
@@ -268,7 +295,7 @@ def test_a_run_is_submitted_again_as_it_was(slurm: Slurm, job: Job):
     assert (job.folder / "submit.sbatch").read_text() == text
     assert jobs_of(job.folder) == ["12", "13", "14", "15"]
     assert job_of(asked(job.folder)) == job
-    slurm.queue(("14", "RUNNING", Path("/x")))
+    slurm.queue(("14", "RUNNING", job.folder))
     with pytest.raises(SubmitError, match="has job 14 already"):
         resubmit(job.folder)
 
