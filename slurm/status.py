@@ -264,7 +264,7 @@ def judge(facts: Facts, queue: Mapping[str, QueueEntry] | None, now: datetime) -
     base = _figures(facts)
     if facts.finished and not runs:  # what waits is the rest of its chain
         return replace(base, state="finished", why="")
-    if runs and not (runs[0].state == "COMPLETING" and facts.cancelled):
+    if runs and not (runs[0].state == "COMPLETING" and facts.cancelled and lock_holder(facts.folder.lock) is None):
         return _running(base, facts, runs[0], len(waits), now)
     if waits and not facts.cancelled:
         return _waiting(base, facts, waits)
@@ -293,7 +293,7 @@ def _figures(facts: Facts) -> Status:
         attempts=len(attempts) or (0 if started is None else started + 1),
         crashes=sum(map(crashed, attempts)),
         saved=newest_step(facts.folder),
-        updated=state.get("updated") if isinstance(state.get("updated"), str) else None,
+        updated=_text(state.get("updated")),
     )
 
 
@@ -337,12 +337,10 @@ def _waiting(base: Status, facts: Facts, waits: Sequence[QueueEntry]) -> Status:
 def _ended(base: Status, facts: Facts, asked: bool, now: datetime) -> Status:
     """A run that no job runs or waits for, as far as is known."""
     reason, last = str(facts.state.get("reason") or ""), facts.attempts[-1] if facts.attempts else None
+    if alive := _signs_of_life(facts, asked, now):
+        return replace(base, state="running", why=alive, eta=_eta(facts.state, _age(base.updated, now) or 0.0))
     if facts.cancelled:
         return replace(base, state="cancelled", why="")
-    holder = lock_holder(facts.folder.lock) if reason == "running" else None
-    if holder is not None:
-        since = _age(base.updated, now)
-        return replace(base, state="running", why=holder, eta=_eta(facts.state, since or 0.0))
     # What judged an earlier attempt does not speak for one that ran after it, outside of Slurm.
     verdict = last.verdict if last is not None and last.number == facts.last_attempt else None
     why = _end_of(last) if last is not None else ""
@@ -352,7 +350,8 @@ def _ended(base: Status, facts: Facts, asked: bool, now: datetime) -> Status:
     if verdict in ("failed", "stopped"):
         return replace(base, state="failed" if verdict == "failed" else "cancelled", why=why)
     if facts.jobs and not asked:
-        return replace(base, state="unknown", why=f"job {facts.jobs[-1]}" + (f"; {why}" if why else ""))
+        ended = f"; {why}" if last is not None and last.verdict is not None else ""  # without a word, it may still run
+        return replace(base, state="unknown", why=f"job {facts.jobs[-1]}{ended}")
     if verdict is not None:  # it was to go on, and nothing does
         saved = facts.stop is not None and facts.stop.get("attempt") == facts.last_attempt
         return replace(base, state="stopped" if saved else "failed", why=f"{why}; no job follows")
@@ -369,6 +368,23 @@ def _ended(base: Status, facts: Facts, asked: bool, now: datetime) -> Status:
     return replace(base, state="stopped" if reason else "prepared", why=reason)
 
 
+def _signs_of_life(facts: Facts, asked: bool, now: datetime) -> str | None:
+    """What speaks for it that a run trains which has no job as far as is known; None if nothing does.
+
+    A held lock does, be it that of ranks which outlived their node's daemon. While Slurm does not answer so does recent
+    news of an attempt that nobody has judged.
+    """
+    silence = "Slurm does not answer" if facts.jobs and not asked else ""
+    if holder := lock_holder(facts.folder.lock):
+        lost = "has no job in the queue, but is trained by " if facts.jobs and asked else ""
+        return f"{lost}{holder}" + (f"; {silence}" if silence else "")
+    since, last = _age(_text(facts.state.get("updated")), now), facts.attempts[-1] if facts.attempts else None
+    current = last is not None and last.verdict is None and _whole(facts.state.get("attempt")) == last.number
+    if silence and current and facts.state.get("reason") == "running" and since is not None and since <= QUIET:
+        return f"{silence}; last news {since:.0f} s ago"
+    return None
+
+
 def _end_of(attempt: Attempt) -> str:
     if attempt.verdict is None:
         return "killed from outside"
@@ -380,6 +396,10 @@ def _end_of(attempt: Attempt) -> str:
 
 def _whole(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def _number(value: object) -> float | None:

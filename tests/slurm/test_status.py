@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -206,9 +207,32 @@ def test_a_job_that_left_without_a_word(run: Run):
     run.submitted("12")
     assert (run.judged().state, run.judged().why) == ("cancelled", "job 12 left the queue before it began")
     assert run.judged(asked=False).state == "unknown"
-    run.begin(0).state()
+    run.begin(0).state(updated=ago(2 * status.QUIET))
     assert run.judged().state == "stale"
-    assert run.judged(asked=False).state == "unknown"
+    assert (run.judged(asked=False).state, run.judged(asked=False).why) == ("unknown", "job 12")
+
+
+def test_recent_news_count_while_the_controller_is_down(run: Run):
+    run.submitted("12").begin(0).state()
+    found = run.judged(asked=False)
+    assert (found.state, found.why, found.eta) == ("running", "Slurm does not answer; last news 30 s ago", 60.0)
+    assert run.judged().state == "stale", "Slurm answers, and has no such job"
+    run.begin(1)
+    assert run.judged(asked=False).state == "unknown", "news of an earlier attempt"
+    run.state(attempt=1).end(1, "requeue", "rank 0: ValueError: x", status=1)
+    assert (run.judged(asked=False).state, run.judged(asked=False).why) == ("unknown", "job 12; rank 0: ValueError: x")
+
+
+def test_ranks_that_outlived_their_job_are_named(run: Run, held: Callable[[Path], Any]):
+    run.submitted("12").begin(0).state()
+    with held(run.path / "lock"):
+        lost = "has no job in the queue, but is trained by process 7 on vm"
+        assert (run.judged().state, run.judged().why) == ("running", lost)
+        run.state("SIGTERM").mark("stop.0", attempt=0, reason="SIGTERM").mark("cancelled")
+        assert (run.judged().state, run.judged().why) == ("running", lost)
+        assert run.judged(asked=False).why == "process 7 on vm; Slurm does not answer"
+        assert run.judged(entry("12", "COMPLETING")).why == "is being cancelled"
+    assert run.judged().state == "cancelled"
 
 
 def test_runs_outside_of_slurm(run: Run):
@@ -230,23 +254,35 @@ def test_runs_outside_of_slurm(run: Run):
     assert run.judged(asked=False).state == "finished"
 
 
-def test_a_lock_tells_a_living_run_from_a_dead_one(run: Run):
-    run.state()
-    lock = run.path / "lock"
+@pytest.fixture
+def held() -> Callable[[Path], Any]:
+    """`with held(lock)`: another process holds it."""
     code = (
         "import fcntl, sys; f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); f.write('process 7 on vm\\n')"
     )
     code += "; f.flush(); print('held', flush=True); sys.stdin.read()"
-    child = subprocess.Popen([sys.executable, "-c", code, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    try:
-        assert child.stdout is not None
-        child.stdout.readline()
+
+    @contextlib.contextmanager
+    def hold(lock: Path) -> Iterator[None]:
+        child = subprocess.Popen([sys.executable, "-c", code, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        try:
+            assert child.stdout is not None
+            child.stdout.readline()
+            yield
+        finally:
+            child.communicate()
+
+    return hold
+
+
+def test_a_lock_tells_a_living_run_from_a_dead_one(run: Run, held: Callable[[Path], Any]):
+    run.state()
+    lock = run.path / "lock"
+    with held(lock):
         found = run.judged()
         assert (found.state, found.why, found.eta) == ("running", "process 7 on vm", 60.0)
         with open(lock, "a+") as file, pytest.raises(OSError):  # looking has not taken it
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    finally:
-        child.communicate()
     assert run.judged().state == "stale"
     assert status.lock_holder(run.path / "none") is None
 
@@ -370,7 +406,7 @@ def test_without_slurm_it_is_said_once(tmp_path: Path, no_slurm: None):
     assert statuses(find_runs([tmp_path]), tell=told.append)[0].state == "finished"
     assert told == []  # nothing to ask
     for name in "bc":
-        Run(tmp_path / name).submitted("12").begin(0).state()
+        Run(tmp_path / name).submitted("12").begin(0).state(updated="2020-01-01T00:00:00+00:00")
     assert [each.state for each in statuses(find_runs([tmp_path]), tell=told.append)] == [
         "finished",
         "unknown",
