@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,6 +107,20 @@ def test_a_part_whose_rank_has_died_is_joined_by_another(tmp_path):
     report = (tmp_path / "hang.txt").read_text()
     assert "2 of 2 ranks report" in report
     assert "killed since" in report
+
+
+def test_no_rank_takes_itself_for_the_lowest_while_parts_are_removed(tmp_path, monkeypatch):
+    for rank in range(3):
+        (tmp_path / f".hang-{rank}.txt").write_text("3 4\nrank\n")
+    lowest, unlink = [], Path.unlink
+
+    def watched(path, **named):
+        unlink(path, **named)
+        lowest.append(min((part.name for part in tmp_path.glob(".hang-*")), default=""))
+
+    monkeypatch.setattr(Path, "unlink", watched)
+    Watchdog(tmp_path, 0, 3, seconds=1.0)._join(1.0)
+    assert lowest == [".hang-0.txt", ".hang-0.txt", ""]
 
 
 def test_a_report_that_cannot_be_written_keeps_nobody(tmp_path, capsys):
