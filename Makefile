@@ -12,12 +12,12 @@ export TOKENIZERS_PARALLELISM := false
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 # Seconds that each test target may take; a target that takes longer is ended and fails.
-UNIT_LIMIT ?= 480
+UNIT_LIMIT ?= 600
 DISTRIBUTED_LIMIT ?= 600
 KERNELS_LIMIT ?= 600
 RESUME_LIMIT ?= 300
 LEARNING_LIMIT ?= 180
-SLURM_LIMIT ?= 480
+SLURM_LIMIT ?= 600
 NIGHTLY_LIMIT ?= 1200
 # Processes that share the tests of a target (pytest-xdist); 0: none, all in pytest's own process, as --pdb wants it.
 WORKERS ?= 2
