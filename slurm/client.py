@@ -252,6 +252,17 @@ def alive(timeout: float = 10) -> bool:
         return False
 
 
+def is_down(timeout: float = 10) -> bool:
+    """Whether no controller answers: known at once where squeue would try for 9 s, or 18 s when asked for one job."""
+    try:
+        said = run("scontrol", "ping", timeout=timeout, check=False)
+    except NoSlurm:
+        return False  # whatever is asked next says so
+    except SlurmError:
+        return True
+    return " is DOWN" in said and " is UP" not in said
+
+
 # --- times ----------------------------------------------------------------------------------------------------------
 
 

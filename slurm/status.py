@@ -158,6 +158,8 @@ def statuses(
         if silence and tell:
             tell(silence)
         found = list(pool.map(lambda fact: judge(fact, entries, now) if isinstance(fact, Facts) else fact, facts))
+    if entries is None:
+        return found
     puzzles = [n for n, each in enumerate(found) if each.job and (each.state == "stale" or each.why.endswith(LEFT))]
     for n in puzzles[:PUZZLES]:
         found[n] = replace(found[n], why=found[n].why + _last_words(found[n].job or ""))
@@ -185,6 +187,8 @@ def _read(folder: str | os.PathLike[str]) -> Facts | Status:
 def ask(jobs: Iterable[str]) -> tuple[Mapping[str, QueueEntry] | None, str | None]:
     """The queue's entries of these jobs; None, and why, where Slurm does not say."""
     wanted = {job.partition("_")[0] for job in jobs}  # an array as a whole, however many tasks it has
+    if wanted and client.is_down():
+        return None, "what waits and runs is not known: the controller does not answer; see `scontrol ping`"
     try:
         return client.queue(wanted if len(wanted) <= NAMED else None), None
     except SlurmError as error:

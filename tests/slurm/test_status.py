@@ -397,7 +397,28 @@ def test_slurm_is_asked_how_jobs_ended_that_left_no_word(tmp_path: Path, squeue:
     found = statuses(find_runs([tmp_path]))
     assert found[0].why == "job 12 left the queue before it began: cancelled, DependencyNeverSatisfied"
     assert {each.why for each in found[1:]} == {f"no job and no process trains it; last news {ago(30)}"}
-    assert len(calls.read_text().splitlines()) == 1 + status.PUZZLES
+    assert [line.split()[0] for line in calls.read_text().splitlines()] == [
+        "ping",
+        "--noheader",
+        *["show"] * status.PUZZLES,
+    ]
+
+
+def test_a_controller_that_is_down_is_asked_once(tmp_path: Path, squeue: Callable[[str], Path]):
+    """As 22.05.8 says it; its squeue would try for 18 s."""
+    calls = squeue("")
+    scontrol = calls.parent / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$*" >> {calls}\necho "Slurmctld(primary) at head is DOWN"\nexit 1\n')
+    scontrol.chmod(0o755)
+    told: list[str] = []
+    for name in "ab":
+        Run(tmp_path / name).submitted("12").begin(0).state()
+    found = statuses(find_runs([tmp_path]), now=NOW, tell=told.append)
+    assert [each.state for each in found] == ["running", "running"]
+    assert calls.read_text() == "ping\n"
+    assert told == ["what waits and runs is not known: the controller does not answer; see `scontrol ping`"]
+    scontrol.write_text('#!/bin/sh\necho "Slurmctld(primary) at a is DOWN"\necho "Slurmctld(backup) at b is UP"\n')
+    assert {each.state for each in statuses(find_runs([tmp_path]), now=NOW)} == {"stale"}
 
 
 def test_without_slurm_it_is_said_once(tmp_path: Path, no_slurm: None):
