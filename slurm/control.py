@@ -50,16 +50,22 @@ class ControlError(ValueError):
 
 @dataclass(frozen=True)
 class Cancelled:
-    """A run that was cancelled: its jobs, the step of its newest checkpoint, and whether it trained until then."""
+    """A run that was cancelled: its jobs, the step of its newest checkpoint, and whether it trained until then.
+
+    ``left``: whether it is over; ``holder``: who trains it all the same, as ranks do that outlived their slurmd.
+    """
 
     folder: Path
     jobs: Sequence[str]
     saved: int
     trained: bool
-    left: bool  # whether its jobs are gone
+    left: bool
+    holder: str | None = None
 
     def __str__(self) -> str:
         name = printable(self.folder)
+        if self.holder is not None:
+            return f"{name}: no job of it is left, but {self.holder} trains it; send that SIGTERM on its machine"
         if not self.left:
             return f"{name}: job {', '.join(self.jobs)} is still ending; see potamos status"
         if not self.trained:
@@ -104,16 +110,15 @@ def cancel(
         left = _await(left, grace, poll, save=True)
     _scancel(sorted(left.intersection(runs)))
     left = _await(left, LEAVE, poll)
-    return [
-        Cancelled(
-            fact.folder.path,
-            [entry.id for entry in entries],
-            newest_step(fact.folder),
-            trained=any(entry.id in runs for entry in entries),
-            left=not any(entry.id in left for entry in entries),
-        )
-        for fact, entries in own
-    ]
+    done = []
+    for fact, entries in [*own, *((fact, []) for fact in facts if not any(fact is each for each, _ in own))]:
+        there = any(entry.id in left for entry in entries)
+        holder = None if there else lock_holder(fact.folder.lock)
+        if entries or holder is not None:  # nothing is told of the others, which were over before
+            trained = any(entry.id in runs for entry in entries)
+            jobs, saved = [entry.id for entry in entries], newest_step(fact.folder)
+            done.append(Cancelled(fact.folder.path, jobs, saved, trained, not there and holder is None, holder))
+    return done
 
 
 def mark_cancelled(folder: RunFolder) -> None:
