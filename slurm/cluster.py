@@ -261,6 +261,14 @@ class Cluster:
         daemons.launch(name, command, self._full_environment(), self._log(name), deadline=deadline)
         self._until(lambda: self._pid(name) is not None, deadline, f"{name} to start", by=name)
 
+    def _has_died(self, name: str) -> bool:
+        """Whether a daemon that had written its pid file is gone. A file of this second may not hold its number yet."""
+        try:
+            age = time.time() - (self.folder / "run" / f"{name}.pid").stat().st_mtime
+        except FileNotFoundError:
+            return False
+        return age > 1 and self._pid(name) is None
+
     def _until(self, condition: Callable[[], bool], deadline: float, what: str, by: str | None = None) -> None:
         """`wait`, ended early by the death of a daemon that has started, or by its last words."""
 
@@ -268,8 +276,7 @@ class Cluster:
             if condition():
                 return True
             for name in [by] if by else self._daemons():
-                died = (self.folder / "run" / f"{name}.pid").exists() and self._pid(name) is None
-                if died or "fatal:" in daemons.complaint(self._log(name)):
+                if self._has_died(name) or "fatal:" in daemons.complaint(self._log(name)):
                     raise daemons.failure(name, self._log(name), "died")
             return False
 
