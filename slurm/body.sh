@@ -29,7 +29,7 @@ judge() { "$PYTHON" -P -m potamos.slurm.attempt "$@"; }
 controller() {
     local tries
     for ((tries = 0; tries < 360; tries++)); do
-        scontrol ping 2>/dev/null | grep -q UP && return
+        [[ $(scontrol ping 2>/dev/null) == *UP* ]] && return
         [ "$tries" = 0 ] && echo "$(date -Is) the controller does not answer; waiting for it"
         sleep 10
     done
@@ -46,7 +46,7 @@ requeue() {
         case $answer in
         *pending* | *"already"*) echo "already on its way back into the queue"; break ;;
         esac
-        scontrol ping 2>/dev/null | grep -q UP &&
+        [[ $(scontrol ping 2>/dev/null) == *UP* ]] &&
             fail "job $JOB could not be requeued ($answer); go on with: potamos requeue $(printf %q "$RUN")"
         controller
     done

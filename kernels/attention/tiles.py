@@ -11,14 +11,13 @@ import threading
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import fields, replace
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from ..remember import remembered
 from .masks import BlockLayout, Mask
 
 _RECENT_LIMIT = 16
@@ -154,9 +153,7 @@ def _visits(
     sizes = (queries, keys, tile_q, tile_k)
     tensors = _tensors(mask)
     if not tensors:
-        # What is made while a dispatch mode is on (fake tensors, say) is not for other calls.
-        plain = _plain_visits if _get_current_dispatch_mode() is None else _plain_visits.__wrapped__
-        return plain(mask, sizes, device, transposed)
+        return _plain_visits(mask, sizes, device, transposed)
     if _cannot_remember(tensors, device):
         return _compute(mask, sizes, device, transposed)
     # A table made on one stream may not be ready on another.
@@ -179,7 +176,7 @@ _recent: OrderedDict[Hashable, tuple[Visits, tuple[Tensor, ...]]] = OrderedDict(
 _lock = threading.Lock()
 
 
-@lru_cache(maxsize=256)
+@remembered(256)
 def _plain_visits(mask: Mask, sizes: tuple[int, int, int, int], device: torch.device, transposed: bool) -> Visits:
     lists, table = _compute(mask, sizes, torch.device("cpu"), transposed)
     return Visits(lists, table.to(device))

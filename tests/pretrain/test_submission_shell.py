@@ -27,7 +27,8 @@ from potamos.slurm.site import Site, SiteContainer, read_site
 TOOLS = ("paste", "sed", "head", "date", "mkdir", "hostname", "tee", "env", "sleep", "dirname", "basename", "cat", "mv")
 STANDINS = {
     "pwned": 'echo "$@" >>"$RECORD/pwned"',
-    "scontrol": 'case $2 in hostnames) echo n0 ;; node) echo "NodeName=n0 NodeAddr=127.0.0.1 State=UP" ;; esac',
+    "scontrol": 'case "$*" in *hostnames*) echo n0 ;; *node*) echo "NodeName=n0 NodeAddr=127.0.0.1 State=UP" ;;'
+    " ping) echo UP ;; esac",
     "srun": 'printf "%s\\0" "$@" >"$RECORD/srun"; env -0 >"$RECORD/env"; printf "%s\\0" "$PWD" >"$RECORD/pwd"',
 }
 PYTHON = 'case $4 in begin) echo 0 ;; end) echo done ;; esac; printf "%s\\0" "$PWD" >>"$RECORD/judged"'
@@ -41,7 +42,7 @@ TEXT = st.text(
     st.characters(max_codepoint=0xFFFF, exclude_categories=("Cs",), exclude_characters="\0\n"), min_size=1, max_size=24
 )
 WILD = st.one_of(TEXT, st.sampled_from(HOSTILE), st.tuples(TEXT, st.sampled_from(HOSTILE)).map("".join))
-NAMES = WILD.map(lambda text: "".join(c for c in text if c.isprintable() and c not in "/%\\")).filter(
+NAMES = WILD.map(lambda text: "".join(c for c in text if c.isprintable() and c not in "/%\\:")).filter(
     lambda text: text.strip(".") and len(text.encode()) < 200
 )
 
@@ -181,7 +182,7 @@ def test_a_site_file_is_taken_as_it_is_written(lines: list[str], value: str):
 @given(name=WILD)
 def test_folders_that_no_script_can_name_are_refused(name: str):
     folder = Path("/shared") / ("x" + name)
-    bad = any(ord(c) < 32 or ord(c) == 127 or c in "%\\" for c in name)
+    bad = any(ord(c) < 32 or ord(c) == 127 or c in "%\\:" for c in name)
     with pytest.raises((JobError, SubmitError)) if bad else contextlib.nullcontext():
         job = Job(name="x", folder=folder, runs=(folder,))
         check_names(job)

@@ -3,7 +3,6 @@ section 2 and appendix D)."""
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 from typing import Literal
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from potamos.kernels.attention import BlockLayout, Mask
 from potamos.kernels.dropout import DropoutKey, philox
+from potamos.kernels.remember import remembered
 from potamos.pretrain.models import interfaces
 from potamos.pretrain.models.interfaces import AttentionCall, Pattern
 from potamos.pretrain.models.patterns.full import documents_of
@@ -62,7 +62,7 @@ class BigBird(Pattern):
         return min(super().visible_keys(length, causal=causal), options.size * (blocks + options.random))
 
 
-@functools.lru_cache(maxsize=256)
+@remembered(256)
 def _layout(
     options: BigBird.Options, layer: int, heads: range, blocks: int, causal: bool, device: torch.device
 ) -> BlockLayout:

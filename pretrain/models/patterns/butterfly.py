@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 from typing import Literal
 
@@ -11,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from potamos.kernels.attention import BlockLayout, Mask
+from potamos.kernels.remember import remembered
 from potamos.pretrain.models import interfaces
 from potamos.pretrain.models.interfaces import AttentionCall, Pattern
 from potamos.pretrain.models.patterns.full import documents_of
@@ -50,7 +50,7 @@ class Butterfly(Pattern):
         return min(super().visible_keys(length, causal=causal), size * visible)
 
 
-@functools.lru_cache(maxsize=64)
+@remembered(64)
 def _layout(options: Butterfly.Options, blocks: int, device: torch.device) -> BlockLayout:
     with torch.device("cpu"):
         layout = BlockLayout.from_dense(visible_blocks(options, blocks)[None], options.size)

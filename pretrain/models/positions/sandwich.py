@@ -3,13 +3,12 @@ Extrapolation via the Lens of Receptive Field Analysis")."""
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from potamos.kernels.attention import Toeplitz, sandwich_table
+from potamos.kernels.remember import remembered
 from potamos.pretrain.models import interfaces
 from potamos.pretrain.models.interfaces import AttentionCall, AttentionPositions, Context, Positions, Projection
 from potamos.pretrain.models.registry import register
@@ -30,7 +29,7 @@ class SinusoidalProducts(AttentionPositions):
         return Toeplitz(table=table[call.heads.start : call.heads.stop], least=0 if call.causal else 1 - reach)
 
 
-@functools.lru_cache(maxsize=16)
+@remembered(16)
 def _table(heads: int, reach: int, dim: int, causal: bool, device: torch.device) -> Tensor:
     """(heads, distances) fp32: distances 0 .. reach - 1, and those below 0 too where keys may come later."""
     with torch.device("cpu"):
