@@ -253,3 +253,19 @@ def test_skipped_steps_are_reported_with_their_samples(monkeypatch: pytest.Monke
     assert guarded.report() == []
     guarded.record(8, 64, 71, torch.tensor(True))
     assert guarded.report() == [SkippedStep(8, 64, 71)]
+
+
+def test_a_request_after_the_end_kills_nothing():
+    """Python gives handlers up while it leaves, and a signal's default action would end a rank that has saved."""
+    program = (
+        "import atexit, os, signal, sys\n"
+        "from potamos.pretrain.guard import ignore_signals, install_signal_handlers\n"
+        "class Last:\n"
+        "    def __del__(self, kill=os.kill, pid=os.getpid(), numbers=(signal.SIGUSR1, signal.SIGTERM)):\n"
+        "        [kill(pid, number) for number in numbers]\n"
+        "install_signal_handlers()\n"
+        "sys.last = Last()\n"  # goes with the interpreter
+        "if sys.argv[1:]: ignore_signals()\n"
+    )
+    ended = [subprocess.run([sys.executable, "-c", program, *a], timeout=60).returncode for a in (["ignore"], [])]
+    assert ended == [0, -signal.SIGUSR1]
