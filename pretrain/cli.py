@@ -91,7 +91,7 @@ def train(
     """
     if nproc > 1:
         raise typer.Exit(_train_on(nproc, recipe, overrides or [], run))
-    from potamos.pretrain.guard import ignore_signals, install_signal_handlers
+    from potamos.pretrain.guard import ignore_signals, install_signal_handlers, leaving
 
     install_signal_handlers()
     from potamos.pretrain.config import load_recipe
@@ -100,6 +100,10 @@ def train(
     loaded = load_recipe(recipe, overrides or [])
     try:
         status = run_training(loaded, run or Path("runs") / loaded.name)
+    except Exception:
+        if leaving():
+            raise KeyboardInterrupt from None
+        raise
     finally:
         ignore_signals()
     raise typer.Exit(status)

@@ -27,6 +27,7 @@ _ECHO_SECONDS = 1.0
 
 _stop: Stop | None = None
 _last_interrupt: float | None = None
+_leaving = False
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,15 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
         # Not print: the signal may have arrived in the middle of one.
         os.write(2, b"\nstopping after this step and saving; press Ctrl-C again to leave at once\n")
     elif not ("TORCHELASTIC_RUN_ID" in os.environ and now - last < _ECHO_SECONDS):
+        global _leaving
+        _leaving = True
         raise KeyboardInterrupt
+
+
+def leaving() -> bool:
+    """Whether a second SIGINT came. Libraries that call back into Python may turn its KeyboardInterrupt into an error
+    of their own."""
+    return _leaving
 
 
 def write_stop(
