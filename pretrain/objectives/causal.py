@@ -29,7 +29,7 @@ class Causal(Objective):
         inside = (documents[:, 1:] == documents[:, :-1]) & (documents[:, :-1] >= 0)
         targets = np.where(inside, rows.tokens[:, 1:], -1).astype(np.int64)
         # The host knows whether any row has a boundary; asking a GPU would stall it.
-        uniform = bool((documents[:, 0] == documents[:, -2]).all()) and not carried  # ids only rise along a row
+        uniform = bool((documents[:, :1] == documents[:, :-1]).all()) and not carried
         seq = Seq(
             positions=torch.from_numpy(rows.positions[:, :-1].astype(np.int64)),
             document_ids=None if uniform else torch.from_numpy(np.ascontiguousarray(documents[:, :-1])),

@@ -118,6 +118,14 @@ def test_ids_are_left_out_where_every_row_is_one_document() -> None:
     assert objective().prepare(make_rows([[]], {0: LENGTH - 1}), seed=0, step=0).seq.document_ids is not None
 
 
+def test_a_row_that_ends_as_it_begins_is_not_one_document_for_that() -> None:
+    rows = make_rows([[3, 6]])
+    rows.document_ids[:, 7:] = rows.document_ids[:, :1]
+    seq = objective().prepare(rows, seed=0, step=0).seq
+    assert seq.document_ids is not None
+    assert torch.equal(seq.document_ids, torch.from_numpy(rows.document_ids[:, :-1].copy()))
+
+
 def test_padding_first_rows_are_not_taken_for_a_document() -> None:
     """A row of padding alone has one id throughout, -1, and must not train."""
     batch = objective().prepare(make_rows([[]], {0: 0}), seed=0, step=0)
