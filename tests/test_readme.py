@@ -204,13 +204,11 @@ def test_the_data_commands_work_as_written(
         assert done.status == 0, (command, done)
 
 
-def test_names_and_files_exist() -> None:
+def test_names_exist() -> None:
     for name in re.findall(r"`((?:h3_hybrid|gpt|s4d|linear)_(?:tiny|125m))`", README):
         assert name in available()
     listed = re.search(r"mixers (.*?); positions (.*?); channel mixers (.*?); optimizers", README, re.DOTALL)
     assert listed is not None
     for room, names in zip(("mixer", "positions", "channel"), listed.groups(), strict=True):
         assert set(re.findall(r"`(\w+)`", names)) == set(registry.names(room))
-    for path in re.findall(r"\]\(([\w./-]+)\)", README):
-        assert (ROOT / path).exists(), path
     assert "@@" not in README

@@ -137,16 +137,6 @@ def test_signal_handlers_come_before_torch() -> None:
     assert (done.stdout, done.returncode) == (expected, 7), done.stderr
 
 
-def test_every_command_has_an_example(potamos: Callable[..., Any]) -> None:
-    paths = [["train"], ["generate"], ["evaluate"], ["recipes"], ["recipe", "show"], ["demo"]]
-    named = ("tokenizer", "prepare", "finalize", "index", "inspect", "verify", "plan", "bench", "passages")
-    paths += [["data", name] for name in named]
-    for path in paths:
-        done = potamos(*path, "--help")
-        assert done.status == 0
-        assert f"Example: potamos {' '.join(path)}" in done.out
-
-
 # --- recipes -----------------------------------------------------------------------------------------------------
 
 
