@@ -15,6 +15,7 @@ folder that the next start removes. No pickle is written or read.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -207,21 +208,22 @@ class Checkpoints:
         return readers.first(steps)
 
     def _settle(self) -> None:
-        """Wait for the save under way; its failure was logged when it happened."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.exception()
+        """Wait for the save under way; if the disk failed it, that was logged when it happened."""
+        with contextlib.suppress(CheckpointWriteError):
+            self.wait()
 
     def _write(self, step: int, tensors: dict[str, dict[str, Tensor]], scalars: dict[str, bytes], warn: bool) -> None:
-        """Runs in the background thread: write, verify, rename, then delete what is no longer kept."""
+        """Runs in the background thread: write, verify, rename, then delete what is no longer kept.
+
+        A fault of the program stays what it is, and ends the run at the next save: no later one would succeed.
+        """
         final = self.folder / _name(step)
         temporary = self.folder / f".tmp-{final.name}-{os.getpid()}"
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             _write_files(temporary, tensors, scalars)
             _publish(temporary, final)
-        except Exception as error:
-            shutil.rmtree(temporary, ignore_errors=True)
+        except (OSError, MemoryError, StorageError) as error:
             last = max(step_folders(self.folder), default=None)
             message = (
                 f"checkpoint {final} was not written: {error}. "
@@ -231,6 +233,8 @@ class Checkpoints:
             if warn:
                 logger.warning("%s Training goes on.", message)
             raise CheckpointWriteError(message) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
         self._corrupt.discard(step)
         self._delete_old(step)
 

@@ -98,7 +98,7 @@ def train(
     loaded = load_recipe(recipe, overrides or [])
     try:
         status = run_training(loaded, run or Path("runs") / loaded.name)
-    except Exception:
+    except Exception:  # after a second Ctrl-C, what a library made of it, or met because of it
         if leaving():
             raise KeyboardInterrupt from None
         raise
