@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from potamos.files import flush
 from potamos.parallel.storage import DTYPES, StorageError, StoredTensors, describe, write_tensors
 
 FORMAT = 1
@@ -353,7 +354,7 @@ def _write_files(folder: Path, tensors: dict[str, dict[str, Tensor]], scalars: d
     }
     (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1), encoding="utf-8")
     for path in [*folder.rglob("*"), folder]:
-        _flush(path)
+        flush(path)
 
 
 def _publish(temporary: Path, final: Path) -> None:
@@ -362,7 +363,7 @@ def _publish(temporary: Path, final: Path) -> None:
     if final.exists():
         os.rename(final, aside)
     os.rename(temporary, final)
-    _flush(final.parent)
+    flush(final.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -444,12 +445,3 @@ def _read_alike(path: Path, readers: Readers) -> bytes:
 def _digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Ask the disk to hold a file's bytes, or a folder's names, before anything that depends on them is written."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
