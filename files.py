@@ -21,7 +21,7 @@ def written_atomically(path: Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    flush_names(path.parent)
+    flush(path.parent)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -31,9 +31,9 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-def flush_names(folder: Path) -> None:
-    """Ask the disk to hold a folder's names; flushing a file keeps its bytes, not the name that it was given."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Ask the disk to hold a file's bytes, or a folder's names: a flushed file keeps its bytes, not its new name."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -19,7 +19,7 @@ from potamos.data.manifest import MANIFEST, Manifest, make_manifest, read_manife
 from potamos.data.parts import REJECTS, missing_shard, read_part
 from potamos.data.shards import index_path
 from potamos.data.workfolder import WorkFolder, place_of, read_json, rename_durably, to_json
-from potamos.files import flush_names, write_atomically
+from potamos.files import flush, write_atomically
 
 GROUPS = "groups.json"
 DATASET_SETTINGS = ("source", "split", "tokenizer", "dtype", "chunk_tokens", "shard_chunks", "deduplicated")
@@ -235,7 +235,7 @@ def _publish_rejects(out: Path, work: WorkFolder, parts: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(joined, target)
-    flush_names(target.parent)
+    flush(target.parent)
 
 
 def _is_published(out: Path, work: WorkFolder) -> bool:

@@ -33,7 +33,7 @@ from potamos.data.members import (
     open_member_index,
 )
 from potamos.data.shards import index_path, token_dtype
-from potamos.files import flush_names, write_atomically
+from potamos.files import flush, write_atomically
 
 if TYPE_CHECKING:
     from potamos.data.tokenizer import Tokenizer
@@ -292,7 +292,7 @@ def _prepare_folder(folder: Path, paths: Sequence[Path], force: bool) -> None:
             index = index_path(here)
             if index.exists() and not index.read_bytes().startswith(MAGIC):
                 raise DatasetError(f"{index} belongs to another tool; index into another folder with --out")
-        flush_names(folder)
+        flush(folder)
     except OSError as error:
         raise DatasetError(f"{folder} cannot be written: {error.strerror}; name another folder with --out") from None
 

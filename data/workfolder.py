@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from potamos.data.errors import DatasetError
-from potamos.files import flush_names, write_atomically
+from potamos.files import flush, write_atomically
 
 _SHORT_WAIT = 5.0  # seconds: for processes that are only just ending
 
@@ -259,6 +259,6 @@ def read_json(path: Path) -> Any:
 
 def rename_durably(source: Path, target: Path) -> None:
     """Give a finished folder its name, and both names to the disk."""
-    flush_names(source)
+    flush(source)
     os.replace(source, target)
-    flush_names(target.parent)
+    flush(target.parent)

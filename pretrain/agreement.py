@@ -35,7 +35,7 @@ class Reader:
         if self.failure is None:
             try:
                 return next(self._loader)
-            except Exception as error:
+            except Exception as error:  # raised by whoever asks all ranks for it, as itself
                 self.failure = error
         return blank_rows(self._loader.sequences // self._loader.world, self._length)
 

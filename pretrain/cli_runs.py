@@ -13,21 +13,36 @@ from typing import Annotated
 import typer
 
 from potamos.pretrain import show
-from potamos.pretrain.arguments import RecipeName
+from potamos.pretrain.arguments import (
+    Account,
+    After,
+    Container,
+    GpusPerNode,
+    Nodes,
+    Partition,
+    PlannedGpu,
+    Preflight,
+    Qos,
+    RecipeName,
+    RefreshCode,
+    RunPath,
+    TimeLimit,
+)
 
 RUNS = Path("runs")
 
 Folders = Annotated[
-    list[Path] | None, typer.Argument(metavar="[FOLDER]...", help="Runs, or folders of runs; runs/ by default.")
+    list[Path] | None, typer.Argument(metavar="FOLDER", help="Runs, or folders of runs; runs/ by default.")
 ]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as in runs/h3_hybrid_tiny.")]
 Grace = Annotated[float, typer.Option(min=0, help="Seconds to finish the step and save; 0: end at once.")]
-SomeRuns = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or a sweep's.")]
+SomeRuns = Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders, or a sweep's.")]
 
 
 def status(
     folders: Folders = None,
-    table: Annotated[bool, typer.Option("--table", help="What runs were told differently, and their scores.")] = False,
+    table: Annotated[
+        bool, typer.Option("--table", help="A row for each run: settings in which they differ, and scores.")
+    ] = False,
     csv: Annotated[
         Path | None, typer.Option(help="Write that table into this file, as comma-separated values.")
     ] = None,
@@ -83,14 +98,18 @@ def _print_json(content: object) -> None:
 
 
 def logs(
-    run: Run,
+    run: RunPath,
     follow: Annotated[
         bool, typer.Option("--follow", "-f", help="Show what is added, through requeues, to the end.")
     ] = False,
-    rank: Annotated[int | None, typer.Option(min=0, help="Which process; the one that failed, else 0.")] = None,
-    attempt: Annotated[int | None, typer.Option(min=0, help="Which start; the newest by default.")] = None,
-    job: Annotated[bool, typer.Option("--job", help="What the batch script said.")] = False,
-    lines: Annotated[int | None, typer.Option("--lines", "-n", min=0, help="Only the last; with -f, 50.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=0, help="Which process, from 0; by default the one that failed, else 0.")
+    ] = None,
+    attempt: Annotated[int | None, typer.Option(min=0, help="Which start, from 0; the newest by default.")] = None,
+    job: Annotated[bool, typer.Option("--job", help="What the batch script printed instead.")] = False,
+    lines: Annotated[
+        int | None, typer.Option("--lines", "-n", min=0, help="Only so many of the end; by default all, with -f 50.")
+    ] = None,
 ) -> None:
     """Print what a run printed: of its newest start, the rank that failed, or rank 0.
 
@@ -156,9 +175,11 @@ def requeue(runs: SomeRuns, grace: Grace = 60.0) -> None:
 
 
 def doctor(
-    folder: Annotated[Path, typer.Argument(help="Where runs are to live.")] = RUNS,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where runs are to live.")] = RUNS,
     job: Annotated[bool, typer.Option("--job", help="Look at a node as well, in a job of a minute.")] = False,
-    partition: Annotated[str | None, typer.Option(help="For that job.")] = None,
+    partition: Annotated[
+        str | None, typer.Option(help="Where that job runs; by default the site file's, else the cluster's own.")
+    ] = None,
 ) -> None:
     """Examine this machine and its cluster: what is wrong, and how to mend it. Ends with 1 if anything is wrong.
 
@@ -178,34 +199,32 @@ def sweep(
     recipe: RecipeName,
     overrides: Annotated[
         list[str],
-        typer.Argument(metavar="KEY=[VALUE,VALUE]...", help="Lists to vary; other key=value hold for all runs."),
+        typer.Argument(metavar="KEY=[VALUE,VALUE]", help="Lists to vary; other key=value hold for all runs."),
     ],
     run: Annotated[Path | None, typer.Option(help="The folder of the runs; runs/NAME-sweep by default.")] = None,
     max_parallel: Annotated[int | None, typer.Option(min=1, help="Train at most so many at a time.")] = None,
-    nodes: Annotated[int | None, typer.Option(help="Machines of each run.")] = None,
-    gpus_per_node: Annotated[int | None, typer.Option(help="GPUs of each, with one process a GPU.")] = None,
-    time: Annotated[str | None, typer.Option(help="Limit of one start, as in 2-00:00:00; it goes on after.")] = None,
-    partition: Annotated[str | None, typer.Option(help="Where to run.")] = None,
-    account: Annotated[str | None, typer.Option(help="Whom to charge.")] = None,
-    qos: Annotated[str | None, typer.Option(help="Quality of service.")] = None,
-    after: Annotated[str | None, typer.Option(help="Wait until this job has succeeded.")] = None,
-    container: Annotated[str | None, typer.Option(help="An image to run in, by pyxis or Apptainer.")] = None,
-    preflight: Annotated[
-        bool | None, typer.Option("--preflight/--no-preflight", help="Examine the nodes before each start.")
-    ] = None,
-    gpu: Annotated[str | None, typer.Option(help="What to plan for: h100, h200 or a100.")] = None,
-    refresh_code: Annotated[
-        bool, typer.Option("--refresh-code", help="Go on with today's program, not the runs' own copy.")
-    ] = False,
+    nodes: Nodes = None,
+    gpus_per_node: GpusPerNode = None,
+    time: TimeLimit = None,
+    partition: Partition = None,
+    account: Account = None,
+    qos: Qos = None,
+    after: After = None,
+    container: Container = None,
+    preflight: Preflight = None,
+    gpu: PlannedGpu = None,
+    refresh_code: RefreshCode = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List the runs, print the script; submit nothing.")
+        bool, typer.Option("--dry-run", help="List the runs, print the script; write and submit nothing.")
     ] = False,
 ) -> None:
     """Train every combination of the values of lists, as one array of jobs with a run folder for each.
 
-    A setting that is a list itself stands in another: data.skip=[[[0,100]],[]] makes two runs.
+    A setting that is a list itself stands in another: 'data.skip=[[[0,100]],[]]' makes two runs.
 
-    Example: potamos sweep h3_hybrid_tiny optimizer.lr=[1e-3,3e-4] train.seed=[1,2,3] --max-parallel 4
+    What the options leave open, the recipe's section slurm says, then the site file (~/.config/potamos/site.yaml).
+
+    Example: potamos sweep h3_hybrid_tiny 'optimizer.lr=[1e-3,3e-4]' 'train.seed=[1,2,3]' --max-parallel 4
 
     Then: potamos status runs/h3_hybrid_tiny-sweep --table
     """
@@ -216,7 +235,7 @@ def sweep(
         "nodes": nodes, "gpus_per_node": gpus_per_node, "time": time, "partition": partition, "account": account,
         "qos": qos, "container": container, "preflight": preflight,
     }  # fmt: skip
-    asked = Asked(recipe, overrides, run, options, None, after, 1, gpu, refresh_code)
+    asked = Asked(recipe, overrides, run, options, after=after, gpu=gpu, refresh_code=refresh_code)
     if dry_run:
         from potamos.slurm.script import script
 
@@ -241,8 +260,10 @@ def sweep(
 
 
 def board(
-    folder: Annotated[Path, typer.Argument(help="A folder of runs, or a run.")] = RUNS,
-    port: Annotated[int | None, typer.Option(min=1, max=65535, help="A free one by default.")] = None,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of runs, or a run.")] = RUNS,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Where it listens; a free port by default.")
+    ] = None,
 ) -> None:
     """Open TensorBoard on all runs of a folder, each under its name; runs that come later appear too. Ctrl-C ends it.
 

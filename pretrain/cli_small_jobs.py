@@ -31,12 +31,25 @@ Qos = Annotated[str | None, typer.Option("--qos", help="Quality of service of th
 Constraint = Annotated[str | None, typer.Option(help="Features that their nodes must have.", rich_help_panel=PANEL)]
 Time = Annotated[
     str | None,
-    typer.Option(help="Limit of each, as in 30 (minutes) or 2:00:00; 4 hours by default.", rich_help_panel=PANEL),
+    typer.Option(
+        help="Limit of each, as in 30 (minutes) or 2:00:00; by default 4 hours, or the partition's.",
+        rich_help_panel=PANEL,
+    ),
 ]
-Memory = Annotated[str | None, typer.Option(help="Memory of each, as in 8G.", rich_help_panel=PANEL)]
-Cpus = Annotated[int | None, typer.Option("--cpus", min=1, help="Processors of each.", rich_help_panel=PANEL)]
-Gpus = Annotated[int | None, typer.Option("--gpus", min=0, help="GPUs of each.", rich_help_panel=PANEL)]
-AtOnce = Annotated[int | None, typer.Option("--at-once", min=1, help="Run at most so many.", rich_help_panel=PANEL)]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        help="Memory of each, as in 8G; by default the cluster's, at worst a whole node's.", rich_help_panel=PANEL
+    ),
+]
+Cpus = Annotated[int | None, typer.Option("--cpus", min=1, help="CPUs of each; 1 by default.", rich_help_panel=PANEL)]
+Gpus = Annotated[
+    int | None, typer.Option("--gpus", min=0, help="GPUs of each; none by default.", rich_help_panel=PANEL)
+]
+AtOnce = Annotated[
+    int | None,
+    typer.Option("--at-once", min=1, help="Run at most so many at a time; all by default.", rich_help_panel=PANEL),
+]
 
 
 class OptionError(ValueError):

@@ -9,7 +9,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from potamos.pretrain import show
-from potamos.pretrain.arguments import Overrides, RecipeName
+from potamos.pretrain.arguments import (
+    Account,
+    After,
+    Container,
+    GpusPerNode,
+    Nodes,
+    Overrides,
+    Partition,
+    PlannedGpu,
+    Preflight,
+    Qos,
+    RecipeName,
+    RefreshCode,
+    TimeLimit,
+)
 
 if TYPE_CHECKING:
     from potamos.pretrain.submission import Submission
@@ -22,23 +36,19 @@ def submit(
     run: Annotated[
         Path | None, typer.Option(help="The run folder; runs/NAME by default. All nodes must see it.")
     ] = None,
-    nodes: Annotated[int | None, typer.Option(help="Machines.")] = None,
-    gpus_per_node: Annotated[int | None, typer.Option(help="GPUs of each, with one process a GPU.")] = None,
-    time: Annotated[str | None, typer.Option(help="Limit of one start, as in 2-00:00:00; it goes on after.")] = None,
-    partition: Annotated[str | None, typer.Option(help="Where to run.")] = None,
-    account: Annotated[str | None, typer.Option(help="Whom to charge.")] = None,
-    qos: Annotated[str | None, typer.Option(help="Quality of service.")] = None,
+    nodes: Nodes = None,
+    gpus_per_node: GpusPerNode = None,
+    time: TimeLimit = None,
+    partition: Partition = None,
+    account: Account = None,
+    qos: Qos = None,
     array: Annotated[str | None, typer.Option(help="A run for each seed, as in 1-4 or 1-8%2 (two at a time).")] = None,
-    after: Annotated[str | None, typer.Option(help="Wait until this job has succeeded.")] = None,
+    after: After = None,
     chain: Annotated[int, typer.Option(min=1, help="So many jobs one after another, in place of requeueing.")] = 1,
-    container: Annotated[str | None, typer.Option(help="An image to run in, by pyxis or Apptainer.")] = None,
-    preflight: Annotated[
-        bool | None, typer.Option("--preflight/--no-preflight", help="Examine the nodes before each start.")
-    ] = None,
-    gpu: Annotated[str | None, typer.Option(help="What to plan for: h100, h200 or a100.")] = None,
-    refresh_code: Annotated[
-        bool, typer.Option("--refresh-code", help="Go on with today's program, not the run's own copy.")
-    ] = False,
+    container: Container = None,
+    preflight: Preflight = None,
+    gpu: PlannedGpu = None,
+    refresh_code: RefreshCode = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script; write and submit nothing.")] = False,
 ) -> None:
     """Check a recipe, prepare its run folder, and queue it on a Slurm cluster.
@@ -58,7 +68,10 @@ def submit(
         "nodes": nodes, "gpus_per_node": gpus_per_node, "time": time, "partition": partition, "account": account,
         "qos": qos, "container": container, "preflight": preflight,
     }  # fmt: skip
-    asked = Asked(recipe, overrides or [], run, options, array, after, chain, gpu, refresh_code)
+    asked = Asked(
+        recipe, overrides or [], run, options, array=array, after=after, chain=chain, gpu=gpu,
+        refresh_code=refresh_code,
+    )  # fmt: skip
     if dry_run:
         print_script(rehearse(asked), after)
     else:

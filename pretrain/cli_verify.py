@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Settings = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[AXIS=SIZE]...",
+        metavar="AXIS=SIZE",
         help="The layout, as in dp_shard=2 tp=2 schedule=zbv; the recipe's own by default. Settings with a dot change "
         "the recipe, as in model.residual_dropout=0.1.",
     ),
@@ -27,16 +27,21 @@ Settings = Annotated[
 def verify(
     recipe: RecipeName,
     settings: Settings = None,
-    dtype: Annotated[str, typer.Option(help="fp32 (errors up to 1e-5) or fp64 (up to 1e-10).")] = "fp32",
+    dtype: Annotated[
+        str, typer.Option(help="fp32 (gradients may differ by 1e-5, updates by 1e-3) or fp64 (1e-10, 1e-9).")
+    ] = "fp32",
     every: Annotated[bool, typer.Option("--all", help="All layouts of up to --ranks ranks; a line each.")] = False,
     ranks: Annotated[int, typer.Option(help="The most ranks to start.", min=1)] = 8,
     json: Annotated[Path | None, typer.Option(help="Write all figures to this file.")] = None,
-    width: Annotated[int | None, typer.Option(help="Width of the small model.", min=1)] = None,
-    layers: Annotated[int | None, typer.Option(help="Its layers.", min=1)] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens of a row.", min=1)] = None,
+    width: Annotated[
+        int | None,
+        typer.Option(help="Width of the small model; by default, as all sizes, the least that will do.", min=1),
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers of the small model.", min=1)] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of its rows.", min=1)] = None,
     vocabulary: Annotated[int | None, typer.Option(help="Its vocabulary.", min=2)] = None,
-    rows: Annotated[int | None, typer.Option(help="Rows of a step, about.", min=1)] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds for the ranks of one layout.", min=1)] = 120.0,
+    rows: Annotated[int | None, typer.Option(help="Rows of its steps, about.", min=1)] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds that the ranks of one layout may take.", min=1)] = 120.0,
 ) -> None:
     """Prove that a layout changes nothing: gradients, their norm, updates and losses against one process.
 

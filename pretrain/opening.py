@@ -80,7 +80,7 @@ def predicted_speed(recipe: Recipe, world: int, device: torch.device) -> float |
     try:
         return predict(recipe, world, device)
     except Exception as error:  # whatever it is: a prediction is not worth a run, and only one rank makes one
-        logger.warning("no prediction of the speed: %s", error)
+        logger.warning("no prediction of the speed: %s: %s", type(error).__name__, error)
         return None
 
 

@@ -48,7 +48,7 @@ def train(recipe: Recipe, run: Path) -> int:
         trainer = Trainer(recipe, run, rank)
         try:
             return trainer.fit()
-        except BaseException as error:
+        except BaseException as error:  # also a second Ctrl-C: readers of state.json shall know that it ended
             trainer.telemetry.close(f"failed: {type(error).__name__}")
             raise
         finally:

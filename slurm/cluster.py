@@ -104,7 +104,7 @@ class Cluster:
             cluster._lay_out()
             try:
                 cluster._start(deadline)
-            except BaseException:
+            except BaseException:  # also Ctrl-C: daemons outlive whoever starts them
                 cluster._stop(30.0)
                 raise
         return cluster

@@ -7,9 +7,10 @@ import ipaddress
 import os
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -104,6 +105,38 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 def run_ranks() -> Any:
     """`run_ranks(world, fn, *args, timeout=60)`: see tests/harness.py."""
     return harness.run_ranks
+
+
+class Ended(NamedTuple):
+    """How a command ended, and what it wrote."""
+
+    status: int
+    out: str
+    err: str
+
+    def assert_mistake(self, *words: str) -> None:
+        """It was told as a user's mistake, in a message with all of the words."""
+        assert self.status == 2, self
+        assert self.err.startswith("error: "), self.err
+        assert "Traceback" not in self.err, self.err
+        for word in words:
+            assert word in self.err, self.err
+
+
+@pytest.fixture
+def potamos(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """`potamos("data", "plan", ...)`: the console entry, run in this process, -> (status, out, err)."""
+    from potamos.pretrain import cli
+
+    def call(*arguments: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["potamos", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        text = capfd.readouterr()
+        return Ended(int(ended.value.code or 0), text.out, text.err)
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
-from collections.abc import Callable, Sequence
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 
-from potamos.data.manifest import MANIFEST, make_manifest, totals
+from potamos.data.manifest import MANIFEST, make_manifest, read_manifest, totals
+from potamos.data.remote import CacheSpec, RemoteShards, Retry
 from potamos.data.shards import ShardWriter, token_dtype
 from potamos.data.tokenizer import Tokenizer, train_bpe
 from potamos.files import write_atomically
@@ -123,3 +129,64 @@ def plain_stream() -> Callable[..., tuple[list[int], list[int], list[int]]]:
         return tokens, documents, positions
 
     return stream
+
+
+# --- shards behind URLs -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def remotes() -> ModuleType:
+    """tests/data/remotes.py. Loaded by its path, since tests/ is no package."""
+    spec = importlib.util.spec_from_file_location("data_remotes", Path(__file__).with_name("remotes.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["data_remotes"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.delenv("GOPEN_REWRITE", raising=False)
+    monkeypatch.delenv("USE_AIS_FOR", raising=False)
+
+
+@pytest.fixture(scope="module")
+def dataset(write_ids: WriteIds, remotes: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fourteen shards in a folder, which `server` serves."""
+    path = write_ids(tmp_path_factory.mktemp("remote") / "d", remotes.LENGTHS, chunk_tokens=remotes.CHUNK)
+    assert len(read_manifest(path).shards) == remotes.SHARDS
+    return path
+
+
+@pytest.fixture
+def server(dataset: Path, remotes: ModuleType) -> Iterator[Any]:
+    """A `remotes.Server` of `dataset`, to be told what to do wrong."""
+    server = remotes.Server(dataset)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield server
+    server.release.set()
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def open_remote(tmp_path: Path, dataset: Path, remotes: ModuleType) -> Iterator[Callable[..., RemoteShards]]:
+    """RemoteShards with a cache that holds ``shards`` shards, closed at the end."""
+    opened: list[RemoteShards] = []
+
+    def make(
+        url: str, shards: float = remotes.SHARDS, retry: Retry | None = None, patience: float = 20.0
+    ) -> RemoteShards:
+        limit = int(shards * max(remotes.shard_bytes(dataset)))
+        cache = CacheSpec(tmp_path / "cache", limit, retry=retry or remotes.quick())
+        opened.append(RemoteShards(url, cache, patience=patience))
+        return opened[-1]
+
+    yield make
+    for files in opened:
+        files.close()

@@ -7,94 +7,25 @@ import json
 import os
 import shutil
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from potamos.data.dataset import TokenDataset, read_rows
+from potamos.data.dataset import TokenDataset
 from potamos.data.errors import DatasetError
 from potamos.data.fetch import try_again
 from potamos.data.foreign import TokenizerFacts, index_tars
-from potamos.data.manifest import read_manifest
-from potamos.data.remote import CacheSpec, RemoteError, RemoteShards, Retry, open_dataset_files
+from potamos.data.remote import RemoteError, RemoteShards, open_dataset_files
 
-LENGTHS = [90, 700, 33, 1500, 8, 1100, 256, 900, 40, 2500] * 2
-CHUNK = 512
-SHARDS = 14
-
-
-@pytest.fixture(autouse=True)
-def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.delenv("GOPEN_REWRITE", raising=False)
-    monkeypatch.delenv("USE_AIS_FOR", raising=False)
-
-
-@pytest.fixture(scope="module")
-def dataset(write_ids: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = write_ids(tmp_path_factory.mktemp("remote") / "d", LENGTHS, chunk_tokens=CHUNK)
-    assert len(read_manifest(path).shards) == SHARDS
-    return path
-
-
-class Waits:
-    """In place of sleeping between attempts: remembers how long it should have been."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def __call__(self, seconds: float) -> None:
-        self.seconds.append(seconds)
-
-
-def quick(attempts: int = 4, timeout: float = 10.0) -> Retry:
-    return Retry(attempts=attempts, timeout=timeout, sleep=Waits(), jitter=lambda: 1.0)
-
-
-def shard_bytes(dataset: Path) -> list[int]:
-    return [entry["bytes"] + entry["index_bytes"] for entry in read_manifest(dataset).shards]
-
-
+pytestmark = pytest.mark.usefixtures("no_proxy")
 Open = Callable[..., RemoteShards]
 
 
-@pytest.fixture
-def open_remote(tmp_path: Path, dataset: Path) -> Iterator[Open]:
-    """RemoteShards with a cache that holds ``shards`` shards, closed at the end."""
-    opened: list[RemoteShards] = []
-
-    def make(url: str, shards: float = SHARDS, retry: Retry | None = None, patience: float = 20.0) -> RemoteShards:
-        limit = int(shards * max(shard_bytes(dataset)))
-        cache = CacheSpec(tmp_path / "cache", limit, retry=retry or quick())
-        opened.append(RemoteShards(url, cache, patience=patience))
-        return opened[-1]
-
-    yield make
-    for files in opened:
-        files.close()
-
-
-def present(files: RemoteShards) -> list[str]:
-    return sorted(path.name for path in files.folder.glob("*.tar"))
-
-
-def same(files: RemoteShards, dataset: Path, shard: int) -> bool:
-    path = files.path(shard)
-    index = path.with_name(path.name + ".idx")
-    return all(file.read_bytes() == (dataset / file.name).read_bytes() for file in (path, index))
-
-
-def every_row(dataset: TokenDataset, length: int = 64) -> tuple[np.ndarray, ...]:
-    cut = dataset.cut(length)
-    chunk, start = cut.place(np.arange(cut.total))
-    return read_rows([dataset], np.zeros(cut.total, np.int64), chunk, start, length + 1, true_positions=True)
-
-
 @pytest.mark.parametrize("scheme", ["memory", "file"])
-def test_fsspec_urls(dataset: Path, open_remote: Open, scheme: str) -> None:
+def test_fsspec_urls(dataset: Path, open_remote: Open, scheme: str, remotes: Any) -> None:
     import fsspec
 
     url = f"file://{dataset}"
@@ -104,12 +35,14 @@ def test_fsspec_urls(dataset: Path, open_remote: Open, scheme: str) -> None:
             fs.pipe_file(f"/bucket/pile/{path.name}", path.read_bytes())
         url = "memory://bucket/pile"
     files = open_remote(url)
-    assert all(same(files, dataset, shard) for shard in range(SHARDS))
+    assert all(remotes.same(files, dataset, shard) for shard in range(remotes.SHARDS))
     with pytest.raises(RemoteError, match="cannot be had"):
         open_remote(url + "/nothing")
 
 
-def test_webdataset_schemes_and_rewriting(dataset: Path, open_remote: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_webdataset_schemes_and_rewriting(
+    dataset: Path, open_remote: Open, monkeypatch: pytest.MonkeyPatch, remotes: Any
+) -> None:
     """Schemes that only WebDataset knows run its handler's command; a failing command is tried again, then an error."""
     import importlib
 
@@ -121,18 +54,20 @@ def test_webdataset_schemes_and_rewriting(dataset: Path, open_remote: Open, monk
         return gopen.Pipe(["cat", url.removeprefix("lab://")], mode=mode, bufsize=bufsize)
 
     monkeypatch.setitem(gopen.gopen_schemes, "lab", handler)
-    assert same(open_remote(f"lab://{dataset}"), dataset, 3)
+    assert remotes.same(open_remote(f"lab://{dataset}"), dataset, 3)
     assert len(calls) == 3
     with pytest.raises(RemoteError, match=r"4 attempts failed.*its command ended with status 1"):
         open_remote("lab:///nowhere")
     monkeypatch.setenv("GOPEN_REWRITE", f"store://bucket=lab://{dataset}")
-    assert same(open_remote("store://bucket"), dataset, 4)
+    assert remotes.same(open_remote("store://bucket"), dataset, 4)
     monkeypatch.setattr(importlib.import_module("webdataset.utils"), "enforce_security", True)
     with pytest.raises(RemoteError, match="cannot rewrite URLs"):
         open_remote("store://bucket")
 
 
-def test_a_stalled_command_is_ended(dataset: Path, open_remote: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stalled_command_is_ended(
+    dataset: Path, open_remote: Open, monkeypatch: pytest.MonkeyPatch, remotes: Any
+) -> None:
     import importlib
 
     gopen = importlib.import_module("webdataset.gopen")
@@ -144,11 +79,11 @@ def test_a_stalled_command_is_ended(dataset: Path, open_remote: Open, monkeypatc
 
     monkeypatch.setitem(gopen.gopen_schemes, "lab", handler)
     with pytest.raises(RemoteError, match=r"2 attempts failed.*nothing came for 0\.1 s"):
-        open_remote("lab://x", retry=quick(attempts=2, timeout=0.1))
+        open_remote("lab://x", retry=remotes.quick(attempts=2, timeout=0.1))
     assert [pipe.proc.returncode for pipe in started] == [-9, -9]
 
 
-def test_foreign_tars_behind_a_url(dataset: Path, tmp_path: Path, open_remote: Open) -> None:
+def test_foreign_tars_behind_a_url(dataset: Path, tmp_path: Path, open_remote: Open, remotes: Any) -> None:
     """Links to tars, as `data index --out` makes them, are followed by whoever serves them."""
     for number in range(3):
         with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
@@ -161,9 +96,9 @@ def test_foreign_tars_behind_a_url(dataset: Path, tmp_path: Path, open_remote: O
     index_tars(str(tmp_path / "*.tar"), tmp_path / "d", tokenizer=TokenizerFacts("f" * 64, 300, 0))
     files = open_remote(f"file://{tmp_path / 'd'}")
     remote = TokenDataset(files.folder, files=files)
-    for ours, theirs in zip(every_row(remote), every_row(TokenDataset(tmp_path / "d")), strict=True):
+    for ours, theirs in zip(remotes.every_row(remote), remotes.every_row(TokenDataset(tmp_path / "d")), strict=True):
         np.testing.assert_array_equal(ours, theirs)
-    assert len(present(files)) == 3
+    assert len(remotes.present(files)) == 3
 
 
 @pytest.mark.parametrize(
@@ -208,13 +143,13 @@ def test_a_url_needs_a_cache(dataset: Path) -> None:
 
 @pytest.mark.parametrize("kind", [OSError, FileNotFoundError])
 @pytest.mark.parametrize("words", ["GET {url}: no", "user me, password pa%20ss-word", "login pa ss-word?sig=se-cret"])
-def test_no_secret_is_shown_in_the_words_of_a_library(kind: type[OSError], words: str) -> None:
+def test_no_secret_is_shown_in_the_words_of_a_library(kind: type[OSError], words: str, remotes: Any) -> None:
     url = "s3://me:pa%20ss-word@bucket/d/x.tar?sig=se-cret"
 
     def fail() -> None:
         raise kind(words.format(url=url))
 
     with pytest.raises(RemoteError, match=r"s3://\.\.\.@bucket/d/x\.tar\?\.\.\. cannot be had") as caught:
-        try_again(fail, url, quick(attempts=2))
+        try_again(fail, url, remotes.quick(attempts=2))
     assert words.split(" ")[0] in str(caught.value)
     assert not any(secret in str(caught.value) for secret in ("ss-word", "se-cret"))

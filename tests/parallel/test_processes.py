@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -15,7 +14,6 @@ from potamos.parallel.launch import LaunchError, Rank, from_slurm
 from potamos.parallel.processes import HOLD_SECONDS, _tell, run_processes
 
 pytestmark = pytest.mark.distributed
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(tmp_path, program: str, count: int) -> tuple[int, str, str]:

@@ -321,6 +321,23 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(
     assert names(tmp_path) == ["step-00000005"]
 
 
+def test_a_fault_in_the_writer_is_not_taken_for_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def faulty(folder: Path, tensors: dict[str, Tensor]) -> None:
+        raise TypeError("a fault of ours")
+
+    checkpoints = Checkpoints(tmp_path)
+    monkeypatch.setattr(checkpoint, "write_tensors", faulty)
+    checkpoints.save(make_snapshot(1))
+    with pytest.raises(TypeError, match="a fault of ours"):  # at the latest where it would happen again
+        checkpoints.save(make_snapshot(2))
+    with pytest.raises(TypeError, match="a fault of ours"):
+        checkpoints.save(make_snapshot(3), wait=True)
+    assert "Make room" not in caplog.text
+    assert names(tmp_path) == []
+
+
 def test_a_file_size_limit_of_the_system_is_reported(tmp_path: Path) -> None:
     """The real thing: the kernel refuses to write on in the middle of a file."""
     checkpoints = Checkpoints(tmp_path)

@@ -9,7 +9,6 @@ import shutil
 import sys
 import tarfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import pytest
 from potamos.data.commands import summarize
 from potamos.data.dataset import TokenDataset, read_rows
 from potamos.data.tokenizer import load_tokenizer
-from potamos.pretrain import cli, plan, progress, setup, show
+from potamos.pretrain import plan, progress, setup, show
 from potamos.pretrain.config import load_recipe
 
 SENTENCE = "the river runs far past quiet mills and old bridges to the sea"
@@ -47,33 +46,6 @@ schedule: {kind: constant}
 train: {steps: 40, sequences: 4, micro_sequences: 4, seed: 1, device: cpu, threads: 1}
 validate: {every: 40, sequences: 2}
 """
-
-
-@dataclass
-class Ended:
-    """How a command ended, and what it wrote."""
-
-    status: int
-    out: str
-    err: str
-
-
-Potamos = Callable[..., Ended]
-
-
-@pytest.fixture
-def potamos(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Potamos:
-    """`potamos("data", "plan", ...)`: the console entry, run in this process."""
-
-    def call(*arguments: str | Path) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["potamos", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        text = capsys.readouterr()
-        return Ended(int(ended.value.code or 0), text.out, text.err)
-
-    return call
 
 
 def texts(seed: int, count: int) -> list[str]:
@@ -114,19 +86,11 @@ def fingerprint(path: Path) -> str:
     return summarize(path).fingerprint
 
 
-def assert_mistake(done: Ended, *words: str) -> None:
-    assert done.status == 2
-    assert done.err.startswith("error: ")
-    assert "Traceback" not in done.err
-    for word in words:
-        assert word in done.err
-
-
 # --- tokenizer ---------------------------------------------------------------------------------------------------
 
 
 def test_a_tokenizer_has_the_special_tokens_that_it_was_asked_for(
-    corpus: Path, potamos: Potamos, tmp_path: Path
+    corpus: Path, potamos: Callable[..., Any], tmp_path: Path
 ) -> None:
     out = tmp_path / "tokenizer.json"
     done = potamos(
@@ -138,20 +102,22 @@ def test_a_tokenizer_has_the_special_tokens_that_it_was_asked_for(
     made = load_tokenizer("json", out)
     for name in ("[Q]", "[A]", "<extra_id_0>", "<extra_id_3>"):
         assert made.special(name) not in made.encode(name).tolist()
-    assert_mistake(potamos("data", "tokenizer", corpus / "raw", out, "--vocabulary=260"), "vocabulary 260", "262")
-    assert_mistake(potamos("data", "tokenizer", corpus / "raw", out, "--sentinels=-1"), "sentinels -1")
+    potamos("data", "tokenizer", corpus / "raw", out, "--vocabulary=260").assert_mistake("vocabulary 260", "262")
+    potamos("data", "tokenizer", corpus / "raw", out, "--sentinels=-1").assert_mistake("sentinels -1")
 
 
 # --- prepare and finalize ----------------------------------------------------------------------------------------
 
 
-def test_shares_and_one_process_give_the_same_dataset(corpus: Path, potamos: Potamos, tmp_path: Path) -> None:
+def test_shares_and_one_process_give_the_same_dataset(
+    corpus: Path, potamos: Callable[..., Any], tmp_path: Path
+) -> None:
     common = (corpus / "raw", "--tokenizer", corpus / "tokenizer.json", "--deduplicate")
     alone = potamos("data", "prepare", *common, tmp_path / "alone")
     assert alone.status == 0, alone.err
     assert re.search(r"alone: [\d,]+ tokens of 120 documents in 3 shards", alone.out)
     early = potamos("data", "finalize", tmp_path / "shared", "--wait=0")
-    assert_mistake(early, "shared")
+    early.assert_mistake("shared")
     shares = [
         potamos("data", "prepare", *common, tmp_path / "shared", f"--rank={rank}", "--world=2", "--wait=0")
         for rank in (1, 0, 1)
@@ -172,7 +138,7 @@ def test_shares_and_one_process_give_the_same_dataset(corpus: Path, potamos: Pot
 
 
 def test_groups_become_datasets_that_a_published_mixture_finds(
-    corpus: Path, potamos: Potamos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    corpus: Path, potamos: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     done = potamos(
@@ -195,17 +161,15 @@ def test_groups_become_datasets_that_a_published_mixture_finds(
     assert potamos("train", "trial.yaml", mixture, "data.validation=[]", "train.steps=2").status == 0
     notes = (tmp_path / "runs" / "trial" / "logs" / "notes.log").read_text()
     assert notes.count("mixture pile: 20 of 22 subsets are not in pile") == 1
-    assert_mistake(
-        potamos("data", "plan", "trial.yaml", "data.stages=[{from: 0, mixture: {published: pile, path: raw}}]"),
-        "raw holds no subset of the mixture pile",
-    )
+    none = potamos("data", "plan", "trial.yaml", "data.stages=[{from: 0, mixture: {published: pile, path: raw}}]")
+    none.assert_mistake("raw holds no subset of the mixture pile")
     shard = min((tmp_path / "pile" / "wikipedia-en").glob("*.tar"))
     shard.unlink()
     torn = potamos("data", "verify", "pile")
     assert (torn.status, torn.out.count(": sound ("), torn.err.count("is missing")) == (1, 1, 1)
 
 
-def test_what_was_left_out_is_told(corpus: Path, potamos: Potamos, tmp_path: Path) -> None:
+def test_what_was_left_out_is_told(corpus: Path, potamos: Callable[..., Any], tmp_path: Path) -> None:
     rows = [{"text": text, "meta": {"set": "AB"[i % 2]}} for i, text in enumerate(texts(1, 9))]
     write_lines(tmp_path / "some.jsonl", [*rows, *rows[:3], {"text": " ", "meta": {"set": "A"}}, {"text": 5}])
     told = f"left out: 1 blank documents, 3 duplicates, 1 bad records, listed in {tmp_path}"
@@ -219,26 +183,26 @@ def test_what_was_left_out_is_told(corpus: Path, potamos: Potamos, tmp_path: Pat
     assert "left out" not in potamos(*whole).out
 
 
-def test_bad_records_are_bounded(corpus: Path, potamos: Potamos, tmp_path: Path) -> None:
+def test_bad_records_are_bounded(corpus: Path, potamos: Callable[..., Any], tmp_path: Path) -> None:
     write_lines(tmp_path / "bad.jsonl", [{"text": text} for text in [*texts(1, 9), "long " * 400]])
     command = ("data", "prepare", tmp_path / "bad.jsonl", tmp_path / "out", "--tokenizer", corpus / "tokenizer.json")
-    assert_mistake(potamos(*command, "--max-line-bytes=1000"), "bad.jsonl", "max-bad-ratio")
+    potamos(*command, "--max-line-bytes=1000").assert_mistake("bad.jsonl", "max-bad-ratio")
     done = potamos(*command, "--max-line-bytes=1000", "--max-bad-ratio=0.2", "--force")
     assert done.status == 0, done.err
     assert "of 9 documents" in done.out
     assert f"left out: 1 bad records, listed in {tmp_path / 'out.rejects.jsonl'}\n" in done.out
     (rejected,) = (tmp_path / "out.rejects.jsonl").read_text().splitlines()
     assert json.loads(rejected)["place"] == "bad.jsonl:10"
-    assert_mistake(potamos(*command, "--max-bad-ratio=2", "--force"), "max-bad-ratio 2")
-    assert_mistake(potamos(*command, "--rank=2", "--world=2"), "rank 2 of world 2")
-    assert_mistake(potamos(*command, "--kind=gpt2"), "tokenizer.json")
-    assert_mistake(potamos(*command, "--threads=0"), "threads 0")
+    potamos(*command, "--max-bad-ratio=2", "--force").assert_mistake("max-bad-ratio 2")
+    potamos(*command, "--rank=2", "--world=2").assert_mistake("rank 2 of world 2")
+    potamos(*command, "--kind=gpt2").assert_mistake("tokenizer.json")
+    potamos(*command, "--threads=0").assert_mistake("threads 0")
 
 
 # --- looking into datasets ---------------------------------------------------------------------------------------
 
 
-def test_a_row_is_the_one_that_training_reads(prepared: Path, potamos: Potamos) -> None:
+def test_a_row_is_the_one_that_training_reads(prepared: Path, potamos: Callable[..., Any]) -> None:
     path, tokenizer = prepared / "first", load_tokenizer("json", prepared / "tokenizer.json")
     dataset = TokenDataset(path)
     cut = dataset.cut(16)
@@ -258,10 +222,10 @@ def test_a_row_is_the_one_that_training_reads(prepared: Path, potamos: Potamos) 
         )
         assert text.endswith(by_chunk.out.partition("fingerprint")[2].partition("\n")[2])
     beyond = potamos("data", "inspect", path, "--tokenizer", prepared / "tokenizer.json", f"--sample={cut.total}")
-    assert_mistake(beyond, "there is no row")
+    beyond.assert_mistake("there is no row")
 
 
-def test_verify_finds_damage_by_reading_every_byte(prepared: Path, potamos: Potamos, tmp_path: Path) -> None:
+def test_verify_finds_damage_by_reading_every_byte(prepared: Path, potamos: Callable[..., Any], tmp_path: Path) -> None:
     path = shutil.copytree(prepared / "second", tmp_path / "copy")
     assert potamos("data", "verify", path, "--deep").status == 0
     shard = min(path.glob("*.tar"))
@@ -275,7 +239,7 @@ def test_verify_finds_damage_by_reading_every_byte(prepared: Path, potamos: Pota
 
 
 def test_tars_of_other_tools_are_indexed_planned_and_trained_on(
-    prepared: Path, potamos: Potamos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: Path, potamos: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(prepared)
     tokenizer = load_tokenizer("json", prepared / "tokenizer.json")
@@ -295,13 +259,15 @@ def test_tars_of_other_tools_are_indexed_planned_and_trained_on(
     assert potamos("data", "plan", "trial.yaml", stages).status == 0
     run = ("--run", tmp_path / "run")
     assert potamos("train", "trial.yaml", stages, "train.steps=2", *run).status == 0
-    assert_mistake(potamos("data", "index", tmp_path / "none"), "none")
+    potamos("data", "index", tmp_path / "none").assert_mistake("none")
 
 
 # --- plan --------------------------------------------------------------------------------------------------------
 
 
-def test_the_plan_counts_what_the_run_reads(prepared: Path, potamos: Potamos, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plan_counts_what_the_run_reads(
+    prepared: Path, potamos: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against the rows themselves, one by one; without a model."""
     monkeypatch.chdir(prepared)
 
@@ -342,7 +308,9 @@ def test_the_plan_counts_what_the_run_reads(prepared: Path, potamos: Potamos, mo
     assert re.search(r"validation held_out: [\d,]+ tokens, 2 of [\d,]+ windows scored each time", done.out)
 
 
-def test_the_plan_marks_what_is_read_again(prepared: Path, potamos: Potamos, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plan_marks_what_is_read_again(
+    prepared: Path, potamos: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(prepared)
     few, many = (
         potamos("data", "plan", "trial.yaml", "train.steps=2"),
@@ -354,23 +322,25 @@ def test_the_plan_marks_what_is_read_again(prepared: Path, potamos: Potamos, mon
 
 
 def test_a_plan_refuses_what_training_refuses(
-    prepared: Path, potamos: Potamos, monkeypatch: pytest.MonkeyPatch
+    prepared: Path, potamos: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(prepared)
     huge = ("train.sequences=2000", "train.steps=1")
     messages = [potamos(*command, "trial.yaml", *huge) for command in (("data", "plan"), ("train", "--run", "small"))]
     for done in messages:
-        assert_mistake(done, "needs", "rows of 16 tokens")
+        done.assert_mistake("needs", "rows of 16 tokens")
     assert messages[0].err == messages[1].err
     assert potamos("data", "plan", "trial.yaml", *huge, "data.allow_repeat=true").status == 0
-    assert_mistake(potamos("data", "plan", "trial.yaml", "data.stages.0.mixture.0.path=nowhere"), "nowhere")
-    assert_mistake(potamos("data", "plan", "trial.yaml", "tokenizer.path=nowhere"), "tokenizer.path: nowhere")
+    potamos("data", "plan", "trial.yaml", "data.stages.0.mixture.0.path=nowhere").assert_mistake("nowhere")
+    potamos("data", "plan", "trial.yaml", "tokenizer.path=nowhere").assert_mistake("tokenizer.path: nowhere")
 
 
 # --- bench and passages ------------------------------------------------------------------------------------------
 
 
-def test_bench_prints_a_line_for_each_reader(prepared: Path, potamos: Potamos, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_prints_a_line_for_each_reader(
+    prepared: Path, potamos: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from potamos.data import bench
 
     asked: list[dict[str, Any]] = []
@@ -401,14 +371,14 @@ def test_bench_prints_a_line_for_each_reader(prepared: Path, potamos: Potamos, m
     assert f"error: {prepared / 'none'} holds no dataset.json" in missing.err
 
 
-def test_passages_are_written_and_counted(corpus: Path, potamos: Potamos, tmp_path: Path) -> None:
+def test_passages_are_written_and_counted(corpus: Path, potamos: Callable[..., Any], tmp_path: Path) -> None:
     out = tmp_path / "passages.jsonl"
     done = potamos("data", "passages", corpus / "raw", out, "--words=20", "--min-words=8")
     assert done.status == 0, done.err
     written = [json.loads(line) for line in out.read_text().splitlines()]
     assert done.out.startswith(f"{out}: {len(written)} passages of 135 documents")
     assert all(8 <= len(passage["text"].split()) <= 20 for passage in written)
-    assert_mistake(potamos("data", "passages", corpus / "raw", tmp_path / "x.txt"), "x.txt", ".jsonl")
+    potamos("data", "passages", corpus / "raw", tmp_path / "x.txt").assert_mistake("x.txt", ".jsonl")
 
 
 # --- progress ----------------------------------------------------------------------------------------------------

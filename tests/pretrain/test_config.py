@@ -36,19 +36,6 @@ def parse(*overrides: str, text: str = TEXT) -> Recipe:
     return parse_recipe(text, "r.yaml", overrides)
 
 
-def problems(*overrides: str, text: str = TEXT) -> list[str]:
-    with pytest.raises(RecipeError) as caught:
-        parse(*overrides, text=text)
-    assert str(caught.value) == "\n".join(caught.value.problems)
-    return list(caught.value.problems)
-
-
-def only(*overrides: str, text: str = TEXT) -> str:
-    found = problems(*overrides, text=text)
-    assert len(found) == 1, found
-    return found[0]
-
-
 # --- what is read -----------------------------------------------------------------------------------------------------
 
 

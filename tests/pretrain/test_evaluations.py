@@ -4,39 +4,15 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from potamos.pretrain import cli
 from potamos.pretrain.evaluations import Evaluation, add_rows, evaluate_steps, parse_steps, read_rows, table_path
 from potamos.pretrain.runs import RunError, open_run, score_run
-
-
-@dataclass
-class Ended:
-    status: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def potamos(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
-    """`potamos("evaluate", ...)`: the console entry, run in this process."""
-
-    def call(*arguments: str | Path) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["potamos", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        text = capsys.readouterr()
-        return Ended(int(ended.value.code or 0), text.out, text.err)
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +40,7 @@ def figures(row: Evaluation) -> tuple[float, ...]:
     return row.bits_per_byte, row.perplexity, row.loss, row.targets, row.bytes
 
 
-def test_a_table_holds_what_single_evaluations_say(run: Path, potamos: Callable[..., Ended]) -> None:
+def test_a_table_holds_what_single_evaluations_say(run: Path, potamos: Callable[..., Any]) -> None:
     done = potamos("evaluate", run, "--steps", "all")
     assert done.status == 0, done
     rows = read_rows(run / "evaluations.csv")
@@ -161,7 +137,7 @@ def test_what_steps_stand_for(run: Path) -> None:
         (["--steps", "all", "model.width=64"], ["does not fit", "model.width=64"]),
     ],
 )
-def test_mistakes(arguments: list[str], words: list[str], run: Path, potamos: Callable[..., Ended]) -> None:
+def test_mistakes(arguments: list[str], words: list[str], run: Path, potamos: Callable[..., Any]) -> None:
     done = potamos("evaluate", run, *arguments)
     assert done.status == 2
     assert done.err.startswith("error: ")

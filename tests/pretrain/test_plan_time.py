@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 
 from potamos.parallel import axes, context
 from potamos.parallel.mesh import LayoutError, Sizes, sizes
-from potamos.pretrain import cli, plan_layouts, show_plan
+from potamos.pretrain import plan_layouts, show_plan
 from potamos.pretrain.ceilings import CEILINGS
 from potamos.pretrain.config import load_recipe
 from potamos.pretrain.plan_layouts import PlanError, Planner, changed_layout, check_fits
@@ -229,30 +231,24 @@ def test_a_device_that_nobody_knows() -> None:
         Planner(recipe(), 1, "tpu")
 
 
-def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def potamos(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["potamos", "plan", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        text = capsys.readouterr()
-        return int(ended.value.code or 0), text.out, text.err
-
-    status, out, err = potamos("h3_hybrid_tiny", *TINY, "--gpus", "2")
+def test_the_command(potamos: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    command = partial(potamos, "plan")
+    status, out, err = command("h3_hybrid_tiny", *TINY, "--gpus", "2")
     assert status == 0, err
     for words in ("on 2 x H100 SXM: dp_replicate 2", "weights", "gradients", "optimizer", "activations of h3 + mlp",
                   "sums of gradients", "GPU-hours", "published", "(this recipe)"):  # fmt: skip
         assert words in out, words
     monkeypatch.setitem(plan_layouts.CEILINGS, "h100", replace(CEILINGS["h100"], memory=1000))
-    status, out, err = potamos("h3_hybrid_tiny", *TINY, "--gpus", "1", "--layouts", "0")
+    status, out, err = command("h3_hybrid_tiny", *TINY, "--gpus", "1", "--layouts", "0")
     assert status == 2
     assert "does not fit 1 x H100 SXM" in err
     monkeypatch.undo()
-    status, out, err = potamos("h3_hybrid_tiny", *TINY, "--gpus", "2", "parallel.tp=2", "parallel.pp=2")
+    status, out, err = command("h3_hybrid_tiny", *TINY, "--gpus", "2", "parallel.tp=2", "parallel.pp=2")
     assert (status, "(this recipe)" in out) == (2, False)
     assert "its layout is refused" in out
     assert "parallel.dp_replicate=2" in out.partition("fastest that fit")[2]
     assert "error: parallel: pp 2 x tp 2 needs 4 processes" in err.replace("\n", " ")
-    status, _, err = potamos("h3_hybrid_tiny", *TINY, "--gpus", "0")
+    status, _, err = command("h3_hybrid_tiny", *TINY, "--gpus", "0")
     assert (status, "--gpus: 0 devices are none; give 1 or more" in err) == (2, True)
-    status, out, _ = potamos("--help")
+    status, out, _ = command("--help")
     assert (status, "Example: potamos plan" in out) == (0, True)

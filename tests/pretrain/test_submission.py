@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from potamos.pretrain import cli
 from potamos.pretrain.ceilings import CEILINGS
 from potamos.pretrain.config import load_recipe
 from potamos.pretrain.plan_layouts import Planner
@@ -52,18 +53,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def potamos(here: Path, trial: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
-    """`potamos(*changes)`: submit the tiny recipe; (exit status, standard output, standard error)."""
-
-    def run(*changes: str) -> tuple[int, str, str]:
-        arguments = ["potamos", "submit", "h3_hybrid_tiny", *trial.overrides(), *changes]
-        monkeypatch.setattr("sys.argv", arguments)
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capfd.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return run
+def submit(here: Path, trial: Any, potamos: Callable[..., Any]) -> Callable[..., Any]:
+    """`submit(*changes)`: the tiny recipe; (exit status, standard output, standard error)."""
+    return partial(potamos, "submit", "h3_hybrid_tiny", *trial.overrides())
 
 
 def calls() -> list[str]:
@@ -75,10 +67,10 @@ def files() -> list[str]:
     return sorted(str(path) for path in Path().rglob("*"))
 
 
-def test_a_submission_says_where_to_look_and_what_it_costs(potamos, here: Path, trial: Any):
+def test_a_submission_says_where_to_look_and_what_it_costs(submit, here: Path, trial: Any):
     shutil.copytree(trial.folder, here / "data")
     moved = [f"tokenizer.path={trial.folder}/tokenizer.json", "data.stages.0.mixture.0.path=data/train"]
-    status, out, err = potamos(*moved, "train.device=auto", "--nodes", "2", "--gpus-per-node", "1", "--run", "r")
+    status, out, err = submit(*moved, "train.device=auto", "--nodes", "2", "--gpus-per-node", "1", "--run", "r")
     assert status == 0, err
     assert f"job 12: h3_hybrid_tiny, 2 nodes x 1 GPU, 02:00:00\nfolder: {here}/r\n" in out
     assert "cost: at most 4.0 GPU-hours; a run that is not finished then goes back" in out
@@ -93,8 +85,8 @@ def test_a_submission_says_where_to_look_and_what_it_costs(potamos, here: Path, 
     assert json.loads((here / "r" / "job.json").read_text())["ids"] == ["12"]
 
 
-def test_seeds_are_runs_of_one_array(potamos, here: Path):
-    status, out, err = potamos("--array", "1-2%1", "--chain", "2", "--time", "10")
+def test_seeds_are_runs_of_one_array(submit, here: Path):
+    status, out, err = submit("--array", "1-2%1", "--chain", "2", "--time", "10")
     assert status == 0, err
     assert "job 12, 12: h3_hybrid_tiny, 1 node x 1 process, 2 seeds, 00:10:00" in out
     run = here / "runs" / "h3_hybrid_tiny"
@@ -103,9 +95,9 @@ def test_seeds_are_runs_of_one_array(potamos, here: Path):
     assert "#SBATCH --no-requeue\n" in (run / "submit.sbatch").read_text()
 
 
-def test_what_a_chain_of_arrays_costs(potamos):
+def test_what_a_chain_of_arrays_costs(submit):
     gpus = ("--nodes", "2", "--gpus-per-node", "1", "train.device=auto")
-    status, _, err = potamos("--dry-run", *gpus, "--time", "60", "--chain", "3", "--array", "1-2")
+    status, _, err = submit("--dry-run", *gpus, "--time", "60", "--chain", "3", "--array", "1-2")
     assert status == 0
     assert "cost: at most 12 GPU-hours\n" in err  # 2 nodes x 1 GPU x 1 hour, of 2 seeds, 3 times; none is requeued
     assert "tokens, on h100\n" in err
@@ -140,12 +132,12 @@ def test_what_a_chain_of_arrays_costs(potamos):
         (["--run", "a file"], "a file is a file; name a folder with --run"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_written(potamos, here: Path, changes: list[str], message: str):
+def test_mistakes_are_told_before_anything_is_written(submit, here: Path, changes: list[str], message: str):
     (here / "full").mkdir()
     (here / "full" / "thesis.tex").write_text("")
     (here / "a file").write_text("")
     before = files()
-    status, out, err = potamos(*changes)
+    status, out, err = submit(*changes)
     assert (status, out) == (2, "")
     assert message in err
     assert err.startswith("error: ")
@@ -154,79 +146,79 @@ def test_mistakes_are_told_before_anything_is_written(potamos, here: Path, chang
     assert calls() == []
 
 
-def test_memory_is_planned_for_what_the_partition_has(potamos, monkeypatch: pytest.MonkeyPatch):
+def test_memory_is_planned_for_what_the_partition_has(submit, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(CEILINGS, "h200", replace(CEILINGS["h200"], memory=1_500_000))
-    status, out, err = potamos("--gpus-per-node", "1", "train.device=auto")
+    status, out, err = submit("--gpus-per-node", "1", "train.device=auto")
     assert (status, out) == (2, "")
     assert "h3_hybrid_tiny does not fit 1 x H200 SXM: 1 process needs" in err
     assert "(planned for h200; --gpu names another)" in err
     assert calls() == files() == []
-    assert potamos("--gpus-per-node", "1", "train.device=auto", "--gpu", "h100")[0] == 0
+    assert submit("--gpus-per-node", "1", "train.device=auto", "--gpu", "h100")[0] == 0
 
 
-def test_a_plan_that_cannot_be_made_does_not_stop_a_run(potamos, monkeypatch: pytest.MonkeyPatch):
+def test_a_plan_that_cannot_be_made_does_not_stop_a_run(submit, monkeypatch: pytest.MonkeyPatch):
     def fail(*_: object, **__: object) -> None:
         raise NotImplementedError("an operation without a fake form")
 
     monkeypatch.setattr(Planner, "planned", fail)
-    status, out, err = potamos()
+    status, out, err = submit()
     assert status == 0
     assert "plan:" not in out
     assert "time and memory are unknown: the plan met NotImplementedError" in err
 
 
-def test_a_full_disk(potamos, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_disk(submit, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**5))
-    status, _, err = potamos()
+    status, _, err = submit()
     assert status == 2
     assert "0.1 MB are free, but checkpoint.keep 2 needs" in err
     assert files() == []
 
 
-def test_without_slurm(potamos, here: Path, monkeypatch: pytest.MonkeyPatch):
+def test_without_slurm(submit, here: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", str(here))
-    status, _, err = potamos()
+    status, _, err = submit()
     assert status == 2
     assert "error: no Slurm here: `sinfo` is not on PATH" in err
     assert files() == []
-    status, out, _ = potamos("--dry-run")
+    status, out, _ = submit("--dry-run")
     assert status == 0
     assert out.startswith("#!/bin/bash\n#SBATCH --job-name=h3_hybrid_tiny\n")
     assert files() == []
 
 
-def test_a_dry_run_refuses_what_can_be_told_without_slurm(potamos):
+def test_a_dry_run_refuses_what_can_be_told_without_slurm(submit):
     carried = ("data.order=contiguous", "parallel={dp_replicate: 1, tp: 2}")
-    status, out, err = potamos("--dry-run", "--nodes", "2", *carried)
+    status, out, err = submit("--dry-run", "--nodes", "2", *carried)
     assert (status, out) == (2, "")
     assert "contiguous carries states that only data parallelism deals yet" in " ".join(err.split())
-    status, out, err = potamos("--dry-run", "--nodes", "3")
+    status, out, err = submit("--dry-run", "--nodes", "3")
     assert (status, out) == (2, "")
     assert "train.sequences: 8 is not a multiple of 3 data ranks" in err
 
 
-def test_the_site_file_counts_and_its_mistakes_are_told(potamos, here: Path):
+def test_the_site_file_counts_and_its_mistakes_are_told(submit, here: Path):
     site = here.parent / ".config" / "potamos" / "site.yaml"
     site.parent.mkdir(parents=True)
     site.write_text("prologue: [module load cuda]\npartition: cpu\nshared: [/elsewhere]\n")
-    status, out, _ = potamos("--dry-run")
+    status, out, _ = submit("--dry-run")
     assert status == 0
     assert "\nmodule load cuda\n" in out
     assert "#SBATCH --partition=cpu\n" in out
-    status, _, err = potamos()
+    status, _, err = submit()
     assert status == 2
     assert "lies in none of the folders that the nodes share" in err
     site.write_text("partitoin: cpu\n")
-    status, _, err = potamos("--dry-run")
+    status, _, err = submit("--dry-run")
     assert status == 2
     assert f"{site}:1: partitoin: unknown key; did you mean `partition`?" in err
 
 
-def test_an_interpreter_that_nodes_do_not_see(potamos, here: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_interpreter_that_nodes_do_not_see(submit, here: Path, monkeypatch: pytest.MonkeyPatch):
     for python, remarked in (("/tmp/venv/bin/python", True), ("/usr/bin/python3", False), ("python3", False)):
         (here.parent / "site.yaml").write_text(f"python: {python}\n")
         monkeypatch.setenv("POTAMOS_SITE", str(here.parent / "site.yaml"))
-        status, _, err = potamos()
+        status, _, err = submit()
         assert status == 0
         assert (f"{python} lies in /tmp, which other nodes usually do not see; `python` in" in err) == remarked
         assert f'"python": "{python}"' in (here / "runs" / "h3_hybrid_tiny" / "job.json").read_text()
@@ -237,15 +229,15 @@ def begin(run: Path, step: int) -> None:
     (run / "checkpoints" / f"step-{step:08}").mkdir(parents=True)
 
 
-def test_a_run_that_has_begun_may_change_only_what_it_may(potamos, here: Path):
-    assert potamos("--run", "r")[0] == 0
+def test_a_run_that_has_begun_may_change_only_what_it_may(submit, here: Path):
+    assert submit("--run", "r")[0] == 0
     begin(here / "r", 4)
-    status, out, err = potamos("--run", "r", "train.steps=24", "--time", "60")
+    status, out, err = submit("--run", "r", "train.steps=24", "--time", "60")
     assert status == 0, err
     assert "the copy that the run began with, --refresh-code takes today's" in out
     assert "train.steps: 12 -> 24" in err
     assert load_recipe(here / "r" / "recipe.yaml").train.steps == 24
-    status, _, err = potamos("--run", "r", "optimizer.lr=0.5")
+    status, _, err = submit("--run", "r", "optimizer.lr=0.5")
     assert status == 2
     assert "optimizer.lr: value 0.5: the run was started with" in err
     assert load_recipe(here / "r" / "recipe.yaml").optimizer.lr != 0.5

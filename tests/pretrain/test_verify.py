@@ -9,11 +9,11 @@ import copy
 import json
 import math
 import platform
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ from potamos.parallel import gradients, pipeline
 from potamos.parallel.facts import Layout
 from potamos.parallel.mesh import LayoutError, Sizes, sizes
 from potamos.parallel.pipeline import SCHEDULES, held_stages
-from potamos.pretrain import cli, verify_layouts
+from potamos.pretrain import verify_layouts
 from potamos.pretrain.config import available, load_recipe
 from potamos.pretrain.recipe import Muon
 from potamos.pretrain.verify import TOLERANCES, compare, verify, verify_all
@@ -317,28 +317,14 @@ def test_a_recipes_own_layout_is_cut_to_the_ranks_that_there_are():
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Ended:
-    status: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def potamos(monkeypatch, capfd) -> Callable[..., Ended]:
-    def call(*arguments: str | Path) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["potamos", "verify", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        text = capfd.readouterr()
-        return Ended(int(ended.value.code or 0), text.out, text.err)
-
-    return call
+def verified(potamos: Callable[..., Any]) -> Callable[..., Any]:
+    """`verified(...)`: `potamos verify ...`."""
+    return partial(potamos, "verify")
 
 
-def test_the_command_prints_every_parameter_and_writes_json(potamos, run_ranks, tmp_path):
-    ended = potamos("s4d_tiny", "tp=2", "model.residual_dropout=0.1", "--json", tmp_path / "found.json")
+def test_the_command_prints_every_parameter_and_writes_json(verified, run_ranks, tmp_path):
+    ended = verified("s4d_tiny", "tp=2", "model.residual_dropout=0.1", "--json", tmp_path / "found.json")
     assert ended.status == 0, ended.out + ended.err
     assert "model.stack.blocks.1.mixer.core.diagonal.log_dt" in ended.out
     assert "PASS: tp=2" in ended.out
@@ -359,7 +345,7 @@ def test_the_command_prints_every_parameter_and_writes_json(potamos, run_ranks, 
     assert "score of held-out rows: alone" in ended.out
 
 
-def test_a_layout_that_changes_a_gradient_ends_in_status_1(potamos, run_ranks, tmp_path, monkeypatch):
+def test_a_layout_that_changes_a_gradient_ends_in_status_1(verified, run_ranks, tmp_path, monkeypatch):
     finish = gradients.Gradients.finish
 
     def doubled(self):
@@ -367,7 +353,7 @@ def test_a_layout_that_changes_a_gradient_ends_in_status_1(potamos, run_ranks, t
         self.parameters["model.stack.norm.weight"].grad.mul_(2.0)
 
     monkeypatch.setattr(gradients.Gradients, "finish", doubled)
-    ended = potamos("s4d_tiny", "tp=2", "--json", tmp_path / "found.json")
+    ended = verified("s4d_tiny", "tp=2", "--json", tmp_path / "found.json")
     assert ended.status == 1
     assert "gradients differ: 1 of" in ended.out
     assert "FAIL: tp=2" in ended.out
@@ -378,7 +364,7 @@ def test_a_layout_that_changes_a_gradient_ends_in_status_1(potamos, run_ranks, t
     ]
 
 
-def test_not_a_number_fails_and_is_written_as_text(potamos, run_ranks, tmp_path, monkeypatch):
+def test_not_a_number_fails_and_is_written_as_text(verified, run_ranks, tmp_path, monkeypatch):
     finish = gradients.Gradients.finish
 
     def poisoned(self):
@@ -386,16 +372,16 @@ def test_not_a_number_fails_and_is_written_as_text(potamos, run_ranks, tmp_path,
         self.parameters["model.stack.norm.weight"].grad.fill_(math.nan)
 
     monkeypatch.setattr(gradients.Gradients, "finish", poisoned)
-    assert potamos("s4d_tiny", "tp=2", "--json", tmp_path / "found.json").status == 1
+    assert verified("s4d_tiny", "tp=2", "--json", tmp_path / "found.json").status == 1
     text = (tmp_path / "found.json").read_text()
     assert '"nan"' in text
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
-def test_all_layouts_are_a_line_each(potamos, run_ranks, tmp_path, monkeypatch):
+def test_all_layouts_are_a_line_each(verified, run_ranks, tmp_path, monkeypatch):
     layouts = [{"tp": 2}, {"dp_shard": 2}, {"pp": 4}]
     monkeypatch.setattr(verify_layouts, "_matrix", lambda kinds: iter(layouts))
-    ended = potamos("s4d_tiny", "--all", "--json", tmp_path / "found.json")
+    ended = verified("s4d_tiny", "--all", "--json", tmp_path / "found.json")
     assert ended.status == 0, ended.out + ended.err
     lines = ended.out.splitlines()
     assert [line.split()[:2] for line in lines[:2]] == [["pass", "tp=2"], ["pass", "dp_shard=2"]]
@@ -414,8 +400,8 @@ def test_all_layouts_are_a_line_each(potamos, run_ranks, tmp_path, monkeypatch):
         (("no_such_recipe", "tp=2"), "no packaged recipe"),
     ],
 )
-def test_a_users_mistake_is_one_message(potamos, arguments, message):
-    ended = potamos(*arguments)
+def test_a_users_mistake_is_one_message(verified, arguments, message):
+    ended = verified(*arguments)
     assert ended.status == 2
     assert message in ended.err.replace("\n       ", " ")
     assert "Traceback" not in ended.err

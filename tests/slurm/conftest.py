@@ -1,9 +1,11 @@
-"""A real Slurm for the tests of this folder: `cluster` is one of four nodes, given clean to each test that takes it."""
+"""A corpus for jobs that prepare it; and a real Slurm, `cluster`, of four nodes, clean for each test that takes it."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import random
 import shutil
 import sys
 import tempfile
@@ -21,6 +23,53 @@ from potamos.slurm.cluster import Cluster
 # Upper bounds, not waits: a machine that runs other work besides is many times slower.
 PATIENCE = 120.0
 PREFIX = "potamos-slurm-"
+
+
+@pytest.fixture(scope="session")
+def until() -> Callable[..., Any]:
+    """`until(condition, what)` waits for something true, and returns it; `what` says what was waited for in vain."""
+
+    def wait(condition: Callable[[], Any], what: str = "it") -> Any:
+        end = time.monotonic() + PATIENCE
+        while not (found := condition()):
+            assert time.monotonic() < end, f"waited in vain for {what}"
+            time.sleep(0.05)
+        return found
+
+    return wait
+
+
+# --- a corpus, for jobs that prepare it -------------------------------------------------------------------------------
+
+SENTENCE = "the river runs far past quiet mills and old bridges to the sea while rain falls on hills"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven inputs, some documents of which occur twice, and a tokenizer. The folder's name needs quotes."""
+    from potamos.data.commands import train
+
+    folder = tmp_path_factory.mktemp("corpus") / "it's $(odd) here"
+    (folder / "raw").mkdir(parents=True)
+    draw = random.Random(5)
+    texts = [" ".join(draw.choices(SENTENCE.split(), k=draw.randint(3, 80))) for _ in range(60)]
+    for number in range(7):
+        chosen = draw.choices(texts, k=20)
+        (folder / "raw" / f"{number}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in chosen))
+    train(str(folder / "raw"), 280, folder / "tokenizer.json")
+    return folder
+
+
+@pytest.fixture
+def in_corpus(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The corpus's folder as working directory: jobs are given relative paths, as users write them."""
+    monkeypatch.chdir(corpus)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(corpus / "no configuration"))
+    monkeypatch.delenv("POTAMOS_SITE", raising=False)
+    return corpus
+
+
+# --- clusters ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")

@@ -1,105 +1,28 @@
-"""Small jobs on a cluster: what is asked of sbatch, what is refused, and what a real Slurm makes of it.
+"""Small jobs on a cluster: what is asked of sbatch, what is refused, and what a task does with its command.
 
-Tests that take `cluster` run on a real one; the others have a false `sbatch` that keeps what it is given.
+Here `sbatch` is a false one that keeps what it is given; `test_small_jobs_cluster.py` takes a real Slurm.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import pickletools
-import random
 import shlex
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from potamos.pretrain import cli
 from potamos.slurm import client
 from potamos.slurm.client import NoSlurm, SlurmError
 from potamos.slurm.site import Site
-from potamos.slurm.small_jobs import RESTARTS, Command, MissingExtra, Resources, Submission, still_queued
-
-PATIENCE = 120.0  # an upper bound, not a wait
-
-
-@dataclass
-class Ended:
-    status: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def potamos(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
-    """`potamos("data", "prepare", ...)`: the console entry, run in this process."""
-
-    def call(*arguments: str | Path) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["potamos", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        text = capsys.readouterr()
-        return Ended(int(ended.value.code or 0), text.out, text.err)
-
-    return call
-
-
-def mistake(done: Ended, *words: str) -> None:
-    assert done.status == 2, done
-    assert done.err.startswith("error: ")
-    assert "Traceback" not in done.err
-    for word in words:
-        assert word in done.err, done.err
-
-
-# --- a corpus and a run -------------------------------------------------------------------------------------------
-
-SENTENCE = "the river runs far past quiet mills and old bridges to the sea while rain falls on hills"
-WORDS = SENTENCE.split()
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Seven inputs, some documents of which occur twice, and a tokenizer. The folder's name needs quotes."""
-    from potamos.data.commands import train
-
-    folder = tmp_path_factory.mktemp("corpus") / "it's $(odd) here"
-    (folder / "raw").mkdir(parents=True)
-    draw = random.Random(5)
-    texts = [" ".join(draw.choices(WORDS, k=draw.randint(3, 80))) for _ in range(60)]
-    for number in range(7):
-        chosen = draw.choices(texts, k=20)
-        (folder / "raw" / f"{number}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in chosen))
-    train(str(folder / "raw"), 280, folder / "tokenizer.json")
-    return folder
-
-
-@pytest.fixture
-def here(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The corpus's folder as working directory: jobs are given relative paths, as users write them."""
-    monkeypatch.chdir(corpus)
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(corpus / "no configuration"))
-    monkeypatch.delenv("POTAMOS_SITE", raising=False)
-    return corpus
-
+from potamos.slurm.small_jobs import Command, MissingExtra, Resources, Submission, still_queued
 
 PREPARE = ("data", "prepare", "raw")
 TOKENIZER = ("--tokenizer", "tokenizer.json")
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    found = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-    assert len(found) > 2
-    return found
 
 
 # --- what is asked of sbatch --------------------------------------------------------------------------------------
@@ -148,7 +71,7 @@ def scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scripts:
 
 
 def test_prepare_asks_for_an_array_and_a_job_that_finalizes(
-    here: Path, scripts: Scripts, potamos: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+    in_corpus: Path, scripts: Scripts, potamos: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SBATCH_PARTITION", "other")
     asked = "--cpus=2 --memory=3G --time=1:30:00 --partition=cpu --account=lab --qos=night --constraint=a|b --at-once=2"
@@ -159,7 +82,7 @@ def test_prepare_asks_for_an_array_and_a_job_that_finalizes(
         "job 42: makes them one dataset, asked, when all have succeeded",
         "after a failure, the same command goes on with what is finished",
         "watch them: squeue -j 41,42; end them: scancel 41 42",
-        f"logs: {shlex.quote(str(here / 'asked.logs'))}/41_*_log.out",
+        f"logs: {shlex.quote(str(in_corpus / 'asked.logs'))}/41_*_log.out",
     ]
     first, last = scripts.options(0), scripts.options(1)
     assert first["array"] == "0-2%2"
@@ -175,10 +98,10 @@ def test_prepare_asks_for_an_array_and_a_job_that_finalizes(
     assert "SBATCH_PARTITION" not in (scripts.folder / "0.env").read_text()
     assert os.environ["SBATCH_PARTITION"] == "other"
     for task in range(3):
-        words = arguments(here / "asked.logs", f"41_{task}")
+        words = arguments(in_corpus / "asked.logs", f"41_{task}")
         assert words[:4] == ["data", "prepare", "raw", "asked"]
         assert {f"--rank={task}", "--world=3", "--tokenizer=tokenizer.json", "--threads=2"} < set(words)
-    assert arguments(here / "asked.logs", "42") == ["data", "finalize", "asked", "--wait=600.0"]
+    assert arguments(in_corpus / "asked.logs", "42") == ["data", "finalize", "asked", "--wait=600.0"]
 
 
 def arguments(folder: Path, job: str) -> list[str]:
@@ -189,12 +112,14 @@ def arguments(folder: Path, job: str) -> list[str]:
     return list(delayed.args[0])
 
 
-def test_a_task_s_pickle_holds_words_and_one_name(here: Path, scripts: Scripts, potamos: Callable[..., Ended]) -> None:
+def test_a_task_s_pickle_holds_words_and_one_name(
+    in_corpus: Path, scripts: Scripts, potamos: Callable[..., Any]
+) -> None:
     """So it does not change with the code, and loads nothing but this."""
     potamos(*PREPARE, "pickled", *TOKENIZER, "--slurm", 2)
     strings: list[str] = []
     named = set()
-    for code, value, _ in pickletools.genops((here / "pickled.logs" / "41_0_submitted.pkl").read_bytes()):
+    for code, value, _ in pickletools.genops((in_corpus / "pickled.logs" / "41_0_submitted.pkl").read_bytes()):
         if isinstance(value, str) and "UNICODE" in code.name:
             strings.append(value)
         if code.name in ("GLOBAL", "STACK_GLOBAL"):
@@ -204,17 +129,17 @@ def test_a_task_s_pickle_holds_words_and_one_name(here: Path, scripts: Scripts, 
 
 
 def test_duplicates_are_looked_for_by_an_array_of_their_own(
-    here: Path, scripts: Scripts, potamos: Callable[..., Ended]
+    in_corpus: Path, scripts: Scripts, potamos: Callable[..., Any]
 ) -> None:
     done = potamos(*PREPARE, "unique", *TOKENIZER, "--slurm", 2, "--deduplicate")
     assert done.out.splitlines()[0] == "job 41: 2 tasks look for duplicates"
     assert [scripts.options(n).get("dependency") for n in range(3)] == [None, "afterany:41", "afterok:42"]
-    assert "--wait=5.0" in arguments(here / "unique.logs", "41_1")
-    assert {"--wait=600.0", "--deduplicate"} < set(arguments(here / "unique.logs", "42_1"))
+    assert "--wait=5.0" in arguments(in_corpus / "unique.logs", "41_1")
+    assert {"--wait=600.0", "--deduplicate"} < set(arguments(in_corpus / "unique.logs", "42_1"))
 
 
 def test_no_more_tasks_than_inputs_and_no_longer_than_the_partition_allows(
-    here: Path, scripts: Scripts, potamos: Callable[..., Ended]
+    in_corpus: Path, scripts: Scripts, potamos: Callable[..., Any]
 ) -> None:
     potamos(*PREPARE, "many", *TOKENIZER, "--slurm", 500)
     assert scripts.options(0)["array"] == "0-6%7"
@@ -225,7 +150,7 @@ def test_no_more_tasks_than_inputs_and_no_longer_than_the_partition_allows(
 
 
 def test_the_site_file_serves_small_jobs_too(
-    here: Path, scripts: Scripts, potamos: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    in_corpus: Path, scripts: Scripts, potamos: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site = tmp_path / "site.yaml"
     site.write_text(
@@ -247,37 +172,37 @@ def test_the_site_file_serves_small_jobs_too(
 
 
 def test_mistakes_are_told_before_anything_is_queued(
-    here: Path, scripts: Scripts, potamos: Callable[..., Ended]
+    in_corpus: Path, scripts: Scripts, potamos: Callable[..., Any]
 ) -> None:
     ask = (*PREPARE, "refused", *TOKENIZER)
-    mistake(potamos(*ask, "--partition", "cpu", "--time", "5"), "--partition, --time", "--slurm N")
-    mistake(potamos(*ask, "--slurm", 3, "--rank", 1, "--world", 4), "--rank and --world")
-    mistake(potamos(*ask, "--slurm", 3, "--time", "soon"), "soon", "hours:minutes:seconds")
-    mistake(potamos(*ask, "--slurm", 3, "--time", "UNLIMITED"), "UNLIMITED", "limit")
-    mistake(potamos(*ask, "--slurm", 3, "--partition", "x; rm -rf /"), "--partition 'x; rm -rf /'")
-    mistake(potamos(*ask, "--slurm", 3, "--memory", "lots"), "--memory 'lots'", "8G")
-    mistake(potamos("data", "prepare", "absent", "refused", *TOKENIZER, "--slurm", 3), "absent")
-    mistake(potamos(*PREPARE, "refused", "--tokenizer", "absent.json", "--slurm", 3), "absent.json")
-    mistake(potamos(*PREPARE, "a%jb", *TOKENIZER, "--slurm", 3), "a%jb.logs", "%")
+    potamos(*ask, "--partition", "cpu", "--time", "5").assert_mistake("--partition, --time", "--slurm N")
+    potamos(*ask, "--slurm", 3, "--rank", 1, "--world", 4).assert_mistake("--rank and --world")
+    potamos(*ask, "--slurm", 3, "--time", "soon").assert_mistake("soon", "hours:minutes:seconds")
+    potamos(*ask, "--slurm", 3, "--time", "UNLIMITED").assert_mistake("UNLIMITED", "limit")
+    potamos(*ask, "--slurm", 3, "--partition", "x; rm -rf /").assert_mistake("--partition 'x; rm -rf /'")
+    potamos(*ask, "--slurm", 3, "--memory", "lots").assert_mistake("--memory 'lots'", "8G")
+    potamos("data", "prepare", "absent", "refused", *TOKENIZER, "--slurm", 3).assert_mistake("absent")
+    potamos(*PREPARE, "refused", "--tokenizer", "absent.json", "--slurm", 3).assert_mistake("absent.json")
+    potamos(*PREPARE, "a%jb", *TOKENIZER, "--slurm", 3).assert_mistake("a%jb.logs", "%")
     assert scripts.all() == []
-    assert not (here / "refused.logs").exists()
+    assert not (in_corpus / "refused.logs").exists()
 
 
 def test_a_second_submission_waits_for_the_first(
-    here: Path, scripts: Scripts, potamos: Callable[..., Ended], tmp_path: Path
+    in_corpus: Path, scripts: Scripts, potamos: Callable[..., Any], tmp_path: Path
 ) -> None:
     potamos(*PREPARE, "twice", *TOKENIZER, "--slurm", 3)
     columns = ["41_2", "41", "RUNNING", "None", "n1", "1:00", "cpu", "N/A", "me", "prepare", "/here"]
     (tmp_path / "bin" / "squeue").write_text(
         f"#!/bin/bash\nprintf '%s\\n' {shlex.quote(client.SEPARATOR.join(columns))}\n"
     )
-    assert still_queued(here / "twice.logs") == ["41_2"]
-    mistake(potamos(*PREPARE, "twice", *TOKENIZER, "--slurm", 3), "1 tasks", "squeue -j 41", "scancel 41")
+    assert still_queued(in_corpus / "twice.logs") == ["41_2"]
+    potamos(*PREPARE, "twice", *TOKENIZER, "--slurm", 3).assert_mistake("1 tasks", "squeue -j 41", "scancel 41")
     assert len(scripts.all()) == 2
 
 
 def test_what_sbatch_refuses_is_told_in_its_words_and_leaves_nothing_queued(
-    here: Path, scripts: Scripts, potamos: Callable[..., Ended], tmp_path: Path
+    in_corpus: Path, scripts: Scripts, potamos: Callable[..., Any], tmp_path: Path
 ) -> None:
     sbatch = tmp_path / "bin" / "sbatch"
     sbatch.write_text(
@@ -287,22 +212,23 @@ def test_what_sbatch_refuses_is_told_in_its_words_and_leaves_nothing_queued(
             "specification' >&2; exit 1; }\ncd ",
         )
     )
-    mistake(potamos(*PREPARE, "invalid", *TOKENIZER, "--slurm", 2), "`sbatch` says: ", "Invalid qos specification")
+    done = potamos(*PREPARE, "invalid", *TOKENIZER, "--slurm", 2)
+    done.assert_mistake("`sbatch` says: ", "Invalid qos specification")
     assert (scripts.folder / "cancelled").read_text() == "41\n"
 
 
 def test_without_slurm_or_submitit_one_sentence_says_what_to_do(
-    here: Path, potamos: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+    in_corpus: Path, potamos: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setenv("PATH", "/nowhere")
-        mistake(potamos(*PREPARE, "none", *TOKENIZER, "--slurm", 2), "no Slurm here: `sbatch` is not on PATH")
+        potamos(*PREPARE, "none", *TOKENIZER, "--slurm", 2).assert_mistake("no Slurm here: `sbatch` is not on PATH")
         with pytest.raises(NoSlurm):
-            Submission(here / "none", Site(), Resources())
+            Submission(in_corpus / "none", Site(), Resources())
     monkeypatch.setitem(sys.modules, "submitit", None)
-    mistake(potamos(*PREPARE, "none", *TOKENIZER, "--slurm", 2), "pip install 'potamos[slurm]'", "unrelated")
+    potamos(*PREPARE, "none", *TOKENIZER, "--slurm", 2).assert_mistake("pip install 'potamos[slurm]'", "unrelated")
     with pytest.raises(MissingExtra):
-        Submission(here / "none", Site(), Resources())
+        Submission(in_corpus / "none", Site(), Resources())
 
 
 def test_submitit_is_imported_only_where_it_is_used() -> None:
@@ -326,7 +252,7 @@ def test_a_task_fails_where_its_command_does(capfd: pytest.CaptureFixture[str]) 
     assert Command(forgiving=True)(["data", "finalize", "/not here"]) == 2
 
 
-def test_a_task_s_command_outlives_signals_but_not_its_task(tmp_path: Path) -> None:
+def test_a_task_s_command_outlives_signals_but_not_its_task(until: Callable[..., Any]) -> None:
     """SIGTERM and SIGUSR2 reach every process of a task; the end of the task ends its command."""
     script = (
         "import os, signal, sys, threading\n"
@@ -346,185 +272,4 @@ def test_a_task_s_command_outlives_signals_but_not_its_task(tmp_path: Path) -> N
     assert task.stdout.readline() == "alive\n"
     task.kill()
     task.wait()
-    until(lambda: not Path(f"/proc/{child}").exists() or "\nState:\tZ" in Path(f"/proc/{child}/status").read_text(), 20)
-
-
-def until(condition: Callable[[], object], patience: float = PATIENCE) -> None:
-    end = time.monotonic() + patience
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
-
-
-# --- on a real Slurm ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def of_one_process(corpus: Path) -> dict[str, bytes]:
-    """What one process makes of the corpus, without duplicates: every array must make the same bytes."""
-    from potamos.data.prepare import prepare
-    from potamos.data.tokenizer import load_tokenizer
-
-    expected = corpus / "expected" / "d"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(corpus)  # a dataset remembers the names of its inputs as they were given
-        prepare("raw", "all", load_tokenizer("json", "tokenizer.json"), expected, deduplicate=True)
-    return content(expected)
-
-
-def gone(folder: Path) -> None:
-    """Wait until no job of a folder is in the queue."""
-    until(lambda: not still_queued(folder))
-
-
-def said(folder: Path) -> str:
-    """All logs of a folder, for messages."""
-    return "\n".join(f"{path.name}:\n{path.read_text()}" for path in sorted(folder.glob("*_log.out")))
-
-
-def process(*words: str) -> int | None:
-    """The process whose command line has all of the words, in order."""
-    for place in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            line = place.read_bytes().decode(errors="replace").split("\0")
-            if "potamos.pretrain.cli" in line and all(word in line for word in words):
-                return int(place.parent.name)
-    return None
-
-
-@pytest.mark.usefixtures("cluster")
-def test_an_array_makes_the_bytes_of_one_process(
-    here: Path, potamos: Callable[..., Ended], of_one_process: dict[str, bytes]
-) -> None:
-    done = potamos(*PREPARE, "array/d", *TOKENIZER, "--slurm", 3, "--deduplicate", "--memory", "1G")
-    assert done.status == 0, done
-    gone(here / "array" / "d.logs")
-    assert (here / "array" / "d").exists(), said(here / "array" / "d.logs")
-    assert content(here / "array" / "d") == of_one_process
-    assert "sacct" not in said(here / "array" / "d.logs")
-    main = json.loads((here / "array" / "d.logs" / "jobs.json").read_text())["ids"]
-    assert [p.name for p in sorted((here / "array" / "d.logs").glob(f"{main[1]}*_log.out"))] == [
-        f"{main[1]}_{task}_0_log.out" for task in range(3)
-    ], "a log a task, at the place that was printed"
-
-
-@pytest.mark.usefixtures("cluster")
-def test_a_task_that_was_killed_is_made_good_by_the_same_command(
-    here: Path, potamos: Callable[..., Ended], of_one_process: dict[str, bytes]
-) -> None:
-    logs = here / "killed" / "d.logs"
-    command = (*PREPARE, "killed/d", *TOKENIZER, "--slurm", 2, "--deduplicate", "--memory", "1G")
-    assert potamos(*command).status == 0
-    found: list[int] = []
-    until(lambda: found.extend(filter(None, [process("killed/d", "--rank=1", "--wait=600.0")])) or found)
-    os.kill(found[0], signal.SIGKILL)
-    gone(logs)
-    assert not (here / "killed" / "d").exists(), "finalize had to wait for all"
-    assert "it ended with status -9, see above" in said(logs)
-    assert potamos(*command).status == 0
-    gone(logs)
-    assert (here / "killed" / "d").exists(), said(logs)
-    assert content(here / "killed" / "d") == of_one_process
-
-
-SLEEPER = """
-import os, sys, time
-if "potamos.pretrain.cli" in sys.orig_argv:
-    os.chdir(HERE)
-    with open("starts", "a") as file:
-        file.write("x")
-    while not os.path.exists("go") and os.path.getsize("starts") == 1:
-        time.sleep(0.05)
-    open("done", "w").close()
-    os._exit(0)
-"""
-
-
-@dataclass
-class Sleeping:
-    """A submitted command whose first start waits until it is let go."""
-
-    shared: Path
-    logs: Path
-    job: str
-
-    @property
-    def starts(self) -> int:
-        return os.path.getsize(self.shared / "starts") if (self.shared / "starts").exists() else 0
-
-    @property
-    def done(self) -> bool:
-        return (self.shared / "done").exists()
-
-    def signal(self, name: str) -> None:
-        subprocess.run(["scancel", f"--signal={name}", self.job], check=True, timeout=60)
-
-
-@pytest.fixture
-def sleeping(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sleeping:
-    """A small job that runs, in place of a long one: where the nodes look for modules first, one stands in for it."""
-    (tmp_path / "sitecustomize.py").write_text(SLEEPER.replace("HERE", repr(str(tmp_path))))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    submitted = Submission(tmp_path / "logs", Site(), Resources(memory="1G", time=120))
-    found = Sleeping(tmp_path, tmp_path / "logs", submitted.add("sleeping", [["data", "prepare"]]))
-    until(lambda: found.starts == 1)
-    return found
-
-
-def test_a_job_at_its_time_limit_goes_on_in_another_start(sleeping: Sleeping) -> None:
-    """submitit takes any stop signal to so short a job for its time limit, and by default gives up after three."""
-    import submitit
-
-    sleeping.signal("USR2")
-    until(lambda: sleeping.starts == 2)
-    gone(sleeping.logs)
-    assert sleeping.done
-    log = said(sleeping.logs)
-    assert "this job is timed-out" in log
-    assert f"({RESTARTS - 1} remaining timeouts)" in log
-    assert submitit.SlurmJob(sleeping.logs, sleeping.job).state == "UNKNOWN", "what nothing here relies on"
-
-
-def test_a_preempted_job_uses_the_grace(sleeping: Sleeping) -> None:
-    """SIGTERM announces it: who ends then is taken for failed, and is not requeued."""
-    sleeping.signal("TERM")
-    until(lambda: "Bypassing signal SIGTERM" in said(sleeping.logs))
-    assert still_queued(sleeping.logs) == [sleeping.job]
-    assert process("data", "prepare"), "the command itself has had the signal too"
-    (sleeping.shared / "go").touch()
-    gone(sleeping.logs)
-    assert (sleeping.done, sleeping.starts) == (True, 1)
-    assert "Job completed successfully" in said(sleeping.logs)
-
-
-@pytest.mark.nightly
-def test_a_preempted_job_that_needs_longer_comes_back(sleeping: Sleeping) -> None:
-    """Slurm ends it after the grace and requeues it, which it does not do with a job that has ended by itself."""
-    everything = ["sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
-    subprocess.run(everything, check=True, capture_output=True, timeout=60)
-    gone(sleeping.logs)
-    assert (sleeping.done, sleeping.starts) == (True, 2)
-    assert "DUE TO PREEMPTION" in said(sleeping.logs)
-
-
-def test_a_sweep_over_checkpoints_on_the_cluster(
-    cluster: Any, trial: Any, tmp_path: Path, here: Path, potamos: Callable[..., Ended]
-) -> None:
-    """Each row is what `evaluate` of that checkpoint alone says, to the last bit."""
-    from potamos.pretrain.evaluations import read_rows
-    from potamos.pretrain.runs import open_run, score_run
-
-    run = tmp_path / "run"
-    trial.fit(run, "train.steps=12", "checkpoint={every: 4, keep: 3}")
-    done = potamos("evaluate", run, "--steps", "all", "--length", "2x", "--slurm", 2, "--memory", "1G", "--device=cpu")
-    assert done.status == 0, done
-    assert "2 tasks score 3 checkpoints and write into" in done.out
-    gone(run / "logs" / "evaluate")
-    rows = read_rows(run / "evaluations.csv")
-    assert [row.step for row in rows] == [4, 8, 12], said(run / "logs" / "evaluate")
-    for row in rows:
-        ((name, score),) = score_run(open_run(run, step=row.step), length="2x").items()
-        assert (row.data, row.length, row.changes) == (name, 64, "")
-        assert (row.bits_per_byte, row.perplexity, row.loss) == (score.bits_per_byte, score.perplexity, score.loss)
-        assert (row.targets, row.bytes) == (score.targets, score.bytes)
-    assert len({row.loss for row in rows}) == 3
+    until(lambda: not Path(f"/proc/{child}").exists() or "\nState:\tZ" in Path(f"/proc/{child}/status").read_text())

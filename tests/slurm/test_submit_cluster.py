@@ -6,14 +6,13 @@ import json
 import os
 import re
 import subprocess
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from potamos.pretrain import cli
 from potamos.pretrain.config import available, load_recipe
 from potamos.pretrain.job_draft import draft, texts
 from potamos.slurm import client, prepare
@@ -38,29 +37,14 @@ def large(large_cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
 
 @pytest.fixture
 def potamos(
-    cluster: Cluster, trial: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
+    cluster: Cluster, trial: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, potamos: Callable[..., Any]
+) -> Callable[..., Any]:
     """`potamos(...)` submits the tiny recipe from a folder of its own: exit status, standard output, standard error."""
     del cluster
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["potamos", "submit", "h3_hybrid_tiny", *trial.overrides(), *arguments])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capfd.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return run
-
-
-def await_(what: Callable[[], bool], message: str) -> None:
-    end = time.monotonic() + PATIENCE
-    while not what():
-        assert time.monotonic() < end, f"waited in vain for {message}"
-        time.sleep(0.2)
+    return partial(potamos, "submit", "h3_hybrid_tiny", *trial.overrides())
 
 
 def prepared(recipe: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> Job:
@@ -147,7 +131,7 @@ def test_what_the_cluster_has_not(potamos, tmp_path: Path, arguments: list[str],
     assert jobs_of(tmp_path / "runs" / "h3_hybrid_tiny") == []
 
 
-def test_slurm_really_reads_patterns_in_folder_names(cluster: Cluster, tmp_path: Path):
+def test_slurm_really_reads_patterns_in_folder_names(cluster: Cluster, tmp_path: Path, until: Callable[..., Any]):
     """Why such names are refused: the job ends at once, and nowhere is a word of it."""
     del cluster
     for name in ("50%j", "a\\b"):
@@ -156,7 +140,7 @@ def test_slurm_really_reads_patterns_in_folder_names(cluster: Cluster, tmp_path:
         job = client.run(
             "sbatch", "--parsable", f"--chdir={folder}", "--output=job-%j.txt", "--wrap", "echo ran >ran"
         ).strip()
-        await_(lambda job=job: job not in client.queue([job]), f"job {job}")
+        until(lambda job=job: job not in client.queue([job]), f"job {job}")
         assert os.listdir(folder) == []
         assert client.show("job", job)[0]["JobState"] == "FAILED"
 
@@ -176,7 +160,7 @@ def test_the_users_variables_do_not_overrule_the_script(
 # --- runs -----------------------------------------------------------------------------------------------------------
 
 
-def test_seeds_in_a_chain_from_a_folder_with_a_hostile_name(potamos, tmp_path: Path):
+def test_seeds_in_a_chain_from_a_folder_with_a_hostile_name(potamos, tmp_path: Path, until: Callable[..., Any]):
     """Two runs of one array, each in its own folder, and a second array behind it that finds nothing to do."""
     folder = tmp_path / 'it\'s "a" $(touch pwned) *; é'
     arguments = ("--run", str(folder), "--array", "3,7", "--chain", "2", "--time", "30")
@@ -189,7 +173,7 @@ def test_seeds_in_a_chain_from_a_folder_with_a_hostile_name(potamos, tmp_path: P
     assert status == 2
     assert re.search(rf"has job ({first}|{second})_[37] already", err), err
 
-    await_(lambda: not client.queue([first, second]), "both arrays")
+    until(lambda: not client.queue([first, second]), "both arrays")
     losses = []
     for seed in (3, 7):
         run = RunFolder(folder / f"seed-{seed}")
@@ -207,7 +191,9 @@ def test_seeds_in_a_chain_from_a_folder_with_a_hostile_name(potamos, tmp_path: P
     assert "is finished; raise train.steps to go on" in err
 
 
-def test_a_job_after_another(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_job_after_another(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, until: Callable[..., Any]
+):
     """Behind a job that fails it is taken out of the queue, rather than wait for ever."""
     del cluster
     job = prepared("h3_hybrid_tiny", tmp_path / "run", monkeypatch)
@@ -215,5 +201,5 @@ def test_a_job_after_another(cluster: Cluster, tmp_path: Path, monkeypatch: pyte
     (number,) = submit(job, [(job.folder / "recipe.yaml").read_text()], "", after=failing).ids
     assert client.queue([number])[number].reason == "Dependency"
     client.run("scontrol", "release", failing)
-    await_(lambda: not client.queue([failing, number]), "both jobs to leave the queue")
+    until(lambda: not client.queue([failing, number]), "both jobs to leave the queue")
     assert client.show("job", number)[0]["JobState"] == "CANCELLED"

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from potamos.pretrain import board, cli, sweeps
+from potamos.pretrain import board, sweeps
 from potamos.pretrain.config import to_yaml
 from potamos.pretrain.recipe_file import read_document
 from potamos.pretrain.records import RecordWriter
@@ -220,26 +219,6 @@ def test_leaves_are_the_values_as_written(tmp_path: Path):
 # --- commands -------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Ended:
-    status: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def potamos(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
-    def call(*arguments: str | Path) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["potamos", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        text = capfd.readouterr()
-        return Ended(int(ended.value.code or 0), text.out, text.err)
-
-    return call
-
-
 @pytest.fixture
 def no_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty").mkdir()
@@ -247,7 +226,7 @@ def no_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
 
 
-def test_status_of_runs_with_odd_names(tmp_path: Path, potamos: Callable[..., Ended], no_slurm: None):
+def test_status_of_runs_with_odd_names(tmp_path: Path, potamos: Callable[..., Any], no_slurm: None):
     make(tmp_path / "runs" / ODD, recipe(0.1, 1), 1.5)
     make(tmp_path / "runs" / "[bold]x", recipe(0.1, 1))
     shown = potamos("status", tmp_path / "runs")
@@ -264,7 +243,7 @@ def test_status_of_runs_with_odd_names(tmp_path: Path, potamos: Callable[..., En
     assert "there is no folder" in missing.err
 
 
-def test_the_table_as_a_command(tmp_path: Path, potamos: Callable[..., Ended], no_slurm: None):
+def test_the_table_as_a_command(tmp_path: Path, potamos: Callable[..., Any], no_slurm: None):
     make(tmp_path / "a", recipe(0.1, 1), 1.5, {"wiki": 1.25})
     make(tmp_path / "b", recipe(0.2, 1), 1.5, {"wiki": 1.0})
     shown = potamos("status", tmp_path, "--table", "--csv", tmp_path / "t.csv")
@@ -277,7 +256,7 @@ def test_the_table_as_a_command(tmp_path: Path, potamos: Callable[..., Ended], n
     assert (tmp_path / "t.csv").read_text() == to_csv(results([tmp_path]))
 
 
-def test_logs_as_a_command(tmp_path: Path, potamos: Callable[..., Ended], no_slurm: None):
+def test_logs_as_a_command(tmp_path: Path, potamos: Callable[..., Any], no_slurm: None):
     run = make(tmp_path / ODD.replace("\n", ""), recipe(0.1, 1), 1.5)
     (run / "logs").mkdir()
     (run / "logs" / "attempt-0.rank-0.txt").write_bytes(b"1\n2\n\xff3\n")
@@ -316,7 +295,7 @@ def test_following_ends_cleanly(tmp_path: Path, no_slurm: None, number: int | No
     assert "Exception" not in said
 
 
-def test_commands_without_slurm_end_with_one_message(tmp_path: Path, potamos: Callable[..., Ended], no_slurm: None):
+def test_commands_without_slurm_end_with_one_message(tmp_path: Path, potamos: Callable[..., Any], no_slurm: None):
     run = make(tmp_path / "x", recipe(0.1, 1))
     (run / "attempts.jsonl").write_text('{"event": "submitted", "jobs": ["12"], "at": ""}\n')
     for command in ("cancel", "requeue"):
@@ -328,7 +307,7 @@ def test_commands_without_slurm_end_with_one_message(tmp_path: Path, potamos: Ca
     assert "is not known: no Slurm here" in potamos("status", run).err
 
 
-def test_a_dry_run_lists_the_runs(tmp_path: Path, potamos: Callable[..., Ended], no_slurm: None):
+def test_a_dry_run_lists_the_runs(tmp_path: Path, potamos: Callable[..., Any], no_slurm: None):
     done = potamos(
         "sweep", "h3_hybrid_tiny", "optimizer.lr=[1e-3,3e-4]", "train.seed=[1,2]", "model.layers=2", "--dry-run",
         "--run", tmp_path / "s", "--max-parallel", "2", "--time", "5",
@@ -371,7 +350,7 @@ echo '{{"step": 9}}' > done.json
 
 
 def test_a_sweep_is_submitted_and_tabled(
-    cluster, slurm_folder: Path, trial: Any, potamos: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+    cluster, slurm_folder: Path, trial: Any, potamos: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ):
     trainer = slurm_folder / "at once"
     trainer.write_text(TRAINER.format(python=sys.executable))
