@@ -17,6 +17,7 @@ from potamos.slurm import client
 from potamos.slurm.attempt import newest_step
 from potamos.slurm.checks import user_name
 from potamos.slurm.client import QueueEntry, SlurmError
+from potamos.slurm.lock import lock_holder
 from potamos.slurm.run_folder import RunFolder
 from potamos.slurm.status import (
     WAITING,
@@ -26,7 +27,6 @@ from potamos.slurm.status import (
     find_runs,
     is_run,
     judge,
-    lock_holder,
     printable,
     read_facts,
 )

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import struct
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -17,6 +14,7 @@ from typing import Any
 from potamos.slurm import client
 from potamos.slurm.attempt import Attempt, is_done, jobs_of, newest_step, read_attempts
 from potamos.slurm.client import QueueEntry, SlurmError
+from potamos.slurm.lock import lock_holder
 from potamos.slurm.run_folder import RunFolder
 
 STATES = {
@@ -242,21 +240,6 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else {}
 
 
-def lock_holder(path: Path) -> str | None:
-    """Who holds a run's lock, in its own words; None where nobody does. Looks without taking it, which a starting run
-    would trip over."""
-    linux = sys.platform.startswith("linux")
-    layout = "hhqqi4x" if linux else "qqihh4x"  # struct flock: type, whence, start, length, process
-    asked = (fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0) if linux else (0, 0, 0, fcntl.F_WRLCK, os.SEEK_SET)
-    try:
-        with open(path, "rb") as file:
-            answer = struct.unpack(layout, fcntl.fcntl(file, fcntl.F_GETLK, struct.pack(layout, *asked)))
-            held = answer[0 if linux else 3] != fcntl.F_UNLCK
-            return (file.read(200).decode(errors="replace").strip() or "a process") if held else None
-    except OSError:
-        return None
-
-
 # --- judging --------------------------------------------------------------------------------------------------------
 
 
@@ -303,7 +286,8 @@ def _figures(facts: Facts) -> Status:
 
 def crashed(attempt: Attempt) -> bool:
     """Whether an attempt failed by itself, rather than being asked to stop, cancelled or put back from outside."""
-    return attempt.verdict in ("requeue", "crashed", "failed") and bool(attempt.status)
+    failed = attempt.verdict in ("requeue", "crashed", "failed") and attempt.held_by is None
+    return failed and bool(attempt.status)
 
 
 def _running(base: Status, facts: Facts, entry: QueueEntry, behind: int, now: datetime) -> Status:

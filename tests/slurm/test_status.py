@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ from hypothesis import strategies as st
 
 from potamos.slurm import status
 from potamos.slurm.client import QueueEntry
+from potamos.slurm.lock import lock_holder
 from potamos.slurm.status import Status, StatusError, find_runs, read_facts, statuses
 
 NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
@@ -63,8 +61,8 @@ class Run:
     def begin(self, attempt: int, job: str = "12", step: int = 0, restart: int = 0) -> Run:
         return self.event("begin", attempt=attempt, job=job, restart=restart, nodes="n[2-3]", step=step)
 
-    def end(self, attempt: int, verdict: str, reason: str, status: int = 0, step: int = 40) -> Run:
-        facts = {"attempt": attempt, "verdict": verdict, "reason": reason, "status": status, "step": step}
+    def end(self, attempt: int, verdict: str, reason: str, status: int = 0, step: int = 40, **other: Any) -> Run:
+        facts = other | {"attempt": attempt, "verdict": verdict, "reason": reason, "status": status, "step": step}
         return self.event("end", fruitless=False, **facts)
 
     def mark(self, name: str, **facts: Any) -> Run:
@@ -188,6 +186,15 @@ def test_how_runs_end(run: Run, verdict: str, reason: str, code: int, state: str
     assert run.judged(asked=False).state == (state if verdict in ("failed", "stopped") else "unknown")
 
 
+def test_a_held_lock_is_no_crash(run: Run):
+    run.submitted("12").begin(0).end(0, "busy", "process 7 on vm holds the run's lock", 2, held_by="process 7 on vm")
+    waits = run.judged(entry("12", "PENDING", reason="BeginTime"))
+    assert (waits.state, waits.crashes, waits.attempts) == ("requeued", 0, 1)
+    assert waits.why == "BeginTime; before: process 7 on vm holds the run's lock"
+    run.begin(1).end(1, "failed", "process 7 on vm holds the run's lock (12 ...)", 2, held_by="process 7 on vm")
+    assert (run.judged().state, run.judged().crashes) == ("failed", 0)
+
+
 def test_a_chain_that_is_used_up(run: Run):
     run.submitted("12").begin(0).end(0, "next", "SIGUSR1").state("SIGUSR1").mark("stop.0", attempt=0, reason="SIGUSR1")
     assert (run.judged().state, run.judged().why) == ("stopped", "SIGUSR1; no job follows")
@@ -254,27 +261,6 @@ def test_runs_outside_of_slurm(run: Run):
     assert run.judged(asked=False).state == "finished"
 
 
-@pytest.fixture
-def held() -> Callable[[Path], Any]:
-    """`with held(lock)`: another process holds it."""
-    code = (
-        "import fcntl, sys; f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); f.write('process 7 on vm\\n')"
-    )
-    code += "; f.flush(); print('held', flush=True); sys.stdin.read()"
-
-    @contextlib.contextmanager
-    def hold(lock: Path) -> Iterator[None]:
-        child = subprocess.Popen([sys.executable, "-c", code, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        try:
-            assert child.stdout is not None
-            child.stdout.readline()
-            yield
-        finally:
-            child.communicate()
-
-    return hold
-
-
 def test_a_lock_tells_a_living_run_from_a_dead_one(run: Run, held: Callable[[Path], Any]):
     run.state()
     lock = run.path / "lock"
@@ -284,7 +270,7 @@ def test_a_lock_tells_a_living_run_from_a_dead_one(run: Run, held: Callable[[Pat
         with open(lock, "a+") as file, pytest.raises(OSError):  # looking has not taken it
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     assert run.judged().state == "stale"
-    assert status.lock_holder(run.path / "none") is None
+    assert lock_holder(run.path / "none") is None
 
 
 def test_silence_is_remarked_on(run: Run):
