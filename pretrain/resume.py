@@ -23,6 +23,7 @@ from potamos.pretrain.config import Change, parse_recipe, resume_check
 from potamos.pretrain.recipe import Recipe
 from potamos.slurm.lock import mark_busy
 from potamos.slurm.run_folder import RunFolder
+from potamos.slurm.undo import accept
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ def hold(folder: RunFolder) -> TextIO:
         raise RunBusyError(
             f"{folder.path} is in use by {holder}; wait for it to end, stop it, or name another folder with --run"
         ) from None
+    accept(folder.path)  # a killed submission's changes must not be taken back under what is trained with them
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()

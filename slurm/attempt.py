@@ -41,6 +41,7 @@ from typing import Any
 
 from potamos.slurm.lock import await_lock, lock_holder, mark_busy
 from potamos.slurm.run_folder import RunFolder
+from potamos.slurm.undo import accept
 
 HELD_SECONDS = 300.0
 """How long an attempt waits for the holder of the lock before it gives its nodes back."""
@@ -385,7 +386,7 @@ def _read(path: Path) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m potamos.slurm.attempt", description="Judge attempts of a run.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("begin", "end", "follow", "outside", "await"):
+    for name in ("accepted", "await", "begin", "end", "follow", "outside"):
         command = commands.add_parser(name)
         command.add_argument("run", type=Path)
         command.add_argument("--crashes", type=int, default=3)
@@ -406,6 +407,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("done" if number is None else number)
         elif asked.command == "follow":
             note_submission(folder, [asked.job.partition(";")[0]])
+        elif asked.command == "accepted":
+            accept(folder.path)
         elif asked.command == "await":
             patience = HELD_SECONDS * (1 if asked.requeue else HELD_TIMES)  # a chain's jobs are few, and soon used up
             await_lock(folder, patience, lambda text: print(text, flush=True))

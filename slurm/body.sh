@@ -96,6 +96,9 @@ attend() {
     return "$status"
 }
 
+# A submission that was killed before it could note that it was accepted: what it changed here must not be taken back.
+for folder in "${CODE%/code}" .; do [ -d "$folder/.undo" ] && judge accepted "$folder"; done
+
 # Ranks that outlived an earlier start of this job may train here still; until they end, nothing else can.
 attend "$PYTHON" -P -m potamos.slurm.attempt await . --requeue "$REQUEUE"
 ATTEMPT=$(judge begin . --job "$JOB" --restart "$RESTART" --nodes "$SLURM_JOB_NODELIST" --crashes "$CRASHES") || exit 1

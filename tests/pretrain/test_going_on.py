@@ -40,8 +40,10 @@ def test_a_run_folder_has_one_trainer(tmp_path: Path, monkeypatch: pytest.Monkey
     os.write(release, b".")
     os.waitpid(child, 0)
     monkeypatch.setenv("POTAMOS_ATTEMPT", "4")
+    (folder.path / ".undo").mkdir()  # what a killed submission replaced is not put back under what is trained
     hold(folder).close()  # a process that ended has let go
     assert not folder.busy(4).exists()
+    assert not (folder.path / ".undo").exists()
 
 
 def test_ranks_go_on_from_the_step_that_rank_0_chooses(trial, run_ranks, tmp_path: Path) -> None:

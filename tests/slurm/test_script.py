@@ -387,6 +387,18 @@ def test_a_finished_run_ends_at_once(desk):
     assert desk.told("srun") == []
 
 
+def test_what_an_accepted_submission_replaced_is_forgotten_when_the_job_begins(desk, tmp_path):
+    """Of the run and of the array it belongs to; a submission that was killed could not do so."""
+    run = tmp_path / "a b"
+    for folder in (desk.run, run):
+        (folder / ".undo").mkdir(parents=True)
+    (run / "recipe.yaml").write_text("train: {steps: 5}\n")
+    desk.command("srun", stopping())
+    job = Job(name="t", folder=desk.run, runs=(run,), tasks=(4,), array="4", python=desk.python)
+    assert desk.start(job, SLURM_ARRAY_JOB_ID="41", SLURM_ARRAY_TASK_ID="4").returncode == 0
+    assert not any((folder / ".undo").exists() for folder in (desk.run, run))
+
+
 def test_a_folder_that_is_not_there(desk, tmp_path):
     gone = tmp_path / "gone"
     done = desk.start(Job(name="t", folder=desk.run, runs=(gone,), python=desk.python))
