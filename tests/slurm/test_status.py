@@ -150,6 +150,20 @@ def test_a_run_is_finished_at_the_steps_of_its_recipe(run: Run):
     assert run.judged().state == "finished", "nothing to compare with"
 
 
+@pytest.mark.parametrize("skew", [-7200, 0, 7200])
+@pytest.mark.parametrize("steps", [100, 120])
+def test_the_clocks_of_nodes_do_not_decide_whether_a_run_is_finished(run: Run, skew: float, steps: int):
+    """Submitted again, to go on or not, and told so by a machine whose clock is another than that of the nodes."""
+    run.submitted("12").begin(0).end(0, "done", "finished", step=100).state("finished", step=100, updated=ago(skew))
+    (run.path / "done.json").write_text(json.dumps({"step": 100, "next_sample": 400, "at": ago(skew)}))
+    (run.path / "recipe.yaml").write_text(f"name: x\ntrain: {{steps: {steps}}}\n")
+    run.submitted("13")
+    (run.path / "job.json").write_text(json.dumps({"job": {"folder": "/r"}, "ids": ["13"], "submitted": ago(0)}))
+    expected = "finished" if steps == 100 else "requeued"
+    assert run.judged(entry("13", "PENDING", reason="Priority")).state == expected
+    assert run.judged(entry("13")).state == "running"
+
+
 def test_one_task_of_an_array_is_not_its_neighbor(run: Run):
     run.submitted("12_3")
     others = [entry("12_2"), entry("12_30", "PENDING"), entry("12", "PENDING")]
