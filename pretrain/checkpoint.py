@@ -114,6 +114,8 @@ class Checkpoints:
         if keep_every is not None and keep_every < 1:
             raise ValueError(f"checkpoint.keep_every is {keep_every}: give a number of steps, or leave it out")
         self.folder = folder
+        self.failed: tuple[int, str] | None = None
+        """The step of the last save and why it failed, on the main rank; None where it did not."""
         self._keep, self._keep_every = keep, keep_every
         self._main, self._barrier = main, barrier
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -222,6 +224,7 @@ class Checkpoints:
             _publish(temporary, final)
         except Exception as error:
             shutil.rmtree(temporary, ignore_errors=True)
+            self.failed = (step, (error.strerror if isinstance(error, OSError) else None) or str(error))
             last = max(step_folders(self.folder), default=None)
             message = (
                 f"checkpoint {final} was not written: {error}. "
@@ -231,6 +234,7 @@ class Checkpoints:
             if warn:
                 logger.warning("%s Training goes on.", message)
             raise CheckpointWriteError(message) from error
+        self.failed = None
         self._corrupt.discard(step)
         self._delete_old(step)
 

@@ -287,6 +287,33 @@ def test_a_lock_tells_a_living_run_from_a_dead_one(run: Run, held: Callable[[Pat
     assert lock_holder(run.path / "none") is None
 
 
+def test_saves_that_fail_or_lag_are_remarked_on(run: Run, held: Callable[[Path], Any]):
+    run.submitted("12").begin(0)
+
+    def why(step: int, every: Any = 10, failed: Any = None) -> str:
+        return run.state(step=step, save_every=every, save_failed=failed).judged(entry("12")).why
+
+    # The save of step 10 may be under way until that of step 20 begins, and that one until that of step 30.
+    assert [why(step) for step in (9, 10, 20)] == ["", "", ""]
+    assert why(21) == "saves lag: there is no checkpoint yet, and they are due every 10"
+    (run.path / "checkpoints" / "step-00000010").mkdir(parents=True)
+    assert [why(step) for step in (21, 30)] == ["", ""]
+    assert why(31) == "saves lag: the last checkpoint is of step 10, and they are due every 10"
+    assert why(40, every=25) == why(40, every=None) == why(40, every="x") == why(40, every=0) == ""
+    full = {"step": 20, "why": "No space left on device"}
+    said = "the save of step 20 failed (No space left on device); the last checkpoint is of step 10"
+    assert why(21, failed=full) == said
+    assert why(21, failed={"step": "x"}) == why(21, failed=[]) == ""
+    run.end(0, "requeue", "SIGUSR1").begin(1, restart=1)
+    assert why(21, failed=full) == "starting", "that is news of the attempt before"
+    run.state(attempt=1, step=21, save_every=10, save_failed=full)
+    assert run.judged(entry("12")).why == f"{said}; before: SIGUSR1"
+    with held(run.path / "lock"):
+        assert run.judged().why.endswith(f"process 7 on vm; {said}")
+    (run.path / "checkpoints" / "step-00000020").mkdir()  # a later attempt at it
+    assert run.judged(entry("12")).why == "before: SIGUSR1"
+
+
 def test_silence_is_remarked_on(run: Run):
     run.submitted("12").begin(0).state(updated=ago(1200))
     found = run.judged(entry("12"))
