@@ -105,6 +105,7 @@ resume: $(VENV)/.development ## killed runs continue, bit for bit
 slurm: $(VENV)/.development ## runs on a real Slurm that is started here; skipped where Debian's packages are absent
 	$(call pytest,slurm and not nightly,$(SLURM_LIMIT),loadfile)
 
+nightly: PYTEST_FLAGS += -o faulthandler_timeout=600 # they wait for longer than a test that hangs
 nightly: $(VENV)/.development ## what takes minutes of waiting: Slurm's own delays and time limits
 	$(call pytest,nightly,$(NIGHTLY_LIMIT),loadfile)
 

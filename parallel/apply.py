@@ -119,10 +119,15 @@ class Spread:
             blocks = list(self.system.model.stack.blocks.values())
             if self.pipeline is None:
                 return data.shard(self.system, blocks, mesh, compute)
+            parts = list(self.pipeline.parts.values())
+            # The first and the last stage on one rank: one table, which cannot be sharded twice.
+            shared = set.intersection(*(set(part.parameters()) for part in parts)) if len(parts) > 1 else set()
+            mesh.group(*REPLICAS, *SHARDS)  # in which the gradients of it are summed: made by all ranks, as groups are
             later = SCHEDULES[layout.schedule].splits_backward
-            for part in self.pipeline.parts.values():
+            for part in parts:
                 held: Any = part.module
-                data.shard(part, list(held.model.stack.blocks.values()), mesh, compute, gather_once=later)
+                blocks = list(held.model.stack.blocks.values())
+                data.shard(part, blocks, mesh, compute, gather_once=later, whole=shared)
         elif next(self.system.parameters()).is_meta:
             pass  # a layout that is only looked at: there is nothing to replicate
         elif mesh.size(*REPLICAS, "cp") > 1 and self.pipeline is None:

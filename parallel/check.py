@@ -36,11 +36,6 @@ def _check_pipeline(system: Any, layout: Layout, size: Sizes) -> None:
         known = ", ".join(SCHEDULES)
         raise LayoutError(f"parallel.schedule: {layout.schedule!r} is unknown; choose one of {known}")
     schedule = SCHEDULES[layout.schedule]
-    if size.dp_shard > 1 and schedule.v:
-        raise LayoutError(
-            f"parallel.dp_shard: {size.dp_shard} does not go with schedule {layout.schedule}, whose first and last "
-            "stage share a rank; use zero_bubble or 1f1b, or dp_replicate"
-        )
     if schedule.splits_backward:
         _check_split_backward(system, layout, size)
     costs, first, last = system.stage_costs()

@@ -7,7 +7,7 @@ Sequence slices count as data here: what they share are parameters, so shards li
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -47,6 +47,7 @@ def shard(
     compute: torch.dtype | None,
     *,
     gather_once: bool = False,
+    whole: Iterable[nn.Parameter] = (),
 ) -> nn.Module:
     """Shard `root` in place: each block is gathered for its own forward and backward, the rest with root.
 
@@ -54,8 +55,9 @@ def shard(
     group of its own, and so does what is outside the blocks. Gradients are summed in fp32 or better.
     gather_once: blocks stay gathered until a step's gradients are summed. A backward that takes the gradients of
     weights later finds them in the graph by the gathered parameters, and leaves those out that are sharded by then.
+    whole: parameters that stay whole on every rank, whose gradients are left to the caller to sum.
     """
-    after = not gather_once
+    apart, after = set(whole), not gather_once
     where = mesh.grid(REPLICAS, SHARDS) if mesh.size(*REPLICAS) > 1 else mesh.devices(*SHARDS)
     keep = MixedPrecisionPolicy(cast_forward_inputs=False)
     # A block hands on a view where a state is one; nothing here changes it in place.
@@ -68,7 +70,9 @@ def shard(
             if wide:
                 fully_shard(wide, mesh=where, mp_policy=keep, reshard_after_forward=after)
         fully_shard(block, mesh=where, mp_policy=policy, reshard_after_forward=after)
-    fully_shard(root, mesh=where, mp_policy=keep, reshard_after_forward=False if gather_once else None)
+    fully_shard(
+        root, mesh=where, mp_policy=keep, reshard_after_forward=False if gather_once else None, ignored_params=apart
+    )
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -73,6 +73,11 @@ class Gradients:
         gradients = {n: local(p.grad) for n, p in self.parameters.items() if p.grad is not None}
         if not self.reduced and mesh.size(*REPLICAS, "cp") > 1:
             sum_flat(gradients.values(), mesh.group(*REPLICAS, "cp"))
+        elif mesh.size("dp_shard") > 1:
+            # What stages share is whole on every rank, and no backward summed it.
+            whole = [g for n, g in gradients.items() if not isinstance(self.parameters[n], DTensor)]
+            if whole:
+                sum_flat(whole, mesh.group(*REPLICAS, *SHARDS))
         if mesh.size("tp") > 1:
             partial = [g for n, g in gradients.items() if self.cuts[n].partial]
             if partial:

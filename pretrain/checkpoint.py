@@ -116,6 +116,8 @@ class Checkpoints:
         if keep_every is not None and keep_every < 1:
             raise ValueError(f"checkpoint.keep_every is {keep_every}: give a number of steps, or leave it out")
         self.folder = folder
+        self.failed: tuple[int, str] | None = None
+        """The step of the last save and why it failed, on the main rank; None where it did not."""
         self._keep, self._keep_every = keep, keep_every
         self._main, self._barrier = main, barrier
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -225,6 +227,7 @@ class Checkpoints:
             _write_files(temporary, tensors, scalars)
             _publish(temporary, final)
         except (OSError, MemoryError, StorageError) as error:
+            self.failed = (step, (error.strerror if isinstance(error, OSError) else None) or str(error))
             last = max(step_folders(self.folder), default=None)
             message = (
                 f"checkpoint {final} was not written: {error}. "
@@ -236,6 +239,7 @@ class Checkpoints:
             raise CheckpointWriteError(message) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+        self.failed = None
         self._corrupt.discard(step)
         self._delete_old(step)
 

@@ -55,6 +55,7 @@ def open_telemetry(
         tokens_before=partial(tokens_before, stream.skip, recipe.data.sequence_length),
         step=step,
         next_sample=next_sample,
+        save_every=recipe.checkpoint.every,
         main=rank.is_main,
     )
     if rank.is_main:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import logging
@@ -20,7 +21,9 @@ from potamos.parallel.apply import Spread
 from potamos.pretrain.checkpoint import RECIPE, TRAINER, CheckpointError, Checkpoints, Loaded, Readers
 from potamos.pretrain.config import Change, parse_recipe, resume_check
 from potamos.pretrain.recipe import Recipe
+from potamos.slurm.lock import mark_busy
 from potamos.slurm.run_folder import RunFolder
+from potamos.slurm.undo import accept
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +39,8 @@ def hold(folder: RunFolder) -> TextIO:
     """Claim a run folder for as long as the returned file is open; a process that dies lets go by itself.
 
     A record lock, so it holds across machines where the file system supports it. Two trainings in one folder would
-    replace each other's checkpoints without a word.
+    replace each other's checkpoints without a word. An attempt of a cluster's job that is refused leaves
+    `busy.<attempt>` for its batch script, which waits rather than counting a crash (`slurm/lock.py`).
 
     Raises:
         RunBusyError: another process holds it; names its host and process.
@@ -54,9 +58,13 @@ def hold(folder: RunFolder) -> TextIO:
         file.seek(0)
         holder = file.read().strip() or "another process"
         file.close()
+        if (attempt := os.environ.get("POTAMOS_ATTEMPT", "")).isdecimal():
+            with contextlib.suppress(OSError):  # a full disk: the refusal is what to tell
+                mark_busy(folder, int(attempt), holder)
         raise RunBusyError(
             f"{folder.path} is in use by {holder}; wait for it to end, stop it, or name another folder with --run"
         ) from None
+    accept(folder.path)  # a killed submission's changes must not be taken back under what is trained with them
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()

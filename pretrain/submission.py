@@ -117,6 +117,7 @@ def send(asked: Asked) -> tuple[Submission, submit.Submitted]:
     """
     site = load_site()
     recipe, job = resolve(asked, site)
+    client.check_answers()
     partition, remarks = check_cluster(job, client.partitions())
     remarks += check_place(job.folder, site.shared)
     check_writable(job.folder)

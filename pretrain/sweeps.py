@@ -76,6 +76,7 @@ def send(asked: Asked, most: int | None = None) -> tuple[Sweep, submit.Submitted
     site = load_site()
     sweep = resolve(asked, site, most)
     job = sweep.job
+    client.check_answers()
     partition, remarks = check_cluster(job, client.partitions())
     remarks += check_place(job.folder, site.shared)
     check_writable(job.folder)

@@ -78,6 +78,7 @@ class Telemetry:
             are left out.
         step, next_sample: where this attempt begins. What earlier attempts recorded beyond `step` is superseded, in
             TensorBoard too.
+        save_every: how many steps apart checkpoints are to be, for whoever watches the run.
         main: whether this rank writes and prints.
         stream: where the console goes; standard output by default. A terminal gets a live line, a file plain lines.
     """
@@ -91,6 +92,7 @@ class Telemetry:
         tokens_before: Callable[[int], int],
         step: int = 0,
         next_sample: int = 0,
+        save_every: int | None = None,
         main: bool = True,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -101,6 +103,7 @@ class Telemetry:
         self._progress, self._tokens = Progress(step, clock), tokens_before(next_sample)
         self._state: dict[str, Any] = {"attempt": attempt, "step": step, "next_sample": next_sample}
         self._state |= {"total_steps": total_steps, "loss": None, "tokens_per_second": None, "eta": None}
+        self._state |= {"save_every": save_every, "save_failed": None}
         self._state_written = -float("inf")
         self._complained: set[int | None] = set()
         if not main:
@@ -112,7 +115,14 @@ class Telemetry:
         self._console: Console = make_console(stream or sys.stdout, step=step, total_steps=total_steps)
         self._write_state("running", now=True)
 
-    def log(self, step: int, metrics: Mapping[str, float], *, next_sample: int) -> None:
+    def log(
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        *,
+        next_sample: int,
+        save_failed: tuple[int, str] | None = None,
+    ) -> None:
         """Tell of training up to `step`. Names without a slash become `train/<name>` in TensorBoard.
 
         Args:
@@ -120,6 +130,7 @@ class Telemetry:
             metrics: any names; `loss` (nats per token) also goes into `state.json`. `tokens_per_second` is taken from
                 the wall clock since the last log unless given.
             next_sample: global index of the first sample not trained on yet.
+            save_failed: the step of the last checkpoint, and why it could not be written; None where it could.
         """
         if not self._main:
             return
@@ -134,6 +145,7 @@ class Telemetry:
         self._scalars(tags | {"train/tokens": tokens}, step)
         self._state |= {"step": step, "next_sample": next_sample, "loss": metrics.get("loss")}
         self._state |= {"tokens_per_second": metrics["tokens_per_second"], "eta": left}
+        self._state["save_failed"] = save_failed and {"step": save_failed[0], "why": save_failed[1]}
         self._write_state("running")
         self._console.progress(step, metrics, left)
 

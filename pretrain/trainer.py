@@ -281,7 +281,7 @@ class Trainer:
             metrics["plan/predicted_tokens_per_second"] = self.predicted
         metrics |= {f"gradient_norm/{kind}": value for kind, value in zip(self.norm.kinds, kinds, strict=True)}
         metrics |= {f"loss/{name}": value for name, value in zip(result.terms, values[4 + len(kinds) :], strict=True)}
-        self.telemetry.log(self.step, metrics, next_sample=self.next_sample)
+        self.telemetry.log(self.step, metrics, next_sample=self.next_sample, save_failed=self.checkpoints.failed)
         self.window = Window(began=now, data_wait=data_wait)
 
     def _tell_skipped(self) -> None:

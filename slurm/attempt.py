@@ -7,8 +7,9 @@ An attempt ends in one word:
 
     done      every step of the recipe is trained
     requeue   it stopped on request after saving, or failed and may try again: back into the queue
-    waiting   the same, and Slurm has put it back into the queue already
-    next      it stopped on request after saving, and another job follows
+    busy      another process holds the run's lock, so it did not train: back into the queue
+    waiting   either of these, and Slurm has put it back into the queue already
+    next      it stopped on request after saving, or was busy, and another job follows
     crashed   it failed, and another job follows
     stopped   someone cancelled it
     failed    it is of no use to go on; the reason says why
@@ -16,6 +17,9 @@ An attempt ends in one word:
 Slurm counts a job's restarts, but preemptions raise that count too. Here what fails in a row *without a new checkpoint*
 is counted, so a run that makes progress never meets the bound. An attempt without an end was killed from outside (a
 node that died, a preemption that would not wait) and is no crash of the run.
+
+Nor is one that found the lock held: by ranks that outlived their node's daemon, or by someone who trains by hand. What
+those save is no progress of the attempt either. It waits for them, and so does the next; not for ever.
 
 Standard library only, and quick to start: it runs on the first node of every attempt.
 """
@@ -35,7 +39,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from potamos.slurm.lock import await_lock, lock_holder, mark_busy
 from potamos.slurm.run_folder import RunFolder
+from potamos.slurm.undo import accept
+
+HELD_SECONDS = 300.0
+"""How long an attempt waits for the holder of the lock before it gives its nodes back."""
+HELD_TIMES = 12
+"""So many attempts in a row that found the lock held are the end: an hour of waiting, and what the queue adds to it."""
 
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
@@ -60,6 +71,7 @@ class Attempt:
     verdict: str | None = None
     reason: str | None = None
     fruitless: bool = False  # failed, or was asked to stop, before its first new checkpoint
+    held_by: str | None = None  # who held the run's lock, where that kept it from training
 
 
 @dataclass(frozen=True)
@@ -115,6 +127,7 @@ def read_attempts(run: str | os.PathLike[str]) -> list[Attempt]:
                 attempts[number] = Attempt(number=number, began=record["at"], **facts)
             elif record["event"] == "end" and number in attempts:
                 facts = {key: record[key] for key in ("status", "verdict", "reason", "fruitless")}
+                facts["held_by"] = record.get("held_by")
                 attempts[number] = replace(attempts[number], ended=record["at"], end_step=record["step"], **facts)
     return list(attempts.values())
 
@@ -131,6 +144,8 @@ def jobs_of(run: str | os.PathLike[str]) -> list[str]:
 
 def begin(folder: RunFolder, job: str, restart: int, nodes: str, crashes: int) -> int | None:
     """The number of the attempt that begins now, or None where every step is trained already.
+
+    Where another process holds the run's lock, the attempt is marked as its ranks would mark it, and need not start.
 
     Raises:
         AttemptError: `crashes` attempts in a row failed without a new checkpoint, the run was cancelled, or this node
@@ -150,6 +165,8 @@ def begin(folder: RunFolder, job: str, restart: int, nodes: str, crashes: int) -
     record = {"event": "begin", "attempt": number, "job": job, "restart": restart, "nodes": nodes}
     try:
         _append(folder, record | {"step": newest_step(folder)})
+        if (holder := lock_holder(folder.lock)) is not None:
+            mark_busy(folder, number, holder)
     except OSError as error:
         raise AttemptError(
             f"{os.uname().nodename} cannot write into {folder.path} ({error.strerror}): the run folder must lie on a "
@@ -171,11 +188,18 @@ def end(
     """
     began = next((attempt.step for attempt in read_attempts(folder) if attempt.number == number), 0)
     step, stop = newest_step(folder), folder.stop(number)
-    fruitless, verdict = False, "waiting" if told.requeued else "requeue"
+    fruitless, verdict, held_by = False, "waiting" if told.requeued else "requeue", _holder(folder, number)
     if is_done(folder):
         verdict, reason = "done", "finished"
     elif folder.cancelled.exists() or told.cancelled:
         verdict, reason = "stopped", "cancelled"
+    elif held_by is not None:
+        reason = ", ".join(filter(None, [f"{held_by} holds the run's lock", str(told)]))
+        if not told.requeued and len(_held(folder)) + 1 >= HELD_TIMES:
+            remedy = f"end that process, then: potamos requeue {folder.path}"
+            verdict, reason = "failed", f"{reason} ({HELD_TIMES} attempts in a row found it so; {remedy})"
+        elif not told.requeued:
+            verdict = "busy" if requeue else "next"
     else:
         fruitless = step <= began and not (told.requeued or told.preempted)
         reason = (
@@ -188,7 +212,7 @@ def end(
             verdict = "next" if stop.exists() else "crashed"
     record = {"event": "end", "attempt": number, "status": status, "verdict": verdict, "reason": reason, "step": step}
     try:
-        _append(folder, record | {"fruitless": fruitless})
+        _append(folder, record | {"fruitless": fruitless} | ({"held_by": held_by} if held_by else {}))
     except OSError as error:  # go on all the same: the next begin refuses if it cannot write either
         print(f"attempts.jsonl could not be written ({error.strerror})", file=sys.stderr)
     return verdict, reason
@@ -225,9 +249,7 @@ def _fruitless(folder: RunFolder) -> list[Attempt]:
 
     Those without an end are passed over: what killed them says nothing about the run.
     """
-    since = max((n for n, record in enumerate(_records(folder)) if record["event"] == "submitted"), default=-1)
-    numbers = {r["attempt"] for r in list(_records(folder))[since + 1 :] if r["event"] == "begin"}
-    attempts = [attempt for attempt in read_attempts(folder) if attempt.number in numbers]
+    attempts = _since_submission(folder)
     found: list[Attempt] = []
     for earlier, attempt in zip([None, *attempts], attempts, strict=False):
         if earlier is not None and attempt.step > earlier.step:
@@ -239,10 +261,31 @@ def _fruitless(folder: RunFolder) -> list[Attempt]:
     return found
 
 
+def _held(folder: RunFolder) -> list[Attempt]:
+    """The newest attempts, as far as they found the lock held; those without an end are passed over."""
+    judged = [attempt for attempt in _since_submission(folder) if attempt.verdict is not None]
+    others = [place for place, attempt in enumerate(judged, 1) if attempt.held_by is None]
+    return judged[max(others, default=0) :]
+
+
+def _holder(folder: RunFolder, number: int) -> str | None:
+    """Who kept attempt ``number`` from training; None where nobody did."""
+    path = folder.busy(number)
+    return str(_read(path).get("holder", "another process")) if path.exists() else None
+
+
+def _since_submission(folder: RunFolder) -> list[Attempt]:
+    records = list(_records(folder))
+    since = max((n for n, record in enumerate(records) if record["event"] == "submitted"), default=-1)
+    numbers = {record["attempt"] for record in records[since + 1 :] if record["event"] == "begin"}
+    return [attempt for attempt in read_attempts(folder) if attempt.number in numbers]
+
+
 def _next_number(folder: RunFolder) -> int:
     """One more than any attempt that left a trace, those outside of Slurm included: their markers must not be ours."""
     seen = {attempt.number for attempt in read_attempts(folder)}
-    seen |= {int(path.suffix[1:]) for path in folder.path.glob("stop.*") if path.suffix[1:].isdecimal()}
+    for kind in ("stop", "busy"):
+        seen |= {int(path.suffix[1:]) for path in folder.path.glob(f"{kind}.*") if path.suffix[1:].isdecimal()}
     state = _read(folder.state).get("attempt")
     return max(seen | ({state} if isinstance(state, int) else set()), default=-1) + 1
 
@@ -343,7 +386,7 @@ def _read(path: Path) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m potamos.slurm.attempt", description="Judge attempts of a run.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("begin", "end", "follow", "outside"):
+    for name in ("accepted", "await", "begin", "end", "follow", "outside"):
         command = commands.add_parser(name)
         command.add_argument("run", type=Path)
         command.add_argument("--crashes", type=int, default=3)
@@ -364,6 +407,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("done" if number is None else number)
         elif asked.command == "follow":
             note_submission(folder, [asked.job.partition(";")[0]])
+        elif asked.command == "accepted":
+            accept(folder.path)
+        elif asked.command == "await":
+            patience = HELD_SECONDS * (1 if asked.requeue else HELD_TIMES)  # a chain's jobs are few, and soon used up
+            await_lock(folder, patience, lambda text: print(text, flush=True))
         elif asked.command == "outside":
             print(Told.read(asked.told, asked.restart))
         elif asked.bad_nodes:

@@ -63,7 +63,7 @@ conclude() {
     echo "$(date -Is) attempt $ATTEMPT: status $1, $verdict"
     case $verdict in
     done | next | stopped) exit 0 ;;
-    requeue) requeue ;;
+    requeue | busy) requeue ;;
     waiting) exit 0 ;; # Slurm has requeued it already, and starts it once this script is gone
     esac
     [ "$1" -ne 0 ] && exit "$1"
@@ -96,8 +96,14 @@ attend() {
     return "$status"
 }
 
+# A submission that was killed before it could note that it was accepted: what it changed here must not be taken back.
+for folder in "${CODE%/code}" .; do [ -d "$folder/.undo" ] && judge accepted "$folder"; done
+
+# Ranks that outlived an earlier start of this job may train here still; until they end, nothing else can.
+attend "$PYTHON" -P -m potamos.slurm.attempt await . --requeue "$REQUEUE"
 ATTEMPT=$(judge begin . --job "$JOB" --restart "$RESTART" --nodes "$SLURM_JOB_NODELIST" --crashes "$CRASHES") || exit 1
 [ "$ATTEMPT" = done ] && exit 0
+[ -f "busy.$ATTEMPT" ] && conclude 1
 
 # The first node by its address, since its name need not resolve on the others; never this host's idea of itself.
 head=${NODES%%,*}

@@ -263,6 +263,18 @@ def is_down(timeout: float = 10) -> bool:
     return " is DOWN" in said and " is UP" not in said
 
 
+def check_answers() -> None:
+    """Refuse at once what would wait for a controller that is away.
+
+    Raises:
+        SlurmError: it is.
+    """
+    if is_down():
+        raise SlurmError(
+            "the controller does not answer, so nothing was done; see `scontrol ping`, and try again later"
+        )
+
+
 # --- times ----------------------------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from potamos.slurm import client
 from potamos.slurm.attempt import newest_step
 from potamos.slurm.checks import user_name
 from potamos.slurm.client import QueueEntry, SlurmError
+from potamos.slurm.lock import lock_holder
 from potamos.slurm.run_folder import RunFolder
 from potamos.slurm.status import (
     WAITING,
@@ -26,7 +27,6 @@ from potamos.slurm.status import (
     find_runs,
     is_run,
     judge,
-    lock_holder,
     printable,
     read_facts,
 )
@@ -95,6 +95,7 @@ def cancel(
         SlurmError: Slurm cannot be asked, or refuses.
     """
     facts = [read_facts(run) for run in find_runs(folders)]
+    client.check_answers()
     queue = client.queue({job for fact in facts for job in fact.jobs})
     own = [(fact, entries) for fact in facts if (entries := entries_of(fact, queue))]
     if not own:
@@ -209,6 +210,7 @@ def requeue(run: str | os.PathLike[str], *, grace: float = GRACE, poll: float = 
     if not folder.path.is_dir():
         raise ControlError(f"there is no run folder {name}")
     facts = read_facts(folder)
+    client.check_answers()
     queue = client.queue(facts.jobs)
     status, own = judge(facts, queue, datetime.now(UTC)), entries_of(facts, queue)
     if status.state == "finished":

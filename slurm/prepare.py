@@ -18,6 +18,7 @@ from potamos.slurm.job import Job
 from potamos.slurm.run_folder import RunFolder
 from potamos.slurm.script import script
 from potamos.slurm.snapshot import take_snapshot
+from potamos.slurm.undo import UNDO
 
 SUBMIT_LOCK = "submit.lock"
 OURS = (SUBMIT_LOCK, "submit.sbatch", "job.json", "code", "logs")
@@ -55,8 +56,7 @@ def prepare(job: Job, recipes: Sequence[str], environment: str, *, refresh_code:
     assert len(recipes) == len(job.runs)
     folder, runs = RunFolder(job.folder), [RunFolder(run) for run in job.runs]
     check_folder(job)
-    continued = any(map(begun, runs))
-    refreshed = refresh_code or not continued or not (folder.code / "potamos").is_dir()
+    continued, refreshed = any(map(begun, runs)), copies_code(job, refresh_code)
     if refreshed:
         take_snapshot(folder.code)
     for run, recipe in zip(runs, recipes, strict=True):
@@ -67,6 +67,21 @@ def prepare(job: Job, recipes: Sequence[str], environment: str, *, refresh_code:
     folder.logs.mkdir(parents=True, exist_ok=True)  # Slurm opens the job's own log here, and makes no folder for it
     write_atomically(folder.script, script(job).encode())
     return Prepared(*snapshot_of(folder), refreshed, continued)
+
+
+def copies_code(job: Job, refresh_code: bool) -> bool:
+    """Whether `prepare` copies the program, or leaves the copy that a run has begun with."""
+    return (
+        refresh_code or not any(begun(RunFolder(run)) for run in job.runs) or not (job.folder / "code/potamos").is_dir()
+    )
+
+
+def changes(job: Job, refresh_code: bool) -> dict[Path, list[str]]:
+    """The names that `prepare` and the queueing after it may change, in each folder."""
+    changed = {run: ["recipe.yaml", "environment.txt", "logs", "job.json", "cancelled"] for run in job.runs}
+    changed.setdefault(job.folder, ["logs", "job.json"])
+    changed[job.folder] += ["submit.sbatch", *(["code"] if copies_code(job, refresh_code) else [])]
+    return changed
 
 
 def check_folder(job: Job) -> None:
@@ -122,7 +137,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _names(folder: Path) -> set[str]:
-    """What lies in a folder, apart from the lock that a submission takes and what a copy was cut short in."""
+    """What lies in a folder, apart from the lock that a submission takes and what a killed one left."""
     if not folder.is_dir():
         return set()
-    return {path.name for path in folder.iterdir()} - {SUBMIT_LOCK, *(p.name for p in folder.glob(".*.tmp"))}
+    return {path.name for path in folder.iterdir()} - {SUBMIT_LOCK, UNDO, *(p.name for p in folder.glob(".*.tmp"))}

@@ -82,6 +82,10 @@ class RunFolder:
         """Present when this attempt stopped on request, after saving."""
         return self.path / f"stop.{attempt}"
 
+    def busy(self, attempt: int) -> Path:
+        """Present when this attempt of a cluster's job did not train, because another process holds the lock."""
+        return self.path / f"busy.{attempt}"
+
     @property
     def attempts(self) -> Path:
         """One JSON line a begin and an end of an attempt that a cluster's job made; see `attempt.py`."""

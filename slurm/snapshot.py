@@ -97,7 +97,7 @@ def _replace(new: Path, code: Path) -> None:
     if not code.exists():
         os.rename(new, code)
         return
-    old = new.with_suffix(".old")
+    old = new.with_suffix(".old.tmp")
     os.rename(code, old)
     os.rename(new, code)
     shutil.rmtree(old, ignore_errors=True)

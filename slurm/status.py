@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import struct
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -17,6 +14,7 @@ from typing import Any
 from potamos.slurm import client
 from potamos.slurm.attempt import Attempt, is_done, jobs_of, newest_step, read_attempts
 from potamos.slurm.client import QueueEntry, SlurmError
+from potamos.slurm.lock import lock_holder
 from potamos.slurm.run_folder import RunFolder
 
 STATES = {
@@ -242,21 +240,6 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else {}
 
 
-def lock_holder(path: Path) -> str | None:
-    """Who holds a run's lock, in its own words; None where nobody does. Looks without taking it, which a starting run
-    would trip over."""
-    linux = sys.platform.startswith("linux")
-    layout = "hhqqi4x" if linux else "qqihh4x"  # struct flock: type, whence, start, length, process
-    asked = (fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0) if linux else (0, 0, 0, fcntl.F_WRLCK, os.SEEK_SET)
-    try:
-        with open(path, "rb") as file:
-            answer = struct.unpack(layout, fcntl.fcntl(file, fcntl.F_GETLK, struct.pack(layout, *asked)))
-            held = answer[0 if linux else 3] != fcntl.F_UNLCK
-            return (file.read(200).decode(errors="replace").strip() or "a process") if held else None
-    except OSError:
-        return None
-
-
 # --- judging --------------------------------------------------------------------------------------------------------
 
 
@@ -303,7 +286,8 @@ def _figures(facts: Facts) -> Status:
 
 def crashed(attempt: Attempt) -> bool:
     """Whether an attempt failed by itself, rather than being asked to stop, cancelled or put back from outside."""
-    return attempt.verdict in ("requeue", "crashed", "failed") and bool(attempt.status)
+    failed = attempt.verdict in ("requeue", "crashed", "failed") and attempt.held_by is None
+    return failed and bool(attempt.status)
 
 
 def _running(base: Status, facts: Facts, entry: QueueEntry, behind: int, now: datetime) -> Status:
@@ -319,12 +303,30 @@ def _running(base: Status, facts: Facts, entry: QueueEntry, behind: int, now: da
         since = None
     else:
         why = f"before: {_end_of(before[-1])}" if before else ""
+    if since is not None and (trouble := _saving(base, facts)):
+        why = trouble + (f"; {why}" if why else "")
     if since is not None and since > QUIET:
         why = f"no news for {_minutes(since)}" + (f"; {why}" if why else "")
     return replace(
         base, state="running", why=why, nodes=entry.nodes or base.nodes, job=entry.id, behind=behind,
         time_left=entry.time_left, eta=_eta(facts.state, since) if since is not None else None,
     )  # fmt: skip
+
+
+def _saving(base: Status, facts: Facts) -> str:
+    """A remark on checkpoints that are not written; empty where all is well, or where nothing tells.
+
+    A save is under way while the steps after it are trained, and the next waits for it: only where two that were begun
+    are not there has something gone wrong. That of the step that is told of has not begun.
+    """
+    failed, every = facts.state.get("save_failed"), _whole(facts.state.get("save_every"))
+    last = f"the last checkpoint is of step {base.saved}" if base.saved else "there is no checkpoint yet"
+    if isinstance(failed, dict) and (step := _whole(failed.get("step"))) is not None and step > base.saved:
+        return f"the save of step {step} failed ({failed.get('why')}); {last}"
+    if not every or every < 1 or base.step is None:
+        return ""
+    due = (base.step - 1) // every * every - every  # the last but one that was begun
+    return f"saves lag: {last}, and they are due every {every}" if base.saved < due else ""
 
 
 def _waiting(base: Status, facts: Facts, waits: Sequence[QueueEntry]) -> Status:
@@ -342,6 +344,7 @@ def _ended(base: Status, facts: Facts, asked: bool, now: datetime) -> Status:
     """A run that no job runs or waits for, as far as is known."""
     reason, last = str(facts.state.get("reason") or ""), facts.attempts[-1] if facts.attempts else None
     if alive := _signs_of_life(facts, asked, now):
+        alive = "; ".join(filter(None, [alive, _saving(base, facts)]))
         return replace(base, state="running", why=alive, eta=_eta(facts.state, _age(base.updated, now) or 0.0))
     if facts.cancelled:
         return replace(base, state="cancelled", why="")

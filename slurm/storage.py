@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from potamos.slurm.finding import GIB, Finding, Level, text_of
-from potamos.slurm.status import lock_holder, printable
+from potamos.slurm.lock import lock_holder
+from potamos.slurm.status import printable
 
 SHARED = re.compile(
     r"nfs\d?|lustre|gpfs|mmfs|beegfs|ceph|wekafs|panfs|orangefs|pvfs2?|afs|cifs|smb\d?|9p|virtiofs|gfs2|ocfs2|daos|fuse\..*"
@@ -114,7 +115,7 @@ def _locks(descriptor: int, path: Path, folder: Path) -> Finding:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         return Finding("warning", "locks", f"{printable(folder)} refuses them: {error.strerror}", NO_LOCKS)
-    code = "import sys; from potamos.slurm.status import lock_holder; from pathlib import Path; "
+    code = "import sys; from potamos.slurm.lock import lock_holder; from pathlib import Path; "
     code += "sys.exit(lock_holder(Path(sys.argv[1])) is None)"
     seen = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, timeout=60, check=False)
     if seen.returncode == 0:

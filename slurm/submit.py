@@ -25,8 +25,9 @@ from potamos.slurm.attempt import jobs_of, note_submission
 from potamos.slurm.checks import SubmitError, check_writable, user_name
 from potamos.slurm.client import QueueEntry
 from potamos.slurm.job import Container, Job
-from potamos.slurm.prepare import SUBMIT_LOCK, Prepared, check_folder, is_done, prepare, read_json
+from potamos.slurm.prepare import SUBMIT_LOCK, Prepared, changes, check_folder, is_done, prepare, read_json
 from potamos.slurm.run_folder import RunFolder
+from potamos.slurm.undo import roll_back, unless_accepted
 
 JOB_ID = re.compile(r"[1-9][0-9]*(_[0-9]+)?", re.ASCII)
 PATIENCE = 120
@@ -138,7 +139,7 @@ def submit(
     chain: int = 1,
     refresh_code: bool = False,
 ) -> Submitted:
-    """Prepare a job's folder and queue it, once, or ``chain`` times one after another.
+    """Prepare a job's folder and queue it, once, or ``chain`` times one after another. What is refused changes nothing.
 
     Args:
         recipes: the resolved recipe of each of ``job.runs``, as text.
@@ -154,14 +155,17 @@ def submit(
     check_folder(job)
     with held(job.folder):
         check_idle(job)
+        for folder in {job.folder, *job.runs}:
+            roll_back(folder)  # what a submission that was killed has changed
         check_seeds(job)
         if all(is_done(RunFolder(run), recipe) for run, recipe in zip(job.runs, recipes, strict=True)):
             raise SubmitError(
                 f"{job.folder} is finished; raise train.steps to go on, or name another folder with --run"
             )
-        prepared = prepare(job, recipes, environment, refresh_code=refresh_code)
-        asked = {"job": _plain(job), "after": after, "chain": chain}
-        return Submitted(_queue(job, asked), prepared)
+        with unless_accepted(changes(job, refresh_code)):
+            prepared = prepare(job, recipes, environment, refresh_code=refresh_code)
+            asked = {"job": _plain(job), "after": after, "chain": chain}
+            return Submitted(_queue(job, asked), prepared)
 
 
 def resubmit(run: str | os.PathLike[str]) -> list[str]:
@@ -180,7 +184,9 @@ def resubmit(run: str | os.PathLike[str]) -> list[str]:
     one = _only(job, folder.path)
     with held(job.folder):
         check_idle(one, alone=bool(job.tasks))
-        return list(_queue(one, asked | {"after": None}, narrowed=bool(job.tasks)))
+        roll_back(folder.path)  # not the array's own folder, which its other tasks may be using
+        with unless_accepted({folder.path: ["job.json", "cancelled"]}):
+            return list(_queue(one, asked | {"after": None}, narrowed=bool(job.tasks)))
 
 
 def _only(job: Job, run: Path) -> Job:
@@ -206,7 +212,8 @@ def _queue(job: Job, asked: Mapping[str, Any], *, narrowed: bool = False) -> tup
     options = [f"--array={job.array}"] if narrowed else []
     first = _with(command(job, after=asked["after"]), options)
     client.run(*_with(first, ["--test-only"]), timeout=PATIENCE)
-    marks = _unmark(job)
+    for run in job.runs:  # a mark of a cancelled run would end the job as it begins
+        RunFolder(run).cancelled.unlink(missing_ok=True)
     ids: list[str] = []
     try:
         for _ in range(asked["chain"]):
@@ -217,20 +224,8 @@ def _queue(job: Job, asked: Mapping[str, Any], *, narrowed: bool = False) -> tup
         if ids:
             with contextlib.suppress(client.SlurmError):  # what went wrong before is what to tell
                 client.run("scancel", *ids, check=False)
-        for path, content in marks.items():
-            write_atomically(path, content)
         raise
     return tuple(ids)
-
-
-def _unmark(job: Job) -> dict[Path, bytes]:
-    """Take away the marks of cancelled runs, which would end the job as it begins; what they held."""
-    marks = {}
-    for path in (RunFolder(run).cancelled for run in job.runs):
-        if path.exists():
-            marks[path] = path.read_bytes()
-            path.unlink()
-    return marks
 
 
 def _remember(job: Job, asked: Mapping[str, Any], places: Sequence[Path] | None = None) -> None:

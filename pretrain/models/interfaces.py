@@ -43,7 +43,8 @@ class Seq:
 
     positions: (B, L) int64, position inside the document (shown to position schemes).
     document_ids: (B, L) int32, equal numbers = same document, -1 = padding; None = every row is one document that
-        begins with the row (the loader knows this without asking the device).
+        begins with the row (the loader knows this without asking the device). No loader has a number come back after
+        another one; if one did, attention would see both stretches and a carried state would be reset between them.
     samples: (B,) int64, global sample index of each row: the key of all randomness.
     columns: (L,) or (B, L) int64, which columns of the full row these are; None = 0..L-1. A slice or a shortened
         input carries its own, so that randomness and causality do not depend on how a row was cut.

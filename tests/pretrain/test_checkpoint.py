@@ -295,6 +295,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(
 ) -> None:
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(make_snapshot(1), wait=True)
+    assert checkpoints.failed is None
     write = checkpoint.write_tensors
 
     def full(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -312,6 +313,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(
     for text in ("step-00000002 was not written", "No space left", "The last one is step-00000001", "Make room"):
         assert text in caplog.text
     assert names(tmp_path) == ["step-00000001"]
+    assert checkpoints.failed == (3, "No space left on device")
     with pytest.raises(CheckpointWriteError, match=r"step-00000004 was not written.*No space left"):
         checkpoints.save(make_snapshot(4), wait=True)
     assert_same(checkpoints.latest() or pytest.fail("nothing"), make_snapshot(1))
@@ -319,6 +321,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(
     monkeypatch.undo()  # room again
     checkpoints.save(make_snapshot(5), wait=True)
     assert names(tmp_path) == ["step-00000005"]
+    assert checkpoints.failed is None
 
 
 def test_a_fault_in_the_writer_is_not_taken_for_a_full_disk(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -16,12 +18,13 @@ from potamos.pretrain.spikes import SpikeGuard
 from potamos.slurm.run_folder import RunFolder
 
 
-def test_a_run_folder_has_one_trainer(tmp_path: Path) -> None:
+def test_a_run_folder_has_one_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = RunFolder.of(tmp_path / "run")
     reading, writing = os.pipe()
     release_reading, release = os.pipe()
     child = os.fork()
     if child == 0:
+        os.close(release)  # so that it ends with this process, however that ends
         _held = hold(folder)
         os.write(writing, b"held")
         os.read(release_reading, 1)
@@ -29,9 +32,18 @@ def test_a_run_folder_has_one_trainer(tmp_path: Path) -> None:
     os.read(reading, 4)
     with pytest.raises(RunBusyError, match=rf"in use by process {child} on .*another folder with --run"):
         hold(folder)
+    assert list(folder.path.glob("busy.*")) == []  # nobody judges what was started by hand
+    monkeypatch.setenv("POTAMOS_ATTEMPT", "3")
+    with pytest.raises(RunBusyError):
+        hold(folder)
+    assert json.loads(folder.busy(3).read_text())["holder"] == f"process {child} on {socket.gethostname()}"
     os.write(release, b".")
     os.waitpid(child, 0)
+    monkeypatch.setenv("POTAMOS_ATTEMPT", "4")
+    (folder.path / ".undo").mkdir()  # what a killed submission replaced is not put back under what is trained
     hold(folder).close()  # a process that ended has let go
+    assert not folder.busy(4).exists()
+    assert not (folder.path / ".undo").exists()
 
 
 def test_ranks_go_on_from_the_step_that_rank_0_chooses(trial, run_ranks, tmp_path: Path) -> None:

@@ -58,13 +58,7 @@ def test_the_plan_is_what_ranks_need(world: int, changes: tuple[str, ...], run_r
 
 def test_weights_that_are_gathered_once_a_step_are_counted(run_ranks) -> None:
     """What a split backward keeps between its two parts is the least certain of a plan: 10 %."""
-    changes = (
-        "parallel.dp_shard=2",
-        "parallel.pp=2",
-        "parallel.schedule=zero_bubble",
-        "model.layers=4",
-        "train.sequences=16",
-    )
+    changes = "parallel.dp_shard=2", "parallel.pp=2", "parallel.schedule=zbv", "model.layers=4", "train.sequences=16"
     tiny = recipe(*changes)
     found = run_ranks(4, lambda rank, world: measure(tiny, rank, world).tensors)
     assert planned(tiny, 4).peak == pytest.approx(max(found), rel=0.1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -14,11 +15,13 @@ from typing import Any
 
 import pytest
 
+from potamos.pretrain import sweeps
 from potamos.pretrain.ceilings import CEILINGS
 from potamos.pretrain.config import load_recipe
 from potamos.pretrain.plan_layouts import Planner
+from potamos.pretrain.submission import Asked
 from potamos.slurm import prepare
-from potamos.slurm.client import SEPARATOR
+from potamos.slurm.client import SEPARATOR, SlurmError
 
 PARTITIONS = """\
 PartitionName=main Default=YES DefaultTime=02:00:00 MaxNodes=UNLIMITED MaxTime=2-00:00:00 State=UP TotalNodes=4
@@ -185,6 +188,27 @@ def test_without_slurm(submit, here: Path, monkeypatch: pytest.MonkeyPatch):
     assert status == 0
     assert out.startswith("#!/bin/bash\n#SBATCH --job-name=h3_hybrid_tiny\n")
     assert files() == []
+
+
+@pytest.mark.parametrize("command", ["submit", "sweep"])
+def test_a_controller_that_is_away_is_not_waited_for(submit, here: Path, monkeypatch: pytest.MonkeyPatch, command: str):
+    """Slurm's other commands try for 9 to 18 s."""
+    folder = here.parent / "bin"
+    for name in ("sinfo", "squeue", "sbatch"):
+        (folder / name).write_text("#!/bin/bash\nexec sleep 20\n")
+    (folder / "scontrol").write_text(
+        '#!/bin/bash\n[ "$1" = ping ] || exec sleep 20\necho "Slurmctld(primary) at head is DOWN"\nexit 1\n'
+    )
+    began = time.monotonic()
+    if command == "submit":
+        status, _, err = submit()
+    else:
+        with pytest.raises(SlurmError) as refused:
+            sweeps.send(Asked("h3_hybrid_tiny", ["train.seed=[1,2]"]))
+        status, err = 2, str(refused.value)
+    assert (status, "the controller does not answer, so nothing was done" in err) == (2, True)
+    assert time.monotonic() - began < 15
+    assert list(here.iterdir()) == []
 
 
 def test_a_dry_run_refuses_what_can_be_told_without_slurm(submit):

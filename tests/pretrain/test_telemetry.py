@@ -148,7 +148,7 @@ def test_torn_and_foreign_lines_are_skipped(run_folder: Path, caplog: pytest.Log
 
 def test_state_is_complete_and_always_whole(run_folder: Path) -> None:
     clock = Clock()
-    telemetry = open_telemetry(run_folder, 3, step=10, next_sample=80, clock=clock)
+    telemetry = open_telemetry(run_folder, 3, step=10, next_sample=80, save_every=5, clock=clock)
     read = lambda: json.loads((run_folder / "state.json").read_text())  # noqa: E731
     assert read().items() >= {"attempt": 3, "step": 10, "next_sample": 80, "reason": "running", "loss": None}.items()
     clock.now += 4.0
@@ -157,11 +157,13 @@ def test_state_is_complete_and_always_whole(run_folder: Path) -> None:
     assert state.pop("updated").startswith("20")
     # 16 samples of 32 tokens in 4 s; 88 steps left at 2 s each.
     expected = {"attempt": 3, "step": 12, "next_sample": 96, "total_steps": 100, "loss": 2.5}
-    assert state == expected | {"tokens_per_second": 128.0, "eta": 176.0, "reason": "running"}
+    expected |= {"tokens_per_second": 128.0, "eta": 176.0, "reason": "running"}
+    assert state == expected | {"save_every": 5, "save_failed": None}
     telemetry.log(13, {"loss": 9.0, "tokens_per_second": 7.0}, next_sample=104)
     assert read()["step"] == 12  # at most one write a second
     clock.now += 2.0
-    telemetry.log(14, {"loss": math.nan, "tokens_per_second": 7.0}, next_sample=112)
+    telemetry.log(14, {"loss": math.nan, "tokens_per_second": 7.0}, next_sample=112, save_failed=(10, "no room"))
+    assert read()["save_failed"] == {"step": 10, "why": "no room"}
     assert (read()["loss"], read()["tokens_per_second"]) == (None, 7.0)
     telemetry.close("SIGTERM")
     assert (read()["step"], read()["reason"]) == (14, "SIGTERM")

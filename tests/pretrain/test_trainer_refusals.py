@@ -231,6 +231,17 @@ def test_the_systems_own_refusal_is_survived_and_then_told(trial, run):
     assert list((run / "checkpoints").iterdir()) == []
 
 
+def test_a_save_that_fails_is_told_to_whoever_watches(trial, run):
+    """Each save waits for the one before, so that of step 2 has failed by the time that step 4 is told of."""
+    attempt = trial.start(
+        run, *FEW, "checkpoint.every=1", before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+    )
+    assert attempt.wait() == 2, attempt.output
+    state = json.loads((run / "state.json").read_text())
+    assert (state["step"], state["save_every"]) == (4, 1)
+    assert state["save_failed"] in [{"step": step, "why": "File too large"} for step in (2, 3)]
+
+
 def test_a_last_save_that_fails_is_an_error(trial, finished, run, tmp_path, monkeypatch):
     full_disk(monkeypatch, full=lambda: bool(list(run.glob("checkpoints/step-*2"))))
     attempt = trial.start(run, *FEW)

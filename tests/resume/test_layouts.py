@@ -43,8 +43,9 @@ ROUTES = {
     "4 -> 2 -> 8 data ranks": [{"dp_shard": 4}, {"dp_replicate": 2}, {"dp_replicate": 2, "dp_shard": 4}],
     "tp2 -> pp2 -> cp2": [{"tp": 2}, {"pp": 2}, {"cp": 2}],
     "pp2 x tp2 -> dp2 x cp2 -> 1": [{"pp": 2, "tp": 2}, {"dp_shard": 2, "cp": 2}, {}],
-    "zbv -> tp2 x dp2 -> interleaved": [
-        {"pp": 2, "schedule": "zbv"}, {"tp": 2, "dp_shard": 2}, {"pp": 2, "schedule": "interleaved_1f1b"},
+    "zbv x dp2 -> tp2 x dp2 -> interleaved": [
+        {"pp": 2, "dp_shard": 2, "schedule": "zbv"}, {"tp": 2, "dp_shard": 2},
+        {"pp": 2, "schedule": "interleaved_1f1b"},
     ],
 }  # fmt: skip
 SHARDED_STAGES = [{"dp_shard": 2, "pp": 2}, {"tp": 2}, {"dp_shard": 4}]

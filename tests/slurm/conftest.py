@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -166,3 +169,24 @@ def restore(cluster: Cluster) -> None:
         if state.startswith(("down", "drain", "drng")):
             cluster.run("scontrol", "update", f"nodename={name}", "state=resume")
     cluster.wait(lambda: set(cluster.states().values()) == {"idle"}, PATIENCE, "all nodes to be idle")
+
+
+@pytest.fixture(scope="session")
+def held() -> Callable[[Path], Any]:
+    """`with held(lock)`: another process holds it, by the name of process 7 on vm."""
+    code = (
+        "import fcntl, sys; f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); f.write('process 7 on vm\\n')"
+    )
+    code += "; f.flush(); print('held', flush=True); sys.stdin.read()"
+
+    @contextlib.contextmanager
+    def hold(lock: Path) -> Iterator[None]:
+        child = subprocess.Popen([sys.executable, "-c", code, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        try:
+            assert child.stdout is not None
+            child.stdout.readline()
+            yield
+        finally:
+            child.communicate()
+
+    return hold

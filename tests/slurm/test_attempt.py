@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 
 from potamos.slurm import attempt as attempts
 from potamos.slurm.attempt import AttemptError, Told, begin, end, jobs_of, note_submission, read_attempts, replaced
+from potamos.slurm.lock import await_lock, mark_busy
 from potamos.slurm.run_folder import RunFolder
 
 RUNNING = "JobId=3 JobName=t JobState=RUNNING Reason=None Restarts=2 RunTime=00:01:00 TimeLimit=00:10:00"
@@ -161,6 +163,93 @@ def test_neither_done_nor_stopped_is_a_crash_whatever_the_status(folder):
     assert verdict == "requeue"
     assert "status 0" in reason
     assert ends(folder, start(folder), status=0, requeue=False)[0] == "crashed"
+
+
+# --- the lock -------------------------------------------------------------------------------------------------------
+
+
+def refused(folder, number):
+    mark_busy(folder, number, "process 7 on vm")  # as the trainer does
+    return number
+
+
+def test_a_held_lock_is_neither_a_crash_nor_progress(folder):
+    assert ends(folder, start(folder, 2), status=1, crashes=2)[0] == "requeue"
+    for step in (0, 0, 5):
+        number = refused(folder, start(folder, 2))
+        if step:
+            saved(folder, step)  # by whoever holds it
+        assert ends(folder, number, status=2, crashes=2) == ("busy", "process 7 on vm holds the run's lock")
+    last = read_attempts(folder)[-1]
+    assert (last.held_by, last.fruitless, last.verdict) == ("process 7 on vm", False, "busy")
+
+
+def test_a_held_lock_between_crashes_does_not_begin_their_count_anew(folder):
+    for _ in range(2):
+        assert ends(folder, start(folder), status=1)[0] == "requeue"
+    ends(folder, refused(folder, start(folder)), status=2)
+    assert ends(folder, start(folder), status=1)[0] == "failed"
+
+
+def test_a_lock_that_is_held_for_ever_is_an_end_that_names_the_holder(folder, monkeypatch):
+    monkeypatch.setattr(attempts, "HELD_TIMES", 3)
+    for step in (1, 2):
+        number = refused(folder, start(folder))
+        saved(folder, step)
+        assert ends(folder, number, status=2)[0] == "busy"
+    start(folder)  # killed from outside, which says nothing
+    verdict, reason = ends(folder, refused(folder, start(folder)), status=2)
+    assert verdict == "failed"
+    assert "process 7 on vm holds the run's lock (3 attempts in a row found it so; end that process" in reason
+    assert str(folder.path) in reason
+    number = start(folder)  # not held any more: it is of use to go on
+    assert number == 4
+    assert ends(folder, number, status=1)[0] == "requeue"
+    assert ends(folder, refused(folder, start(folder)), status=2)[0] == "busy"  # counted anew after one that trained
+
+
+def test_a_submission_begins_the_wait_for_the_lock_anew(folder, monkeypatch):
+    monkeypatch.setattr(attempts, "HELD_TIMES", 2)
+    ends(folder, refused(folder, start(folder)), status=2)
+    note_submission(folder, ["9"])
+    assert ends(folder, refused(folder, start(folder)), status=2)[0] == "busy"
+
+
+@pytest.mark.parametrize(
+    ("told", "requeue", "verdict"),
+    [(REQUEUED, True, "waiting"), (RUNNING, False, "next"), (CANCELLED, True, "stopped")],
+)
+def test_a_busy_attempt_that_slurm_or_a_chain_takes_care_of(folder, told, requeue, verdict):
+    assert ends(folder, refused(folder, start(folder)), status=2, told=told, requeue=requeue)[0] == verdict
+
+
+def test_a_run_that_its_holder_has_finished_is_done(folder):
+    number = refused(folder, start(folder))
+    folder.done.write_text('{"step": 100}')
+    assert ends(folder, number, status=2) == ("done", "finished")
+
+
+def test_an_attempt_that_begins_while_the_lock_is_held_need_not_start_its_ranks(folder, held):
+    with held(folder.lock):
+        assert start(folder) == 0
+        assert ends(folder, 0, status=1) == ("busy", "process 7 on vm holds the run's lock")
+        assert ends(folder, 0, status=1, requeue=False)[0] == "next"
+    assert start(folder) == 1
+    assert not folder.busy(1).exists()
+
+
+def test_the_lock_is_waited_for_and_a_cancelled_run_is_not(folder, held):
+    told = []
+    with held(folder.lock):
+        assert await_lock(folder, 0.1, told.append) == "process 7 on vm"
+        assert told == ["process 7 on vm holds the run's lock, and trains here still; waiting 0 min for it to end"]
+        folder.cancelled.touch()
+        began = time.monotonic()
+        assert await_lock(folder, 60, told.append) == "process 7 on vm"
+        assert time.monotonic() - began < 5
+    assert await_lock(folder, 0, told.append) is None
+    with pytest.raises(AttemptError, match="cancelled"):
+        start(folder)
 
 
 def test_nodes_that_fail_the_check_are_no_crash(folder):

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from potamos.slurm import control
-from potamos.slurm.client import SlurmError
-from potamos.slurm.control import ControlError, cancel, requeue
+from potamos.slurm.client import SlurmError, is_down
+from potamos.slurm.control import ControlError, cancel, requeue, requeue_all
 from potamos.slurm.job import Job
 from potamos.slurm.logs import Follower
 from potamos.slurm.run_folder import RunFolder
@@ -67,9 +67,10 @@ class FalseSlurm:
         (self.folder / "queue").write_text("".join(f"{line}\n" for line in lines))
 
     def calls(self, command: str) -> list[str]:
+        """What it was told, but for the question whether there is a controller."""
         path = self.folder / "calls"
         lines = path.read_text().splitlines() if path.exists() else []
-        return [line for line in lines if line.split()[0] == command]
+        return [line for line in lines if line.split()[0] == command and line != "scontrol ping"]
 
 
 @pytest.fixture
@@ -196,6 +197,22 @@ def test_ranks_that_outlive_their_job_are_named(tmp_path: Path, slurm: FalseSlur
     left = "no job of it is left, but process 7 on vm trains it; send that SIGTERM on its machine"
     assert [str(each) for each in done] == [f"{run.path}: {left}" for run in (first, second)]
     assert [(each.left, each.jobs) for each in done] == [(False, ["7_0"]), (False, [])]
+
+
+@pytest.mark.parametrize("ask", [lambda run: cancel([run]), requeue, lambda run: list(requeue_all([run.path.parent]))])
+def test_a_controller_that_is_away_is_not_waited_for(tmp_path: Path, slurm: FalseSlurm, ask: Callable[..., object]):
+    """Slurm's other commands try for 9 to 18 s."""
+    run = make(tmp_path / "x", "12")
+    slurm.queue(j12="RUNNING")
+    before = {path.name for path in run.path.iterdir()}
+    for name in ("squeue", "scancel", "sbatch"):
+        (slurm.folder / name).write_text("#!/bin/bash\nexec sleep 20\n")
+    (slurm.folder / "scontrol").write_text("#!/bin/bash\necho 'Slurmctld(primary) at head is DOWN'\nexit 1\n")
+    began = time.monotonic()
+    with pytest.raises(SlurmError, match=r"the controller does not answer, so nothing was done; see `scontrol ping`"):
+        ask(run)
+    assert time.monotonic() - began < 9
+    assert {path.name for path in run.path.iterdir()} == before
 
 
 def test_a_slurm_that_refuses_is_heard(tmp_path: Path, slurm: FalseSlurm):
@@ -427,6 +444,20 @@ def test_a_run_is_watched_requeued_cancelled_and_finished(cluster, trainer: str,
     with pytest.raises(ControlError, match=r"raise train\.steps"):
         requeue(run)
     assert f"from {done.saved}" in (run / "logs" / "attempt-3.rank-0.txt").read_text()
+
+
+def test_a_real_controller_that_is_away_is_noticed_at_once(cluster, tmp_path: Path):
+    run = make(tmp_path / "x", "12")
+    assert not is_down()
+    cluster.kill_controller()
+    began = time.monotonic()
+    for ask in (lambda: cancel([run]), lambda: requeue(run)):
+        with pytest.raises(SlurmError, match="the controller does not answer"):
+            ask()
+    assert time.monotonic() - began < 9  # as long as one squeue waits
+    cluster.start_controller()
+    with pytest.raises(ControlError, match="no job of it waits or runs"):
+        cancel([run])
 
 
 def test_a_sweep_on_a_real_slurm(cluster, trainer: str, slurm_folder: Path):

@@ -281,6 +281,36 @@ def stopping(number=0):
     return f'mkdir -p checkpoints/step-00000003; echo "{{\\"reason\\": \\"SIGUSR1\\"}}" >stop.{number}'
 
 
+def test_ranks_that_found_the_lock_held_go_back_into_the_queue(desk):
+    """By their mark: their exit status would be a crash, and one is the end here."""
+    job = Job(name="t", folder=desk.run, runs=(desk.run,), python=desk.python, crashes=1)
+    desk.command("srun", 'echo "{\\"holder\\": \\"process 7 on vm\\"}" >busy.0; exit 2')
+    done = desk.start(job)
+    assert done.returncode == 0, done.stderr
+    assert ["requeue", "41"] in desk.told("scontrol")
+    assert (ends(desk)[0]["verdict"], ends(desk)[0]["held_by"]) == ("busy", "process 7 on vm")
+
+
+def test_no_rank_starts_while_the_lock_is_held(desk, held):
+    """Waited for in vain, five minutes long, which `patience` stands for."""
+    real = desk.python
+    patience = "potamos.slurm.attempt.HELD_SECONDS = 0.1"
+    desk.command(
+        "judge",
+        f'case "$*" in *" await "*) exec {shlex.quote(real)} -c "import potamos.slurm.attempt, sys; {patience};'
+        f' sys.exit(potamos.slurm.attempt.main(sys.argv[4:]))" "$@" ;; *) exec {shlex.quote(real)} "$@" ;; esac',
+    )
+    desk.command("srun", "")
+    job = Job(name="t", folder=desk.run, runs=(desk.run,), python=str(desk.bin / "judge"), crashes=1)
+    with held(desk.run / "lock"):
+        done = desk.start(job)
+    assert done.returncode == 0, done.stderr
+    assert "process 7 on vm holds the run's lock, and trains here still" in done.stdout
+    assert desk.told("srun") == []
+    assert ["requeue", "41"] in desk.told("scontrol")
+    assert ends(desk)[0]["verdict"] == "busy"
+
+
 def test_a_run_that_saved_is_requeued_by_the_script(desk):
     desk.command("srun", stopping())
     done = desk.start()
@@ -355,6 +385,18 @@ def test_a_finished_run_ends_at_once(desk):
     desk.command("srun", "")
     assert desk.start().returncode == 0
     assert desk.told("srun") == []
+
+
+def test_what_an_accepted_submission_replaced_is_forgotten_when_the_job_begins(desk, tmp_path):
+    """Of the run and of the array it belongs to; a submission that was killed could not do so."""
+    run = tmp_path / "a b"
+    for folder in (desk.run, run):
+        (folder / ".undo").mkdir(parents=True)
+    (run / "recipe.yaml").write_text("train: {steps: 5}\n")
+    desk.command("srun", stopping())
+    job = Job(name="t", folder=desk.run, runs=(run,), tasks=(4,), array="4", python=desk.python)
+    assert desk.start(job, SLURM_ARRAY_JOB_ID="41", SLURM_ARRAY_TASK_ID="4").returncode == 0
+    assert not any((folder / ".undo").exists() for folder in (desk.run, run))
 
 
 def test_a_folder_that_is_not_there(desk, tmp_path):

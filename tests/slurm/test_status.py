@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ from hypothesis import strategies as st
 
 from potamos.slurm import status
 from potamos.slurm.client import QueueEntry
+from potamos.slurm.lock import lock_holder
 from potamos.slurm.status import Status, StatusError, find_runs, read_facts, statuses
 
 NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
@@ -63,8 +61,8 @@ class Run:
     def begin(self, attempt: int, job: str = "12", step: int = 0, restart: int = 0) -> Run:
         return self.event("begin", attempt=attempt, job=job, restart=restart, nodes="n[2-3]", step=step)
 
-    def end(self, attempt: int, verdict: str, reason: str, status: int = 0, step: int = 40) -> Run:
-        facts = {"attempt": attempt, "verdict": verdict, "reason": reason, "status": status, "step": step}
+    def end(self, attempt: int, verdict: str, reason: str, status: int = 0, step: int = 40, **other: Any) -> Run:
+        facts = other | {"attempt": attempt, "verdict": verdict, "reason": reason, "status": status, "step": step}
         return self.event("end", fruitless=False, **facts)
 
     def mark(self, name: str, **facts: Any) -> Run:
@@ -152,6 +150,20 @@ def test_a_run_is_finished_at_the_steps_of_its_recipe(run: Run):
     assert run.judged().state == "finished", "nothing to compare with"
 
 
+@pytest.mark.parametrize("skew", [-7200, 0, 7200])
+@pytest.mark.parametrize("steps", [100, 120])
+def test_the_clocks_of_nodes_do_not_decide_whether_a_run_is_finished(run: Run, skew: float, steps: int):
+    """Submitted again, to go on or not, and told so by a machine whose clock is another than that of the nodes."""
+    run.submitted("12").begin(0).end(0, "done", "finished", step=100).state("finished", step=100, updated=ago(skew))
+    (run.path / "done.json").write_text(json.dumps({"step": 100, "next_sample": 400, "at": ago(skew)}))
+    (run.path / "recipe.yaml").write_text(f"name: x\ntrain: {{steps: {steps}}}\n")
+    run.submitted("13")
+    (run.path / "job.json").write_text(json.dumps({"job": {"folder": "/r"}, "ids": ["13"], "submitted": ago(0)}))
+    expected = "finished" if steps == 100 else "requeued"
+    assert run.judged(entry("13", "PENDING", reason="Priority")).state == expected
+    assert run.judged(entry("13")).state == "running"
+
+
 def test_one_task_of_an_array_is_not_its_neighbor(run: Run):
     run.submitted("12_3")
     others = [entry("12_2"), entry("12_30", "PENDING"), entry("12", "PENDING")]
@@ -186,6 +198,15 @@ def test_how_runs_end(run: Run, verdict: str, reason: str, code: int, state: str
     assert (found.state, found.why, found.nodes, found.eta) == (state, why, "n[2-3]", None)
     assert run.judged(entry("11")).state == state  # someone else's job
     assert run.judged(asked=False).state == (state if verdict in ("failed", "stopped") else "unknown")
+
+
+def test_a_held_lock_is_no_crash(run: Run):
+    run.submitted("12").begin(0).end(0, "busy", "process 7 on vm holds the run's lock", 2, held_by="process 7 on vm")
+    waits = run.judged(entry("12", "PENDING", reason="BeginTime"))
+    assert (waits.state, waits.crashes, waits.attempts) == ("requeued", 0, 1)
+    assert waits.why == "BeginTime; before: process 7 on vm holds the run's lock"
+    run.begin(1).end(1, "failed", "process 7 on vm holds the run's lock (12 ...)", 2, held_by="process 7 on vm")
+    assert (run.judged().state, run.judged().crashes) == ("failed", 0)
 
 
 def test_a_chain_that_is_used_up(run: Run):
@@ -254,27 +275,6 @@ def test_runs_outside_of_slurm(run: Run):
     assert run.judged(asked=False).state == "finished"
 
 
-@pytest.fixture
-def held() -> Callable[[Path], Any]:
-    """`with held(lock)`: another process holds it."""
-    code = (
-        "import fcntl, sys; f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); f.write('process 7 on vm\\n')"
-    )
-    code += "; f.flush(); print('held', flush=True); sys.stdin.read()"
-
-    @contextlib.contextmanager
-    def hold(lock: Path) -> Iterator[None]:
-        child = subprocess.Popen([sys.executable, "-c", code, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        try:
-            assert child.stdout is not None
-            child.stdout.readline()
-            yield
-        finally:
-            child.communicate()
-
-    return hold
-
-
 def test_a_lock_tells_a_living_run_from_a_dead_one(run: Run, held: Callable[[Path], Any]):
     run.state()
     lock = run.path / "lock"
@@ -284,7 +284,34 @@ def test_a_lock_tells_a_living_run_from_a_dead_one(run: Run, held: Callable[[Pat
         with open(lock, "a+") as file, pytest.raises(OSError):  # looking has not taken it
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     assert run.judged().state == "stale"
-    assert status.lock_holder(run.path / "none") is None
+    assert lock_holder(run.path / "none") is None
+
+
+def test_saves_that_fail_or_lag_are_remarked_on(run: Run, held: Callable[[Path], Any]):
+    run.submitted("12").begin(0)
+
+    def why(step: int, every: Any = 10, failed: Any = None) -> str:
+        return run.state(step=step, save_every=every, save_failed=failed).judged(entry("12")).why
+
+    # The save of step 10 may be under way until that of step 20 begins, and that one until that of step 30.
+    assert [why(step) for step in (9, 10, 20)] == ["", "", ""]
+    assert why(21) == "saves lag: there is no checkpoint yet, and they are due every 10"
+    (run.path / "checkpoints" / "step-00000010").mkdir(parents=True)
+    assert [why(step) for step in (21, 30)] == ["", ""]
+    assert why(31) == "saves lag: the last checkpoint is of step 10, and they are due every 10"
+    assert why(40, every=25) == why(40, every=None) == why(40, every="x") == why(40, every=0) == ""
+    full = {"step": 20, "why": "No space left on device"}
+    said = "the save of step 20 failed (No space left on device); the last checkpoint is of step 10"
+    assert why(21, failed=full) == said
+    assert why(21, failed={"step": "x"}) == why(21, failed=[]) == ""
+    run.end(0, "requeue", "SIGUSR1").begin(1, restart=1)
+    assert why(21, failed=full) == "starting", "that is news of the attempt before"
+    run.state(attempt=1, step=21, save_every=10, save_failed=full)
+    assert run.judged(entry("12")).why == f"{said}; before: SIGUSR1"
+    with held(run.path / "lock"):
+        assert run.judged().why.endswith(f"process 7 on vm; {said}")
+    (run.path / "checkpoints" / "step-00000020").mkdir()  # a later attempt at it
+    assert run.judged(entry("12")).why == "before: SIGUSR1"
 
 
 def test_silence_is_remarked_on(run: Run):

@@ -78,6 +78,7 @@ PLANS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "requeued": ({"steps": 9, "every": 100, "hold": 4}, {"crashes": 1}),
     "shell": ({"steps": 9, "hold": 5}, {}),
     "cancelled": ({"steps": 9, "hold": 5}, TWO),
+    "refused": ({"steps": 3, "busy": [0]}, TWO | {"crashes": 1}),
 }
 
 
@@ -269,6 +270,26 @@ def test_requeues_from_outside_are_no_crashes(toys):
     go(toy)
     assert toy.until_ended() == "COMPLETED"
     assert [attempt.verdict for attempt in toy.attempts] in (["waiting", "done"], [None, "done"])
+
+
+def test_ranks_that_were_refused_the_lock_have_not_crashed(toys):
+    """The run may crash once, and then this would have been it."""
+    toy = toys["refused"]
+    assert toy.until_ended() == "COMPLETED"
+    assert [attempt.verdict for attempt in toy.attempts] == ["busy", "done"]
+    assert toy.attempts[0].reason == "process 7 on vm holds the run's lock"
+
+
+def test_a_job_waits_for_ranks_that_outlived_another(life, module_cluster, slurm_folder, held):
+    run = slurm_folder / "toys" / "waits"
+    put(run, {"steps": 3})
+    with held(run / "lock"):
+        (toy,) = queue(life, module_cluster, run, [run], **TWO, crashes=1)
+        log = toy.folder.logs / f"job-{toy.job}.txt"
+        toy.until(lambda: log.exists() and "process 7 on vm holds the run's lock" in log.read_text(), "the job to wait")
+        assert toy.ranks() == set()
+    assert toy.until_ended() == "COMPLETED"
+    assert [(attempt.verdict, attempt.restart) for attempt in toy.attempts] == [("done", 0)]
 
 
 # --- where Slurm acts by itself -------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
     steps     in all; `every` so many a checkpoint
     hold      wait at this step until the file `go` is there
     import    the attempt that installs no handlers until the file `imported` is there
+    busy      attempts that find the run's lock held
     die       {"step", "rank", "status", "attempts"}: a rank ends there with that status in those attempts
 Ranks take each step together. A request to stop is not agreed upon, as the trainer would: all ranks get it anyway.
 """
@@ -22,6 +23,10 @@ def main() -> int:
     write(f"importing.{attempt}.{rank}", os.getpid())
     while plan.get("import") == attempt and not Path("imported").exists():
         time.sleep(0.02)
+    if attempt in plan.get("busy", ()):
+        if rank == 0:
+            write(f"busy.{attempt}", json.dumps({"attempt": attempt, "holder": "process 7 on vm"}))
+        return 2
     asked: list[str] = []
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, lambda number, frame: asked.append(signal.Signals(number).name))
