@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from potamos.files import flush_names, write_atomically
+from potamos.files import flush, write_atomically
 
 UNDO = ".undo"
 MANIFEST = "manifest.json"  # none of the names that a submission changes
@@ -48,7 +48,7 @@ def keep(folder: Path, names: Sequence[str]) -> None:
     facts = {"kept": kept, "absent": absent, "new": new}
     write_atomically(temporary / MANIFEST, json.dumps(facts).encode())
     os.rename(temporary, folder / UNDO)
-    flush_names(folder)
+    flush(folder)
 
 
 def roll_back(folder: Path) -> None:
@@ -83,7 +83,7 @@ def _copy(source: Path, target: Path) -> None:
     shutil.copytree(source, temporary, copy_function=_link, symlinks=True)
     _remove(target)
     os.rename(temporary, target)
-    flush_names(target.parent)
+    flush(target.parent)
 
 
 def _link(source: str, target: str) -> None:
@@ -101,7 +101,7 @@ def _remove(path: Path) -> None:
     elif path.is_dir():
         doomed = _temporary(path, "old")
         os.rename(path, doomed)
-        flush_names(path.parent)
+        flush(path.parent)
         shutil.rmtree(doomed, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
