@@ -30,9 +30,9 @@ FOLDER_MARKS = {"kernels": "kernels", "parallel": "distributed", "resume": "resu
 FILE_MARKS = {"test_harness": "distributed", "test_distributed": "distributed", "test_resume": "resume"}
 
 
-def _load(name: str) -> ModuleType:
-    """tests/ is no package (--import-mode=importlib), so a module of it is loaded by its path, under its plain name."""
-    spec = importlib.util.spec_from_file_location(name, TESTS / f"{name}.py")
+def _load(name: str, path: Path) -> ModuleType:
+    """tests/ is no package (--import-mode=importlib), so a module of it is loaded by its path, under a name given."""
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -41,7 +41,7 @@ def _load(name: str) -> ModuleType:
     return module
 
 
-harness = _load("harness")
+harness = _load("harness", TESTS / "harness.py")
 
 
 def _refuse_network(event: str, args: tuple[Any, ...]) -> None:
@@ -101,6 +101,12 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.write_line(f"interrupted: {nodeid}")
 
 
+@pytest.fixture(scope="session")
+def load_module() -> Callable[[str, Path], ModuleType]:
+    """`load_module(name, path)`: for folders that keep what their tests share in a module."""
+    return _load
+
+
 @pytest.fixture
 def run_ranks() -> Any:
     """`run_ranks(world, fn, *args, timeout=60)`: see tests/harness.py."""
@@ -142,7 +148,7 @@ def potamos(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 @pytest.fixture(scope="session")
 def trial(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A small corpus and tiny runs of it: see tests/trial.py, loaded only for whoever asks, because it needs torch."""
-    return _load("trial").Trial(tmp_path_factory.mktemp("trial"))
+    return _load("trial", TESTS / "trial.py").Trial(tmp_path_factory.mktemp("trial"))
 
 
 @pytest.fixture

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -135,15 +133,9 @@ def plain_stream() -> Callable[..., tuple[list[int], list[int], list[int]]]:
 
 
 @pytest.fixture(scope="session")
-def remotes() -> ModuleType:
-    """tests/data/remotes.py. Loaded by its path, since tests/ is no package."""
-    spec = importlib.util.spec_from_file_location("data_remotes", Path(__file__).with_name("remotes.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["data_remotes"] = module
-    spec.loader.exec_module(module)
-    return module
+def remotes(load_module: Callable[[str, Path], ModuleType]) -> ModuleType:
+    """tests/data/remotes.py."""
+    return load_module("data_remotes", Path(__file__).with_name("remotes.py"))
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import random
@@ -128,15 +127,9 @@ def large_cluster(start_cluster: Callable[..., Cluster]) -> Cluster:
 
 
 @pytest.fixture(scope="session")
-def life() -> ModuleType:
-    """Runs on a cluster that are hurt and watched: see life.py. Loaded by its path, since tests/ is no package."""
-    spec = importlib.util.spec_from_file_location("slurm_life", Path(__file__).with_name("life.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["slurm_life"] = module
-    spec.loader.exec_module(module)
-    return module
+def life(load_module: Callable[[str, Path], ModuleType]) -> ModuleType:
+    """Runs on a cluster that are hurt and watched: see life.py."""
+    return load_module("slurm_life", Path(__file__).with_name("life.py"))
 
 
 @pytest.fixture(scope="module")

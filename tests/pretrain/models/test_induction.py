@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -14,15 +13,9 @@ BENCHMARK = Path(__file__).parents[3] / "benchmarks" / "induction.py"
 
 
 @pytest.fixture(scope="module")
-def induction() -> ModuleType:
+def induction(load_module: Callable[[str, Path], ModuleType]) -> ModuleType:
     """benchmarks/induction.py, which is no part of the package."""
-    spec = importlib.util.spec_from_file_location("induction", BENCHMARK)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["induction"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_module("induction", BENCHMARK)
 
 
 def test_answers_follow_the_special_token(induction: ModuleType) -> None:
