@@ -203,9 +203,12 @@ class Submitted:
         assert found, f"rank 1 was not found:\n{self.log()}"
         daemons.send(found, signal.SIGKILL)
 
-    def kill_node(self, *, tell: bool) -> str:
-        """The job's last node dies; with `tell` the controller hears of it, else it must notice."""
-        name = self.nodes()[-1]
+    def kill_node(self, *, tell: bool, first: bool = False) -> str:
+        """The job's last node dies, or its first, and the batch script with it; its name.
+
+        With `tell` the controller hears of it, else it must notice.
+        """
+        name = self.nodes()[0 if first else -1]
         self.cluster.kill_node(int(name[1:]))
         if tell:
             self.cluster.run("scontrol", "update", f"nodename={name}", "state=down", "reason=test")

@@ -12,7 +12,7 @@ import pytest
 
 from potamos.slurm import daemons
 
-STEPS, MORE = 48, 6
+STEPS, MORE = 52, 6
 # Rank 0 says why: that it was asked, or that it heard of another that was a step sooner.
 ASKED = ("SIGUSR1", "another rank was asked to stop")
 
@@ -71,6 +71,17 @@ def test_a_node_dies(hurt):
     hurt.revive(died[0])
 
 
+def test_the_first_node_dies(hurt):
+    """With rank 0, which saves, and the batch script, which judges: only Slurm is left to requeue the job."""
+    died = []
+    outage = hurt.suffer("dead first node", lambda: died.append(hurt.kill_node(tell=True, first=True)))
+    assert died[0] not in hurt.nodes()
+    assert not outage.saved
+    assert outage.again <= 3 + 1
+    assert [attempt.verdict for attempt in hurt.attempts[-2:]] == [None, None]  # nobody judged the one that died
+    hurt.revive(died[0])
+
+
 def test_an_operator_requeues(hurt):
     outage = hurt.suffer("requeue", hurt.requeue)
     assert (outage.saved, outage.again) == (True, 0)
@@ -91,7 +102,7 @@ def test_it_ends(hurt, capsys):
     assert hurt.until_ended() == "COMPLETED"
     assert hurt.done
     assert hurt.attempts[-1].verdict == "done"
-    # As it must be where all six have happened: a new attempt for each but the controller's restart.
+    # As it must be where all of it has happened: a new attempt for each but the controller's restart.
     assert len(hurt.attempts) == 1 + sum(outage.restarted for outage in hurt.outages)
     with capsys.disabled():
         print()
