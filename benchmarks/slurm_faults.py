@@ -52,13 +52,17 @@ def measure(life: ModuleType, cluster: Cluster, folder: Path) -> list[dict[str, 
     print(f"prepared and submitted in {submitted - began:.0f} s, first step after {rows[0]['seconds_to_new_step']} s")
 
     died: list[str] = []
-    kill: Callable[[bool], Callable[[], object]] = lambda tell: lambda: died.append(run.kill_node(tell=tell))  # noqa: E731
+
+    def kill(*, tell: bool, first: bool = False) -> Callable[[], object]:
+        return lambda: died.append(run.kill_node(tell=tell, first=first))
+
     faults: list[tuple[str, Callable[[], object], dict[str, Any]]] = [
         ("warning before the time limit (SIGUSR1)", run.warn, {}),
         ("preemption by a higher partition", run.preempt, {}),
         ("SIGKILL of a rank", run.kill_rank, {}),
-        ("death of a node, told (scontrol state=down)", kill(True), {}),
-        ("death of a node, noticed by Slurm", kill(False), {}),
+        ("death of a node, told (scontrol state=down)", kill(tell=True), {}),
+        ("death of the first node, with the script, told", kill(tell=True, first=True), {}),
+        ("death of a node, noticed by Slurm", kill(tell=False), {}),
         ("scontrol requeue", run.requeue, {}),
         ("restart of the controller", cluster.restart_controller, {"first": cluster.save, "restarts": False}),
     ]
