@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +14,7 @@ from potamos.pretrain import show
 from potamos.pretrain.arguments import RecipeName
 
 if TYPE_CHECKING:
-    from potamos.pretrain.verify import Certificate
+    from potamos.pretrain.verify import Certificate, Without
 
 Settings = Annotated[
     list[str] | None,
@@ -46,14 +48,14 @@ def verify(
     """Prove that a layout changes nothing: gradients, their norm, updates and losses against one process.
 
     A small copy of the recipe's model trains three steps on CPU ranks of this machine, each parameter compared. Exit
-    status 1 where a comparison fails.
+    status 1 where a comparison fails, or under --all a layout ends without one.
 
     Example: potamos verify h3_hybrid_125m dp_shard=2 tp=2 pp=2
 
     Every layout that the model allows: potamos verify h3_hybrid_125m --all --json certificates.json
     """
     from potamos.pretrain.config import load_recipe
-    from potamos.pretrain.verify import Reductions, precision, verify, verify_all, write_certificates
+    from potamos.pretrain.verify import Certificate, Reductions, precision, verify, verify_all, write_certificates
     from potamos.pretrain.verify_layouts import PLAIN, parse_layout, recipe_layout
 
     words = settings or []
@@ -66,32 +68,58 @@ def verify(
     reductions = Reductions(width=width, layers=layers, length=length, vocabulary=vocabulary, rows=rows)
     kind = precision(dtype)
     certificates: list[Certificate] = []
-    refused: dict[str, str] = {}
+    without: list[Without] = []
     if every:
         for result in verify_all(loaded, layout, ranks=ranks, dtype=kind, reductions=reductions, timeout=timeout):
-            if isinstance(result, tuple):
-                refused[result[0]] = result[1]
-                show.line(f"{result[0]}: not possible ({result[1]})", style="dim")
-            else:
+            if isinstance(result, Certificate):
                 certificates.append(result)
                 _line(result)
+            else:
+                without.append(result)
+                _why(result)
     else:
-        certificates.append(verify(loaded, layout, dtype=kind, reductions=reductions, timeout=timeout))
+        certificates.append(_one(partial(verify, loaded, layout, dtype=kind, reductions=reductions), timeout))
         _table(certificates[0])
     if json is not None:
-        write_certificates(json, certificates, refused)
-    passed = bool(certificates) and all(certificate.passed for certificate in certificates)
-    show.line(_verdict(certificates, refused), style="green" if passed else "bold red")
+        write_certificates(json, certificates, without)
+    broken = any(one.possible for one in without)
+    passed = bool(certificates) and not broken and all(certificate.passed for certificate in certificates)
+    show.line(_verdict(certificates, without, passed), style="green" if passed else "bold red")
     raise typer.Exit(0 if passed else 1)
 
 
-def _verdict(certificates: list[Certificate], refused: dict[str, str]) -> str:
-    bad = [certificate for certificate in certificates if not certificate.passed]
+def _one(certify: Callable[..., Certificate], timeout: float) -> Certificate:
+    """One certificate; ranks that do not end in time are no difference, and said in one message."""
+    from potamos.parallel.local import RankTimeout
+    from potamos.pretrain.verify import VerifyTimeout
+
+    try:
+        return certify(timeout=timeout)
+    except RankTimeout as error:
+        raise VerifyTimeout(
+            f"{str(error).splitlines()[0]}: they wait for each other, or need longer than --timeout allows; "
+            "POTAMOS_TRACEBACK=1 shows where each one was"
+        ) from error
+
+
+def _verdict(certificates: list[Certificate], without: list[Without], passed: bool) -> str:
+    good = sum(certificate.passed for certificate in certificates)
+    broken = sum(one.possible for one in without)
     seconds = sum(certificate.seconds for certificate in certificates)
-    if len(certificates) == 1 and not refused:
-        return f"{'FAIL' if bad else 'PASS'}: {certificates[0].layout} in {seconds:.1f} s"
-    counted = f"{len(certificates) - len(bad)} of {len(certificates)} layouts pass, {len(refused)} are not possible"
-    return f"{'FAIL' if bad or not certificates else 'PASS'}: {counted}; {seconds:.0f} s"
+    verdict = "PASS" if passed else "FAIL"
+    if len(certificates) == 1 and not without:
+        return f"{verdict}: {certificates[0].layout} in {seconds:.1f} s"
+    ended = f"{broken} ended without a certificate, " if broken else ""
+    counted = f"{good} of {len(certificates) + broken} layouts pass, {ended}{len(without) - broken} are not possible"
+    return f"{verdict}: {counted}; {seconds:.0f} s"
+
+
+def _why(without: Without) -> None:
+    """A layout of which there is no certificate, in a line."""
+    if without.possible:
+        show.line(f"FAIL  {without.layout}: {without.why}", style="red")
+    else:
+        show.line(f"{without.layout}: not possible ({without.why})", style="dim")
 
 
 def _line(certificate: Certificate) -> None:

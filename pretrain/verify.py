@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -21,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 
 from potamos.parallel.facts import Layout
-from potamos.parallel.local import run_ranks
+from potamos.parallel.local import RankError, run_ranks
 from potamos.parallel.mesh import LayoutError, sizes
 from potamos.pretrain import environment
 from potamos.pretrain.config import fingerprint
@@ -128,6 +129,21 @@ class Certificate:
         return _plain({"passed": self.passed, **asdict(self)})
 
 
+@dataclass(frozen=True)
+class Without:
+    """A layout of which there is no certificate. possible: false where the recipe cannot have it, which is no failure.
+    why: in a line; told: all that is known of it, with the ranks' tracebacks."""
+
+    layout: str
+    why: str
+    possible: bool
+    told: str = ""
+
+
+class VerifyTimeout(ValueError):
+    """The ranks did not end in time: they wait for each other, or had too little of it."""
+
+
 def verify(
     recipe: Recipe,
     layout: Layout,
@@ -220,13 +236,21 @@ def verify_all(
     dtype: Precision = "fp32",
     reductions: Reductions | None = None,
     timeout: float = 120.0,
-) -> Iterator[Certificate | tuple[str, str]]:
-    """A certificate for each layout of the matrix, or (layout, why the recipe cannot have it)."""
+) -> Iterator[Certificate | Without]:
+    """A certificate for each layout of the matrix, or why there is none; what breaks under one ends no other."""
     for layout in matrix(cp_kinds(recipe), ranks, base):
         try:
             yield verify(recipe, layout, dtype=dtype, reductions=reductions, timeout=timeout)
         except LayoutError as error:
-            yield spell(layout), str(error)
+            yield Without(spell(layout), str(error), possible=False)
+        except Exception as error:  # of the ranks, which have ended: theirs may be of any kind
+            yield Without(spell(layout), _reason(error), possible=True, told="".join(traceback.format_exception(error)))
+
+
+def _reason(error: Exception) -> str:
+    """In a line; with the kind of error where it is no user's mistake."""
+    line = (str(error).splitlines() or [""])[0]
+    return line if isinstance(error, ValueError | RankError) else f"{type(error).__name__}: {line}"
 
 
 def precision(name: str) -> Precision:
@@ -356,13 +380,16 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def write_certificates(path: Path, certificates: Sequence[Certificate], refused: Mapping[str, str]) -> None:
-    """All of them as one JSON file; ``refused``: layouts that the recipe cannot have, with the reason."""
+def write_certificates(path: Path, certificates: Sequence[Certificate], without: Sequence[Without] = ()) -> None:
+    """All of them as one JSON file. ``refused``: layouts that the recipe cannot have, with the reason; ``broken``:
+    those that ended otherwise, with all that is known."""
     from potamos.files import write_atomically
 
+    broken = {one.layout: one.told or one.why for one in without if one.possible}
     document = {
-        "passed": all(certificate.passed for certificate in certificates),
+        "passed": all(certificate.passed for certificate in certificates) and not broken,
         "certificates": [certificate.to_json() for certificate in certificates],
-        "refused": dict(refused),
+        "refused": {one.layout: one.why for one in without if not one.possible},
+        "broken": broken,
     }
     write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())

@@ -10,10 +10,14 @@ from typing import Any, get_args, get_type_hints
 from potamos.parallel.facts import Layout
 from potamos.parallel.mesh import AXES, LayoutError
 from potamos.parallel.pipeline import SCHEDULES
+from potamos.pretrain.recipe import Parallel
 
 SETTINGS = tuple(f.name for f in fields(Layout))
 PLAIN = Layout(dp_replicate=1)
 KINDS = ("state", "a2a", "ring")
+COMPILERS = tuple(
+    name for kind in get_args(Parallel.model_fields["compile"].annotation) for name in get_args(kind)
+)  # as recipes may name them
 
 
 def world_of(layout: Layout) -> int:
@@ -43,11 +47,13 @@ def _value(name: str, text: str) -> Any:
         return tuple(_one_of(name, kind, (*KINDS, "pointwise")) for kind in text.split(",") if kind)
     if name == "schedule":
         return _one_of(name, text, tuple(SCHEDULES))
+    if name == "compile":
+        return None if text == "null" else _one_of(name, text, (*COMPILERS, "null"))
     if hint is bool:
         return _one_of(name, text.lower(), ("true", "false")) == "true"
     if choices := [choice for choice in get_args(hint) if isinstance(choice, str)]:
         return _one_of(name, text, choices)
-    if str in (hint, *get_args(hint)):
+    if hint is str:
         return text
     if not text.isdecimal() or int(text) < 1:
         raise LayoutError(f"{name}={text}: give a whole number of ranks above 0, as in {name}=2")

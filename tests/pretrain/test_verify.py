@@ -9,8 +9,8 @@ import copy
 import json
 import math
 import platform
+import time
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
@@ -22,12 +22,14 @@ from torch.distributed.pipelining import schedules
 
 from potamos.parallel import gradients, pipeline
 from potamos.parallel.facts import Layout
+from potamos.parallel.local import RankTimeout
 from potamos.parallel.mesh import LayoutError, Sizes, sizes
 from potamos.parallel.pipeline import SCHEDULES, held_stages
+from potamos.pretrain import verify as verify_module
 from potamos.pretrain import verify_layouts
 from potamos.pretrain.config import available, load_recipe
 from potamos.pretrain.recipe import Muon
-from potamos.pretrain.verify import TOLERANCES, compare, verify, verify_all
+from potamos.pretrain.verify import TOLERANCES, compare, verify
 from potamos.pretrain.verify_layouts import matrix, parse_layout, recipe_layout, spell, world_of
 from potamos.pretrain.verify_small import ReductionError, Reductions, batch, make_small, micro_batches
 from potamos.pretrain.verify_steps import Record
@@ -91,6 +93,13 @@ def on_second(part: str) -> Callable[[list[Record]], None]:
     return change
 
 
+def unknown_on_second(part: str) -> Callable[[list[Record]], None]:
+    def change(found: list[Record]) -> None:
+        getattr(found[1], part)[1] = math.nan
+
+    return change
+
+
 def copies_differ(found: list[Record]) -> None:
     found[1].copies["b", -1, -1] = "another end"
 
@@ -130,6 +139,9 @@ def stranger(found: list[Record]) -> None:
         (on_second("norms"), "the gradient's norm differs"),
         (on_second("losses"), "losses differ"),
         (on_second("scores"), "scores of held-out rows differ"),
+        (unknown_on_second("norms"), "the gradient's norm differs"),
+        (unknown_on_second("losses"), "losses differ: 3, 2.5, 2 alone, 3, nan, 2 spread"),
+        (unknown_on_second("scores"), "scores of held-out rows differ"),
         (copies_differ, "not the same on all ranks"),
         (other_start, "not the same on all ranks"),
         (lose, "gradients differ: 1 of 3 parameters, first b"),
@@ -295,6 +307,7 @@ def test_layouts_are_spelled_as_they_are_read():
         ("cp_kinds=state,loop", r"cp_kinds=loop: choose one of state, a2a, ring"),
         ("cp_order=spiral", r"cp_order=spiral: choose one of contiguous, zigzag"),
         ("sequence_parallel=2", r"sequence_parallel=2: choose one of true, false"),
+        ("compile=foo", r"compile=foo: choose one of inductor, aot_eager, null"),
     ],
 )
 def test_a_wrong_setting_is_named(word, message):
@@ -407,15 +420,63 @@ def test_a_users_mistake_is_one_message(verified, arguments, message):
     assert "Traceback" not in ended.err
 
 
+def broken(self, *arguments, **more):
+    raise ArithmeticError("no more numbers")
+
+
 def test_a_rank_that_fails_is_the_error(run_ranks, monkeypatch):
     """All ranks end at once, and the one that failed says why."""
-
-    def broken(self, *arguments, **more):
-        raise ArithmeticError("no more numbers")
-
     monkeypatch.setattr(pipeline.Pipeline, "run", broken)
     with pytest.raises(ArithmeticError, match="no more numbers"):
-        list(verify_all(load_recipe("s4d_tiny"), replace(Layout(dp_replicate=1), schedule="1f1b"), ranks=2))
+        verify(load_recipe("s4d_tiny"), parse_layout(["pp=2"]))
+
+
+def test_what_breaks_under_one_layout_ends_no_other(verified, run_ranks, tmp_path, monkeypatch):
+    """No small copy, ranks that wait for ever, a rank that fails: each is told, and written, beside what passed."""
+    monkeypatch.setattr(pipeline.Pipeline, "run", broken)
+    fit = verify_module.make_small
+
+    def stuck(recipe, layout, wanted):
+        if layout.tp == 4:
+            raise RankTimeout("rank 0 of 4 did not return within 120 s\nrank 0 was at:\n  somewhere")
+        return fit(recipe, layout, wanted)
+
+    monkeypatch.setattr(verify_module, "make_small", stuck)
+    layouts = [{"tp": 2}, {"pp": 4}, {"tp": 4}, {"pp": 2}, {"dp_shard": 2}, {"tp": 5}]
+    monkeypatch.setattr(verify_layouts, "_matrix", lambda kinds: iter(layouts))
+    path = tmp_path / "found.json"
+    ended = verified("gpt_tiny", "model.layers=4", "--layers", "2", "--all", "--json", path)
+    assert ended.status == 1, ended.out + ended.err
+    lines = [line for line in ended.out.splitlines() if line]
+    assert [line.split()[:2] for line in (lines[0], lines[4])] == [["pass", "tp=2"], ["pass", "dp_shard=2"]]
+    assert lines[1].startswith("FAIL  pp=4 schedule=1f1b: no copy of width 32 to ")
+    assert lines[2] == "FAIL  tp=4: rank 0 of 4 did not return within 120 s"
+    assert lines[3] == "FAIL  pp=2 schedule=1f1b: ArithmeticError: no more numbers"
+    assert lines[5].startswith("tp=5: not possible")
+    assert lines[6].startswith("FAIL: 2 of 5 layouts pass, 3 ended without a certificate, 1 are not possible")
+    document = json.loads(path.read_text())
+    assert document["passed"] is False
+    assert [certificate["layout"] for certificate in document["certificates"]] == ["tp=2", "dp_shard=2"]
+    assert list(document["refused"]) == ["tp=5"]
+    assert list(document["broken"]) == ["pp=4 schedule=1f1b", "tp=4", "pp=2 schedule=1f1b"]
+    assert "rank 0 was at:" in document["broken"]["tp=4"]
+    assert "in broken" in document["broken"]["pp=2 schedule=1f1b"], "the rank's own traceback"
+
+
+def test_nothing_but_what_broke_is_no_pass(verified, run_ranks, monkeypatch):
+    monkeypatch.setattr(pipeline.Pipeline, "run", broken)
+    monkeypatch.setattr(verify_layouts, "_matrix", lambda kinds: iter([{"dp_shard": 2}, {"pp": 2}]))
+    ended = verified("s4d_tiny", "--all")
+    assert ended.status == 1
+    assert ended.out.splitlines()[-1].startswith("FAIL: 1 of 2 layouts pass")
+
+
+def test_ranks_that_do_not_end_are_one_message(verified, run_ranks, monkeypatch):
+    """Status 1 says that something differs, and nothing was compared."""
+    monkeypatch.setattr(pipeline.Pipeline, "run", lambda *arguments, **more: time.sleep(60))
+    ended = verified("s4d_tiny", "pp=2", "--timeout", "2")
+    ended.assert_mistake("did not return within 2 s", "--timeout", "POTAMOS_TRACEBACK=1")
+    assert len(ended.err.splitlines()) == 1
 
 
 def test_every_recipe_has_a_small_copy():
