@@ -35,6 +35,16 @@ __all__ = ["Progress", "Telemetry", "attempt_number", "plot_loss", "read_metrics
 
 logger = logging.getLogger(__name__)
 
+# What TensorBoard's page of custom scalars draws in one chart.
+_CHARTS = {
+    "speed": {
+        "tokens per second, reached and planned": [
+            "Multiline",
+            ["train/tokens_per_second", "plan/predicted_tokens_per_second"],
+        ]
+    }
+}
+
 _STATE_SECONDS = 1.0  # between two writes of state.json, each of which waits for the disk
 
 
@@ -112,6 +122,7 @@ class Telemetry:
         self._records.write("start", step, next_sample, self._tokens, {})
         # TensorBoard drops events of earlier files from purge_step on: replayed steps do not show twice.
         self._board = self._open_board(purge_step=step + 1 if step else 0)
+        self._to_board(lambda board: board.add_custom_scalars(_CHARTS))
         self._console: Console = make_console(stream or sys.stdout, step=step, total_steps=total_steps)
         self._write_state("running", now=True)
 

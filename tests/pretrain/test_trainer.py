@@ -209,6 +209,22 @@ def test_tensorboard_shows_everything(finished):
     assert "sequence_length: 32" in text(shown, "recipe/text_summary")
 
 
+def test_tensorboard_shows_what_was_planned_beside_what_is_reached(finished):
+    """Both in one chart, as its page of custom scalars reads it."""
+    from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+
+    shown, planned = board(finished), "plan/predicted_tokens_per_second"
+    recorded = [record for record in read_metrics(finished) if record["kind"] == "train"]
+    assert [event.step for event in shown.Scalars(planned)] == [1, 2, 3, 4]
+    assert [event.value for event in shown.Scalars(planned)] == pytest.approx([r[planned] for r in recorded])
+    reached = [event.value for event in shown.Scalars("train/tokens_per_second")]
+    assert reached == pytest.approx([r["tokens_per_second"] for r in recorded])
+    (event,) = shown.Tensors("custom_scalars__config__")
+    (category,) = Layout.FromString(event.tensor_proto.string_val[0]).category
+    (chart,) = category.chart
+    assert list(chart.multiline.tag) == ["train/tokens_per_second", planned]
+
+
 def test_metrics_agree_with_each_other(trial, finished):
     record = read_metrics(finished)[-2]
     assert (record["kind"], record["step"], record["next_sample"], record["tokens"]) == ("train", 4, 32, 32 * 32)
