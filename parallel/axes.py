@@ -30,14 +30,14 @@ def _all_reduce(x: Tensor, group: dist.ProcessGroup, operation: Any = dist.Reduc
     return x
 
 
-def _gather(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+def _gather(x: Tensor, group: dist.ProcessGroup | None, dim: int) -> Tensor:
     ranks = dist.get_world_size(group)
     whole = x.new_empty(ranks * x.shape[dim], *x.movedim(dim, 0).shape[1:])
     getattr(dist, _ALL_GATHER)(whole, x.movedim(dim, 0).contiguous(), group=group)
     return whole.movedim(0, dim)
 
 
-def _scatter_sum(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+def _scatter_sum(x: Tensor, group: dist.ProcessGroup | None, dim: int) -> Tensor:
     x = x.movedim(dim, 0).contiguous()
     part = x.new_empty(len(x) // dist.get_world_size(group), *x.shape[1:])
     getattr(dist, _REDUCE_SCATTER)(part, x, group=group)
@@ -67,11 +67,11 @@ class _Sum(torch.autograd.Function):
         return gradient, None
 
 
-class _Gather(torch.autograd.Function):
+class Gather(torch.autograd.Function):
     """Slices -> the whole; backward: the sum over ranks of what they want of this rank's slice."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup | None, dim: int) -> Tensor:
         ctx.group, ctx.dim = group, dim
         return _gather(x, group, dim)
 
@@ -105,7 +105,7 @@ class TensorAxis(Axis):
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
     def enter(self, x: Tensor) -> Tensor:
-        result = _Gather.apply(x, self.group, LENGTH) if self.sequence else _SumGradient.apply(x, self.group)
+        result = Gather.apply(x, self.group, LENGTH) if self.sequence else _SumGradient.apply(x, self.group)
         assert isinstance(result, Tensor)
         return result
 

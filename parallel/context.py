@@ -14,28 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from potamos.parallel.axes import Gather
 from potamos.parallel.facts import Axis, Traits
 from potamos.parallel.mesh import LayoutError
 from potamos.parallel.ring import Ring, split_attention
 from potamos.parallel.slices import held_slices
-
-
-class _AllGather(torch.autograd.Function):
-    """(n,) on each rank -> (ranks n,) on all. Backward: the sum over ranks of what they want of this rank's part."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        ctx.group = group
-        parts = x.new_empty(dist.get_world_size(group) * x.numel())
-        dist.all_gather_into_tensor(parts, x.contiguous(), group=group)
-        return parts
-
-    @staticmethod
-    def backward(ctx, *gradients: Tensor):
-        (gradient,) = gradients
-        own = gradient.new_empty(gradient.numel() // dist.get_world_size(ctx.group))
-        dist.reduce_scatter_tensor(own, gradient.contiguous(), group=ctx.group)
-        return own, None
 
 
 def gather_states(*states: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Tensor, ...]:
@@ -48,7 +31,7 @@ def gather_states(*states: Tensor, group: dist.ProcessGroup | None = None) -> tu
     gathered: dict[int, Tensor] = {}
     for dtype in dict.fromkeys(state.dtype for state in states):
         which = [i for i, state in enumerate(states) if state.dtype == dtype]
-        parts = _AllGather.apply(torch.cat([states[i].flatten() for i in which]), group)
+        parts = Gather.apply(torch.cat([states[i].flatten() for i in which]), group, 0)
         assert isinstance(parts, Tensor)
         sizes = [states[i].numel() for i in which]
         for i, part in zip(which, parts.view(ranks, -1).split(sizes, 1), strict=True):

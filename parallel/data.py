@@ -6,6 +6,7 @@ Sequence slices count as data here: what they share are parameters, so shards li
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterable, Sequence
 
@@ -19,16 +20,23 @@ from potamos.parallel.mesh import Mesh
 
 REPLICAS, SHARDS = ("dp_replicate",), ("dp_shard", "cp")
 
+# Newer versions of torch have another name for what sends buffers at each forward, and warn of this one.
+_BUFFERS = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else "broadcast_buffers"
+)
+
 
 def replicate(system: nn.Module, group: dist.ProcessGroup, device: torch.device) -> DistributedDataParallel:
     """One copy per rank of `group`; gradients are summed while the backward runs. Buffers are constants of the model,
-    the same on every rank from the start, so none is sent."""
+    the same on every rank from the start, so none is sent with a step."""
     wrapped = DistributedDataParallel(
         system,
         device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
-        broadcast_buffers=False,
         process_group=group,
+        **{_BUFFERS: False},
     )
     wrapped.register_comm_hook(group, _sum_bucket)
     return wrapped

@@ -144,6 +144,18 @@ def test_muon_of_slices_is_seen(words, monkeypatch):
     assert found.worst_update.update_error > 0.01
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
+@pytest.mark.parametrize(
+    ("system", "words"),
+    [
+        ("s4d", "cp=2 cp_kinds=state"), ("attention", "cp=2 cp_kinds=ring"), ("attention", "dp_replicate=2 tp=2"),
+        ("attention", "pp=2 dp_shard=2 schedule=zbv"),
+    ],
+)  # fmt: skip
+def test_nothing_is_called_by_a_name_that_torch_will_drop(system, words):
+    check(system, words, "fp32")
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "fp64"])
 def test_the_matrix_holds_what_it_is_meant_to(dtype):
     """Every axis, every schedule, and the pairs and triples of axes that are used together."""
