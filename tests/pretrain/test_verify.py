@@ -5,6 +5,7 @@ That it sees every known mistake of a layout is shown by tests/parallel/test_con
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
@@ -21,6 +22,7 @@ import torch
 from torch.distributed.pipelining import schedules
 
 from potamos.parallel import gradients, pipeline
+from potamos.parallel.check import _takes
 from potamos.parallel.facts import Layout
 from potamos.parallel.local import RankTimeout
 from potamos.parallel.mesh import LayoutError, Sizes, sizes
@@ -265,10 +267,20 @@ def test_schedules_take_the_micro_batches_chosen_for_them(name, ranks, monkeypat
                 stage: rank for rank in range(ranks) for stage in held_stages(SCHEDULES[name], rank, ranks)
             }
 
-    count = micro_batches(name, ranks)
     monkeypatch.setattr(schedules, "_PipelineScheduleRuntime", schedules._PipelineScheduleRuntime)
     stages = [Stage(index) for index in held_stages(SCHEDULES[name], 0, ranks)]
-    SCHEDULES[name].kind(stages if SCHEDULES[name].stages > 1 else stages[0], count, loss_fn=lambda *a: a)
+
+    def made(count: int) -> bool:
+        """Whether torch does."""
+        with contextlib.suppress(ValueError):
+            SCHEDULES[name].kind(stages if SCHEDULES[name].stages > 1 else stages[0], count, loss_fn=lambda *a: a)
+            return True
+        return False
+
+    counts = range(1, 6 * ranks)
+    assert [n for n in counts if _takes(name, ranks, n)] == [n for n in counts if made(n)]
+    count = micro_batches(name, ranks)
+    assert made(count)
     assert count % 2 == 1
     assert count >= 3
 
