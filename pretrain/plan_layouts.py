@@ -27,18 +27,24 @@ MOST_TRACED = 24
 """Layouts whose memory is counted before the search gives up."""
 
 
+MOST_CHANGED = 4
+"""Layouts for which less is tried, before it is said that nothing fits."""
+
+
 class PlanError(ValueError):
     """A run that cannot fit its devices; says what is too big, and the nearest change that fits."""
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A recipe under one layout. recipe: with the layout, and with what had to change for it to fit."""
+    """A recipe under one layout. recipe: with the layout, and with what had to change for it to fit; own: the layout
+    that it had before."""
 
     recipe: Recipe
     sizes: Sizes
     memory: Memory
     time: Time
+    own: Layout
 
     @property
     def layout(self) -> Layout:
@@ -46,9 +52,13 @@ class Planned:
 
     @property
     def spelled(self) -> str:
-        """The layout as command-line overrides."""
+        """The layout as overrides of the recipe on a command line."""
         given = {axis: getattr(self.sizes, axis) for axis in ("dp_replicate", "dp_shard", "tp", "pp", "cp")}
-        words = [f"parallel.{axis}={size}" for axis, size in given.items() if size > 1 or axis == "dp_replicate"]
+        words = [
+            f"parallel.{axis}={size}"
+            for axis, size in given.items()
+            if size > 1 or axis == "dp_replicate" or getattr(self.own, axis) != 1
+        ]
         if self.sizes.pp > 1:
             words.append(f"parallel.schedule={self.layout.schedule}")
         if self.layout.checkpointing != "none":
@@ -118,13 +128,15 @@ class Planner:
             self.costs.flops_per_token,
             own,
             best[:shown],
-            refused if own is None else self._refusal(own),
+            f"{refused}. {self._instead(best)}" if own is None else self._refusal(own),
         )
 
     def planned(self, recipe: Recipe) -> Planned:
         """Time and memory of a recipe that differs from the planner's in layout and micro-batches alone."""
         size = self._checked(recipe)
-        return Planned(recipe, size, self._memory(recipe, size), self._time(recipe, size))
+        return Planned(
+            recipe, size, self._memory(recipe, size), self._time(recipe, size), self.recipe.parallel.layout()
+        )
 
     def best(self, shown: int, *, split_rows: bool = False) -> list[Planned]:
         """The fastest layouts that fit, the fastest first.
@@ -144,6 +156,16 @@ class Planner:
         found: list[Planned] = []
         if not shown:
             return found
+        for time, size, recipe in self._timed(slices)[:MOST_TRACED]:
+            memory = self._memory(recipe, size)
+            if memory.peak <= self.usable:
+                found.append(Planned(recipe, size, memory, time, self.recipe.parallel.layout()))
+            if len(found) == shown:
+                break
+        return found
+
+    def _timed(self, slices: Collection[int]) -> list[tuple[Time, Sizes, Recipe]]:
+        """The layouts with so many slices of a row that the model can have, the fastest first."""
         timed = []
         for recipe in self._candidates(slices):
             try:
@@ -151,13 +173,7 @@ class Planner:
                 timed.append((self._time(recipe, size), size, recipe))
             except ValueError:
                 continue
-        for time, size, recipe in sorted(timed, key=lambda entry: entry[0].seconds)[:MOST_TRACED]:
-            memory = self._memory(recipe, size)
-            if memory.peak <= self.usable:
-                found.append(Planned(recipe, size, memory, time))
-            if len(found) == shown:
-                break
-        return found
+        return sorted(timed, key=lambda entry: entry[0].seconds)
 
     # --- parts -----------------------------------------------------------------------------------------------------
 
@@ -213,14 +229,35 @@ class Planner:
 
     def _nearest_change(self, own: Planned) -> str | None:
         """What changes least: the rows of a micro-batch, then also what is kept, then the layout."""
+        less = self._less(own)
+        if less is not None:
+            return " ".join(less)
+        best = self.best(1)
+        return best[0].spelled if best else None
+
+    def _less(self, own: Planned) -> list[str] | None:
+        """Fewer rows of a micro-batch, and less that is kept, with which a layout fits, as overrides; [] where it fits
+        as it is, None where it cannot."""
         for mode in dict.fromkeys((own.layout.checkpointing, "full")):
             rows = self._rows_that_fit(own, mode)
             if rows is not None:
                 words = [f"train.micro_sequences={rows}"] if rows != own.recipe.train.micro_sequences else []
-                words += [f"parallel.checkpointing={mode}"] if mode != own.layout.checkpointing else []
-                return " ".join(words)
-        best = self.best(1)
-        return best[0].spelled if best else None
+                return words + ([f"parallel.checkpointing={mode}"] if mode != own.layout.checkpointing else [])
+        return None
+
+    def _instead(self, best: Sequence[Planned]) -> str:
+        """What to do about a layout that is refused, whose own remedy need not fit."""
+        where = f"{self.gpus} x {self.ceiling.name}"
+        found = list(best) or self.best(1, split_rows=True)
+        if found:
+            return f"The fastest that fits {where}: {found[0].spelled}"
+        tried = f"No layout of {where} fits with the recipe's micro-batches"
+        for _, _, recipe in self._timed({1, self.recipe.parallel.cp})[:MOST_CHANGED]:
+            planned = self.planned(recipe)
+            less = self._less(planned)
+            if less is not None:
+                return f"{tried}; what does: {' '.join([planned.spelled, *less])}"
+        return f"{tried}, nor with fewer rows at a time or parallel.checkpointing=full; take more devices"
 
     def _rows_that_fit(self, own: Planned, mode: str) -> int | None:
         """The most rows of a micro-batch, halved from the recipe's, that fit; None where one row does not."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def run(found: RunPlan) -> None:
     """The recipe's own layout in full, if it is one, then the best layouts, a line each."""
     own, recipe = found.own, found.recipe
-    layout = "its layout is refused, as the last line says" if own is None else str(own.sizes)
+    layout = "its layout is refused, as the last message says" if own is None else str(own.sizes)
     line(f"{recipe.name} on {found.gpus} x {found.ceiling.name}: {layout}", "bold")
     line(
         f"{found.parameters:,} parameters, {found.flops_per_token / 1e9:.3g} GFLOP a token; "
@@ -33,8 +33,6 @@ def run(found: RunPlan) -> None:
     line(f"estimated from {reached.share:.0%} of the peak, {reached.kind}: {reached.source} ({reached.date})", "dim")
     if found.best:
         layouts(found)
-    elif own is None:
-        line("no layout of these devices was found that fits, with the recipe's batch and micro-batches", "dim")
 
 
 def memory(planned: Planned, usable: int) -> None:

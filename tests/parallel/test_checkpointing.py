@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from typing import Any
@@ -69,6 +70,31 @@ def test_recomputed_blocks_have_the_same_gradients(trial, tmp_path, run_ranks, a
     assert worst(ranks[0]["gradients"], alone["gradients"]) <= 1e-10
     if not axes:
         assert ranks[0]["bytes"] < {"full": 0.6, "selective": 0.9}[mode] * alone["bytes"]
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_a_block_that_forbids_recomputing_is_left_alone(trial, tmp_path, monkeypatch, alone, mode):
+    """By the trait of one of its regions: it keeps what it would without, the others do not, and it runs once."""
+    from potamos.pretrain.models.mixers import attention
+
+    calls: list[bool] = []
+    forward = attention.Attention.forward
+
+    def counted(self, *arguments, **named):
+        calls.append(True)
+        return forward(self, *arguments, **named)
+
+    monkeypatch.setattr(attention.Attention, "forward", counted)
+    layout = Layout(checkpointing=mode)
+    allowed = step(trial, tmp_path / "allowed", 0, 1, layout)
+    twice = len(calls)
+    calls.clear()
+    traits = dataclasses.replace(attention.Attention.traits, checkpointing=False)
+    monkeypatch.setattr(attention.Attention, "traits", traits)
+    forbidden = step(trial, tmp_path / "forbidden", 0, 1, layout)
+    assert twice == 2 * len(calls) > 0
+    assert allowed["bytes"] < forbidden["bytes"] < alone["bytes"]
+    assert worst(forbidden["gradients"], alone["gradients"]) <= 1e-10
 
 
 class Counting(TorchDispatchMode):

@@ -91,6 +91,21 @@ def test_what_a_plan_counts_of_weights_and_moments() -> None:
     assert parts["optimizer"] == pytest.approx(8 * parameters, rel=1e-3)  # and a step count for each
 
 
+@pytest.mark.parametrize(
+    ("changes", "neighbors"),
+    [
+        (("parallel.pp=2",), 1),
+        (("parallel.pp=2", "parallel.schedule=zbv", "model.layers=4"), 2),  # stages 0 and 3, or 1 and 2
+        (("parallel.pp=2", "parallel.schedule=interleaved_1f1b", "model.layers=4"), 3),  # 0 and 2, or 1 and 3
+    ],
+    ids=["1f1b", "zbv", "interleaved"],
+)
+def test_every_micro_batch_that_a_stage_receives_has_a_buffer(changes: tuple[str, ...], neighbors: int) -> None:
+    """fp32 hidden states of 2 rows, for each of 4 micro-batches, from each stage of another rank and back to it."""
+    parts = planned(recipe(*changes), 2).parts
+    assert parts["communication"] == neighbors * 4 * (2 * 64 * 96 * 4)
+
+
 def test_micro_batches_and_recomputation_move_activations_alone() -> None:
     def kept(*changes: str) -> int:
         return trace(recipe(*changes)).units["attention + mlp"].first[0].left

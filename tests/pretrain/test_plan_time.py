@@ -14,11 +14,11 @@ import torch
 from potamos.parallel import axes, context
 from potamos.parallel.mesh import LayoutError, Sizes, sizes
 from potamos.pretrain import plan_layouts, show_plan
-from potamos.pretrain.ceilings import CEILINGS
+from potamos.pretrain.ceilings import CEILINGS, LINK_SHARE
 from potamos.pretrain.config import load_recipe
 from potamos.pretrain.plan_layouts import PlanError, Planner, changed_layout, check_fits
 from potamos.pretrain.plan_pipeline import bubble
-from potamos.pretrain.plan_time import Costs, bytes_sent, known_device, predict, step_time
+from potamos.pretrain.plan_time import Costs, _link, bytes_sent, known_device, predict, step_time
 from potamos.pretrain.plan_trace import trace
 from potamos.pretrain.recipe import Recipe
 
@@ -224,6 +224,75 @@ def test_a_layout_that_is_none_is_refused_beside_those_that_are(gpus, changes, r
     assert bool(found.best) is (gpus != 5)  # 16 rows of 2 at a time go to no five ranks
     with pytest.raises(LayoutError, match=refused):
         check_fits(tiny, gpus, "h100")
+
+
+def overridden(of: Recipe, remedy: str) -> Recipe:
+    """The recipe with what a message says to change."""
+    words = [word for word in remedy.split() if "=" in word]
+    assert words
+    return recipe(*(f"parallel={{dp_shard: {of.parallel.dp_shard}}}", *words))
+
+
+def test_the_last_words_of_a_refusal_are_true(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a layout is refused for names processes that there are not, and changes with which it would not fit."""
+    wide = recipe("parallel={dp_shard: 8}")
+    refused = Planner(wide, 2, "h100").plan(0).refused or ""
+    assert refused.startswith("parallel: dp_shard 8 needs 8 processes, and this run has 2")
+    _, _, remedy = refused.rpartition("The fastest that fits 2 x H100 SXM: ")
+    check_fits(overridden(wide, remedy), 2, "h100")
+
+    needed = [
+        Planner(wide, 1, "h100").planned(recipe("parallel={dp_shard: 1}", *changes)).memory.peak
+        for changes in ((), ("train.micro_sequences=1", "parallel.checkpointing=full"))
+    ]
+    assert needed[1] < needed[0]
+    small = replace(CEILINGS["h100"], memory=int((needed[0] + needed[1]) / 2 / plan_layouts.NOT_REACHABLE))
+    monkeypatch.setitem(plan_layouts.CEILINGS, "h100", small)
+    refused = Planner(wide, 1, "h100").plan().refused or ""
+    assert ". No layout of 1 x H100 SXM fits with the recipe's micro-batches; what does: parallel.dp_" in refused
+    check_fits(overridden(wide, refused.rpartition("what does: ")[2]), 1, "h100")
+    monkeypatch.setitem(plan_layouts.CEILINGS, "h100", replace(small, memory=1000))
+    refused = Planner(wide, 1, "h100").plan().refused or ""
+    assert refused.endswith("nor with fewer rows at a time or parallel.checkpointing=full; take more devices")
+
+
+def test_a_part_of_a_device_is_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The context of CUDA, NCCL's buffers and fragments: a run that needs 95 % does not fit."""
+    assert Planner(recipe(), 1, "h100").usable == int(0.94 * 80e9)
+    need = Planner(recipe(), 1, "h100").planned(recipe()).memory.peak
+    for share, fits in ((0.93, True), (0.95, False)):
+        monkeypatch.setitem(plan_layouts.CEILINGS, "h100", replace(CEILINGS["h100"], memory=int(need / share)))
+        assert (Planner(recipe(), 1, "h100").plan(0).refused is None) is fits
+
+
+def test_a_link_leaves_the_node_where_an_axis_does() -> None:
+    """Ranks of tp, cp, dp_shard, dp_replicate and pp lie in this order, eight of them in a node."""
+    h100, of = CEILINGS["h100"], recipe("train.sequences=32")
+    assert h100.per_node == 8
+    inside, between = LINK_SHARE * h100.inside, LINK_SHARE * h100.between
+    assert between < inside
+    for size, axis, speed in (
+        (Sizes(tp=2, dp_shard=4), "gather", inside),
+        (Sizes(tp=2, dp_shard=8), "gather", between),
+        (Sizes(tp=2, dp_shard=8), "tp", inside),
+        (Sizes(dp_shard=8, dp_replicate=2), "gather", inside),
+        (Sizes(dp_shard=8, dp_replicate=2), "data", between),
+        (Sizes(dp_replicate=8), "data", inside),
+        (Sizes(dp_replicate=8, pp=2), "pp", between),
+    ):
+        assert _link(axis, size, h100) == speed, (size, axis)
+    time = step_time(Costs(of), Sizes(dp_replicate=16), h100, changed_layout(of, dp_replicate=16).parallel.layout())
+    assert time.links["data"] == time.sent["data"] / between
+
+
+def test_gathers_longer_than_the_step_computes_are_waited_for() -> None:
+    """With a link that all but stands still, nothing hides what FSDP gathers."""
+    of = recipe("parallel={dp_shard: 2}")
+    slow = replace(CEILINGS["h100"], inside=1e6)
+    time = step_time(Costs(of), Sizes(dp_shard=2), slow, of.parallel.layout())
+    assert time.exposed["gather"] == pytest.approx(time.sent["gather"] / (LINK_SHARE * 1e6) - time.compute)
+    assert time.seconds == pytest.approx(time.length + time.exposed["gather"] + time.exposed["data"] + time.update)
+    assert time.exposed["gather"] > 0.3 * time.seconds
 
 
 def test_a_device_that_nobody_knows() -> None:
