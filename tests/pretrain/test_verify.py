@@ -28,7 +28,7 @@ from potamos.parallel.local import RankTimeout
 from potamos.parallel.mesh import LayoutError, Sizes, sizes
 from potamos.parallel.pipeline import SCHEDULES, held_stages
 from potamos.pretrain import verify as verify_module
-from potamos.pretrain import verify_layouts
+from potamos.pretrain import verify_layouts, verify_steps
 from potamos.pretrain.config import available, load_recipe
 from potamos.pretrain.recipe import Muon
 from potamos.pretrain.verify import TOLERANCES, compare, verify
@@ -294,6 +294,19 @@ def test_every_rank_has_equally_many_rows():
         assert per_rank % micro == 0
         assert per_rank // micro >= 3
     assert batch(Layout(), Sizes(), 12) == (12, 4)
+
+
+def test_no_parameter_begins_with_values_that_are_all_alike(run_ranks, monkeypatch):
+    """Gains of one and biases of zero would hide what multiplies them: noise of 0.02 lies on all, in both trainings."""
+    assert float(verify_steps.noise(5, "a", torch.Size([10000])).std()) == pytest.approx(0.02, rel=0.05)
+    monkeypatch.setattr(verify_steps, "digest", lambda value: str(len(value.unique()) == value.numel() > 1))
+    layout = parse_layout(["dp_shard=2"])
+    recipe = make_small(load_recipe("s4d_tiny"), layout, Reductions()).recipe
+    (alone,) = run_ranks(1, verify_steps.train_alone, recipe, torch.float64)
+    for found in (alone, run_ranks(2, verify_steps.train_spread, recipe, layout, torch.float64)[0]):
+        plain = {name: alike for name, alike in found.start.items() if name.endswith(("norm.weight", "bias"))}
+        assert len(plain) > 4
+        assert set(plain.values()) == {"True"}, plain
 
 
 # --- layouts ---------------------------------------------------------------------------------------------------------

@@ -95,6 +95,26 @@ def test_a_run_goes_on_under_another_layout(trial, tmp_path, run_ranks, whole, r
         assert [r[name] for r in found] == pytest.approx([r[name] for r in expected], rel=2e-5), name
 
 
+@pytest.mark.parametrize("last", [{}, {"dp_replicate": 4}], ids=["one process", "replicas"])
+def test_rows_keep_the_states_that_they_carry(trial, tmp_path, run_ranks, last):
+    """Rows that go on in the next step: shards in replicas deal them in one order with the states on the disk."""
+    changes = (*MODEL, ADAMW, "data.order=contiguous", "train.steps=4")
+    assert attempt(trial, tmp_path / "whole", *changes)(0, 1)[0] == 0
+    run = tmp_path / "run"
+    for axes, stop in (({"dp_replicate": 2, "dp_shard": 2}, 1), (last, -1)):
+        change, world = layout(**axes)
+        run_ranks(world, attempt(trial, run, *changes, change, stop=stop), timeout=100)
+        if stop > 0:
+            states = trial.newest(run).carried
+            assert states
+            # Or it would not matter which row has which.
+            assert all(len(set(map(str, leaf.tolist()))) == len(leaf) == 8 for leaf in states.values())
+    expected, found = (trial.history(path) for path in (tmp_path / "whole", run))
+    assert [record["step"] for record in found] == [1, 2, 3, 4]
+    for name in ("loss", "gradient_norm/total"):
+        assert [r[name] for r in found] == pytest.approx([r[name] for r in expected], rel=2e-5), name
+
+
 def test_the_comparison_sees_lost_moments(trial, tmp_path, run_ranks, whole, monkeypatch):
     monkeypatch.setattr(resume, "OwnMoments", lambda spread, stored: {})
     run = tmp_path / "run"
