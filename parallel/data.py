@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,11 +22,8 @@ from potamos.parallel.mesh import Mesh
 REPLICAS, SHARDS = ("dp_replicate",), ("dp_shard", "cp")
 
 # Newer versions of torch have another name for what sends buffers at each forward, and warn of this one.
-_BUFFERS = (
-    "forward_sync_buffers"
-    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    else "broadcast_buffers"
-)
+_NEW = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+_NO_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _NEW else "broadcast_buffers": False}
 
 
 def replicate(system: nn.Module, group: dist.ProcessGroup, device: torch.device) -> DistributedDataParallel:
@@ -36,7 +34,7 @@ def replicate(system: nn.Module, group: dist.ProcessGroup, device: torch.device)
         device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         process_group=group,
-        **{_BUFFERS: False},
+        **_NO_BUFFERS,
     )
     wrapped.register_comm_hook(group, _sum_bucket)
     return wrapped

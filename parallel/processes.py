@@ -29,11 +29,17 @@ ECHO = re.compile(r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|Timed ou
 """What ranks say that another one has left."""
 QUOTE = re.compile(r"rank (\d+): ")
 """How a rank passes on what another one has said."""
+RANKS = "ranks.txt"
+"""In a run's logs: all that the ranks of its last failure said."""
+LONGEST_LINE = 240
+"""Characters of an echo that are shown."""
 FAILURE = re.compile(r"(\[rank\d+\]: )?(Traceback \(most recent call last\)|error: )")
 """How the words of a failing rank begin; torch puts the rank in front once the process group is up."""
 
 
-def run_processes(command: Sequence[str], count: int, environment: Mapping[str, str] = os.environ) -> int:
+def run_processes(
+    command: Sequence[str], count: int, environment: Mapping[str, str] = os.environ, logs: Path | None = None
+) -> int:
     """Run `command` once per rank and wait for all; the exit status of the rank that failed first, or 0.
 
     Rank 0 writes to this process's terminal. What the others write to standard error is kept, and what rank 0 writes
@@ -70,7 +76,7 @@ def run_processes(command: Sequence[str], count: int, environment: Mapping[str, 
                 _send(rank, signal.SIGKILL)
                 rank.wait()
             kept = [first.end(), *(Path(scratch, f"{n}").read_text(errors="replace").strip() for n in range(1, count))]
-            return _tell([rank.returncode for rank in ranks], kept, failed_first, left)
+            return _tell([rank.returncode for rank in ranks], kept, failed_first, left, logs)
         finally:
             for rank in ranks:
                 _send(rank, signal.SIGKILL)
@@ -140,7 +146,13 @@ def _wait(ranks: list[subprocess.Popen[bytes]], words: _Words) -> int | None:
         time.sleep(0.02)
 
 
-def _tell(codes: Sequence[int], words: Sequence[str], first: int | None, left: Sequence[int] = ()) -> int:
+def _tell(
+    codes: Sequence[int],
+    words: Sequence[str],
+    first: int | None,
+    left: Sequence[int] = (),
+    logs: Path | None = None,
+) -> int:
     """Say what each failed rank said, the cause before its echoes; the cause's exit status, or 0.
 
     `left` are the ranks that went on until they were ended from here, which no cause does.
@@ -149,26 +161,53 @@ def _tell(codes: Sequence[int], words: Sequence[str], first: int | None, left: S
     # Of a user's mistake rank 0 alone speaks; one that leaves without a word beside it is not the cause.
     silent = {n for n in failed if codes[n] > 0 and not words[n]}
     failed.sort(key=lambda n: (n in left, n in silent, _is_echo(n, words), n != first, n))
+    full = _keep(codes, words, failed, logs) if any(words[n] for n in failed[1:]) else None
     said: set[str] = set()
     for n in failed:
-        code = codes[n]
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-        if n == 0 and words[0]:
+        if full is not None and n != failed[0] and words[n] and _is_echo(n, words):
+            text = f"rank {n} ended with it: {_echo(words[n])}"
+        elif n == 0 and words[0]:
             text = words[0]
         elif words[n] and words[n] not in said:
-            text = f"rank {n} {how}:\n{words[n]}"
+            text = f"rank {n} {_how(codes[n])}:\n{words[n]}"
         elif n == failed[0] and n > 0:
-            text = f"rank {n} {how}"
+            text = f"rank {n} {_how(codes[n])}"
         else:
             continue
         said.add(words[n])
         _say(f"{text}\n")
+    if full is not None:
+        _say(f"all that the ranks said: {full}\n")
     if not codes[0] and words[0]:  # an error that it told of and outlived
         _say(f"{words[0]}\n")
     if not failed:
         return 0
     code = codes[failed[0]]
     return 128 - code if code < 0 else code
+
+
+def _how(code: int) -> str:
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+
+
+def _keep(codes: Sequence[int], words: Sequence[str], failed: Sequence[int], logs: Path | None) -> Path | None:
+    """The file with all that failed ranks said, the cause first; None where it could not be written."""
+    if logs is None or not logs.is_dir():
+        return None
+    half = logs / f".{RANKS}.half"
+    try:
+        half.write_text("\n\n".join(f"rank {n} {_how(codes[n])}:\n{words[n]}" for n in failed) + "\n", encoding="utf-8")
+        os.replace(half, logs / RANKS)
+    except OSError:  # a full disk: then it is all said
+        return None
+    return logs / RANKS
+
+
+def _echo(words: str) -> str:
+    """The line that tells of another rank's end, or the last one."""
+    lines = words.splitlines()
+    line = next((line for line in reversed(lines) if ECHO.search(line)), lines[-1])
+    return re.sub(r"^\[rank\d+\]: ", "", line).strip()[:LONGEST_LINE]
 
 
 def _is_echo(rank: int, words: Sequence[str]) -> bool:

@@ -120,7 +120,8 @@ class Watchdog:
                 try:
                     self._report(waited)
                 except Exception as error:  # a report that cannot be written keeps nobody
-                    print(f"no progress for {waited:.0f} s, and no report of it: {error}", file=sys.stderr, flush=True)
+                    why = f"{type(error).__name__}: {error}"
+                    print(f"no progress for {waited:.0f} s, and no report of it: {why}", file=sys.stderr, flush=True)
                 self._exit(EXIT_CODE)
                 return
 

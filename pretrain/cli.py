@@ -112,12 +112,15 @@ def _train_on(nproc: int, recipe: str, overrides: list[str], run: Path | None) -
     from potamos.parallel.mesh import sizes
     from potamos.parallel.processes import run_processes
     from potamos.pretrain.config import load_recipe
+    from potamos.slurm.run_folder import RunFolder
 
     if "RANK" in os.environ:
         raise ValueError("--nproc starts processes by itself: leave it out under torchrun, or torchrun out")
-    sizes(load_recipe(recipe, overrides).parallel.layout(), nproc)  # what is wrong is said once
+    loaded = load_recipe(recipe, overrides)
+    sizes(loaded.parallel.layout(), nproc)  # what is wrong is said once
     command = [sys.executable, "-m", "potamos.pretrain.cli", "train", recipe, *overrides]
-    return run_processes([*command, *(["--run", str(run)] if run is not None else [])], nproc)
+    logs = RunFolder.of(run or Path("runs") / loaded.name).logs
+    return run_processes([*command, *(["--run", str(run)] if run is not None else [])], nproc, logs=logs)
 
 
 @app.command()

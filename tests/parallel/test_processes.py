@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -204,6 +205,38 @@ def test_a_rank_that_was_ended_from_here_is_no_cause(capsys):
     assert capsys.readouterr().err == "Connection refused by the store\n"
 
 
+LOST = (
+    "[rank{n}]: Traceback (most recent call last):\n[rank{n}]:   here\n"
+    "[rank{n}]: RuntimeError: Connection closed by peer"
+)
+
+
+def test_an_echo_is_a_line_where_the_logs_have_the_rest(tmp_path, capsys):
+    words = [LOST.format(n=0), "", LOST.format(n=2), "Traceback\nMemoryError: of its own"]
+    assert _tell([1, -9, 1, 1], words, 1, logs=tmp_path) == 137
+    kept = tmp_path / "ranks.txt"
+    assert capsys.readouterr().err.splitlines() == [
+        "rank 1 was ended by SIGKILL",
+        "rank 3 ended with status 1:",
+        "Traceback",
+        "MemoryError: of its own",
+        "rank 0 ended with it: RuntimeError: Connection closed by peer",
+        "rank 2 ended with it: RuntimeError: Connection closed by peer",
+        f"all that the ranks said: {kept}",
+    ]
+    text = kept.read_text()
+    assert text.startswith("rank 1 was ended by SIGKILL:\n")
+    assert all(each in text for each in words)
+    assert [path.name for path in tmp_path.iterdir()] == ["ranks.txt"]
+
+
+@pytest.mark.parametrize("logs", [None, "absent", "file"])
+def test_where_no_log_takes_them_echoes_are_told_in_full(tmp_path, capsys, logs):
+    (tmp_path / "file").write_text("no folder")
+    assert _tell([1, -9], [LOST.format(n=0), ""], 1, logs=None if logs is None else tmp_path / logs) == 137
+    assert capsys.readouterr().err == f"rank 1 was ended by SIGKILL\n{LOST.format(n=0)}\n"
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_signals_reach_every_rank(tmp_path, number):
     script = tmp_path / "rank.py"
@@ -241,6 +274,32 @@ def test_train_on_two_processes(trial, tmp_path):
     refused = subprocess.run([*command[:-1], "3"], capture_output=True, text=True, timeout=120)
     assert refused.returncode == 2
     assert "needs 2 processes, and this run has 3" in refused.stderr
+
+
+def test_a_rank_that_is_killed_in_training_leaves_its_echoes_in_the_logs(trial, tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "potamos.pretrain.cli", "train", "h3_hybrid_tiny"]
+    command += [*trial.overrides("train.steps=100000", "parallel={dp_replicate: 1, tp: 2}"), "--run", str(run)]
+    running = subprocess.Popen([*command, "--nproc", "2"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 60
+        while '"step": 1' not in _text(run / "logs" / "metrics.jsonl") and time.monotonic() < deadline:
+            time.sleep(0.05)
+        children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+        os.kill(int(children[1]), signal.SIGKILL)  # rank 1, started second
+        _, words = running.communicate(timeout=60)
+    finally:
+        running.kill()
+        running.wait()
+    assert running.returncode == 137
+    lines = words[words.index("rank 1 was ended by SIGKILL") :].splitlines()
+    assert lines[1].startswith("rank 0 ended with it: "), words
+    assert lines[2:] == [f"all that the ranks said: {run / 'logs' / 'ranks.txt'}"]
+    assert "Traceback" in (run / "logs" / "ranks.txt").read_text()
+
+
+def _text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
 
 
 SLURM = {

@@ -128,7 +128,7 @@ def test_a_report_that_cannot_be_written_keeps_nobody(tmp_path, capsys):
     left = {}
     report_of(tmp_path / "folder", 0, 0.1, left).join(timeout=20)
     assert left == {0: False}
-    assert "no report of it: [Errno 17] File exists" in capsys.readouterr().err
+    assert "no report of it: FileExistsError: [Errno 17] File exists" in capsys.readouterr().err
 
 
 def test_progress_keeps_it_quiet_and_the_end_restores_torch(tmp_path):
