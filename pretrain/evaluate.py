@@ -80,7 +80,8 @@ def score(
 
     Raises:
         EvaluationError: nothing to score, or the objective has no likelihood.
-        DatasetError: a window cannot be read; on the other ranks a `PeerError`.
+        DatasetError: a window cannot be read.
+        PeerError: on ranks that did not meet either, where another one has.
     """
     device = torch.device(device)
     count = len(windows) if limit is None else min(limit, len(windows))
@@ -98,8 +99,9 @@ def score(
             batch = system.objective.prepare(rows, seed=seed, step=0).to(device)
             out = system(batch) if spread is None else spread.score(batch)
             term = None if out is None else out.terms.get(system.objective.options.kind)
-            if out is not None and term is None:
-                raise EvaluationError(f"objective {system.objective.options.kind!r} has no term of its name to measure")
+            if out is not None and term is None:  # seen by the last stage alone
+                kind = system.objective.options.kind
+                failure = failure or EvaluationError(f"objective {kind!r} has no term of its name to measure")
             if term is not None and counted and failure is None:
                 nats += term.sum.double()  # added on the device: no wait for each batch
                 targets += batch.counts[term.count]

@@ -11,10 +11,11 @@ import torch
 from potamos.parallel.apply import Spread, apply
 from potamos.parallel.checkpointing import compile_blocks
 from potamos.parallel.facts import Layout
-from potamos.parallel.launch import Rank
+from potamos.parallel.launch import PeerError, Rank
 from potamos.parallel.mesh import LayoutError
 from potamos.parallel.pipeline import balanced
 from potamos.pretrain import resume, setup
+from potamos.pretrain.evaluate import EvaluationError
 from potamos.pretrain.records import read_metrics
 
 pytestmark = pytest.mark.distributed
@@ -107,6 +108,24 @@ def build(trial, layout: Layout, rank: int, world: int, *changes: str) -> Spread
     draft, device = setup.draft_system(recipe), torch.device("cpu")
     length = recipe.data.sequence_length
     return apply(draft, layout, rank, world, device, setup.filler(recipe, device), length=length)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_what_cannot_be_measured_is_refused_by_all_stages(trial, tmp_path, run_ranks, world):
+    """The last one alone sees that there is no such term; the others would wait for it."""
+
+    def work(rank: int, world: int) -> tuple[str, str]:
+        place = Rank(rank, world, rank, world)
+        made = trial.trainer(tmp_path / "run", *MODEL, spelled({"pp": world}), rank=place)
+        made.objective.options = made.objective.options.model_copy(update={"kind": "absent"})
+        with pytest.raises((EvaluationError, PeerError)) as refused:
+            made.validate()
+        made.telemetry.close("built only")
+        return type(refused.value).__name__, str(refused.value)
+
+    words = "objective 'absent' has no term of its name to measure"
+    expected = [("PeerError", f"rank 1: {words}"), ("EvaluationError", words)]
+    assert run_ranks(world, work, timeout=20) == expected[-world:]
 
 
 @pytest.mark.parametrize("shards", [3, 5])
