@@ -211,7 +211,7 @@ def test_tensorboard_shows_everything(finished):
 
 def test_tensorboard_shows_what_was_planned_beside_what_is_reached(finished):
     """Both in one chart, as its page of custom scalars reads it."""
-    from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+    from tensorboard.plugins.custom_scalar.layout_pb2 import Layout  # pyright: ignore[reportAttributeAccessIssue]
 
     shown, planned = board(finished), "plan/predicted_tokens_per_second"
     recorded = [record for record in read_metrics(finished) if record["kind"] == "train"]
