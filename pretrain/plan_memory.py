@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,17 +41,27 @@ class Memory:
     """Of the kernels that were counted."""
 
 
-def memory(recipe: Recipe, traced: Trace, sizes: Sizes, stage_costs: tuple[Sequence[float], float, float]) -> Memory:
-    """The memory of the fullest rank under `sizes`. traced: of the same tensor and sequence axes."""
-    found = [_Rank(recipe, traced, sizes, rank, stage_costs).play() for rank in range(sizes.pp)]
+def memory(
+    recipe: Recipe,
+    traced: Trace,
+    sizes: Sizes,
+    stage_costs: tuple[Sequence[float], float, float],
+    moments: Moments | None = None,
+) -> Memory:
+    """The memory of the fullest rank under `sizes`. traced: of the same tensor and sequence axes; moments: where
+    what is known of the recipe's optimizer is kept."""
+    moments = moments or Moments(recipe)
+    found = [_Rank(recipe, traced, sizes, rank, stage_costs, moments).play() for rank in range(sizes.pp)]
     return max(found, key=lambda each: each.peak)
 
 
 class _Rank:
     """One rank of the pipeline; the other axes' ranks need what it needs."""
 
-    def __init__(self, recipe: Recipe, traced: Trace, sizes: Sizes, rank: int, stage_costs: Any) -> None:
-        self.recipe, self.traced, self.sizes, self.rank = recipe, traced, sizes, rank
+    def __init__(
+        self, recipe: Recipe, traced: Trace, sizes: Sizes, rank: int, stage_costs: Any, moments: Moments
+    ) -> None:
+        self.recipe, self.traced, self.sizes, self.rank, self.moments = recipe, traced, sizes, rank, moments
         self.layout: Layout = recipe.parallel.layout()
         self.micro = recipe.train.sequences // (sizes.data * recipe.train.micro_sequences)
         self.stages = self._stages(stage_costs)
@@ -84,9 +94,9 @@ class _Rank:
 
     def play(self) -> Memory:
         """Walk through the second step of a run, when the optimizer has its moments."""
-        held = list(self._parameters())
-        stored = sum(self._stored(each) for each in held)
-        state, moment = optimizer_bytes(self.recipe, held, self.shards)
+        held = self._held()
+        stored = sum(count * sum(self._stored(each) for each in unit) for unit, count in held.items())
+        state, moment = self.moments.bytes(held, self.shards)
         self._add("weights", stored)
         self._add("optimizer", state)
         self._add("batches", self.traced.batch * self.micro)
@@ -169,14 +179,13 @@ class _Rank:
 
     # --- bytes -----------------------------------------------------------------------------------------------------
 
-    def _parameters(self) -> Iterator[Held]:
-        """What this rank holds: with a pipeline, input and output on their own stages, the input's table on both."""
-        for units in self.stages.values():
-            for _, kind in units:
-                yield from self.traced.parameters[kind]
-        kinds = {kind for units in self.stages.values() for _, kind in units}
+    def _held(self) -> Counter[tuple[Held, ...]]:
+        """The units of this rank, by their parameters: with a pipeline, input and output on their own stages, the
+        input's table on both."""
+        kinds = Counter(kind for units in self.stages.values() for _, kind in units)
         if OUTPUT in kinds and INPUT not in kinds:
-            yield from self.traced.parameters[INPUT]
+            kinds[INPUT] = 1
+        return Counter({self.traced.parameters[kind]: count for kind, count in kinds.items()})
 
     def _stored(self, held: Held) -> int:
         if self.shards == 1:
@@ -230,6 +239,35 @@ class _Rank:
 
 def _label(kind: str) -> str:
     return "input, output, logits" if kind in (INPUT, OUTPUT) else f"activations of {kind}"
+
+
+class Moments:
+    """What an optimizer needs, from steps of it on fake parameters.
+
+    Units of one kind are alike: each beyond the second of its kind adds what the second added to the first.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self._known: dict[Any, tuple[int, int]] = {}
+
+    def bytes(self, held: Mapping[tuple[Held, ...], int], shards: int) -> tuple[int, int]:
+        """(bytes of the moments, the most that an update needs beside them) for so many units of each kind."""
+        once = dict.fromkeys(held, 1)
+        state, update = first = self._stepped(once, shards)
+        for unit, count in held.items():
+            if count > 1:
+                second = self._stepped({**once, unit: 2}, shards)
+                state += (count - 1) * (second[0] - first[0])
+                update += (count - 1) * (second[1] - first[1])
+        return state, update
+
+    def _stepped(self, held: Mapping[tuple[Held, ...], int], shards: int) -> tuple[int, int]:
+        key = frozenset(held.items()), shards
+        if key not in self._known:
+            every = [each for unit, count in held.items() for _ in range(count) for each in unit]
+            self._known[key] = optimizer_bytes(self.recipe, every, shards)
+        return self._known[key]
 
 
 def optimizer_bytes(recipe: Recipe, held: Sequence[Held], shards: int) -> tuple[int, int]:
