@@ -91,9 +91,11 @@ class Part(nn.Module):
         out = self.module(self.batches[index], received, self.states[index])
         if not self.carry:
             out.state = None
-        self.results[index] = out
+        # What keeps a graph alive keeps all that a split backward has not walked, to the step's end: results are cut off
+        # it, and a view would be too, but for torch, which cannot detach one.
+        self.results[index] = out.detached() if torch.is_grad_enabled() else out
         if self.last:
-            return self.loss(out).reshape(1)
+            return torch.stack([self.loss(out)])
         return tuple(_sent(x) for x in out.sent)
 
 

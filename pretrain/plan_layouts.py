@@ -19,7 +19,7 @@ from potamos.pretrain.opening import check_spread
 from potamos.pretrain.plan_forms import Form, form_on
 from potamos.pretrain.plan_memory import Memory, Moments, memory
 from potamos.pretrain.plan_time import Costs, Time, step_time
-from potamos.pretrain.plan_trace import Trace, trace
+from potamos.pretrain.plan_trace import Trace, splits_backward, trace
 from potamos.pretrain.recipe import Recipe
 from potamos.pretrain.show_plan import gigabytes
 
@@ -193,7 +193,7 @@ class Planner:
         layout = recipe.parallel.layout()
         key = (
             size.tp, size.cp, recipe.train.micro_sequences, layout.checkpointing, layout.sequence_parallel,
-            layout.cp_order, layout.cp_kinds,
+            layout.cp_order, layout.cp_kinds, splits_backward(recipe),
         )  # fmt: skip
         if key not in self._traces:
             self._traces[key] = trace(recipe, tp=size.tp, cp=size.cp, form=self.form)

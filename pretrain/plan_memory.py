@@ -74,6 +74,7 @@ class _Rank:
         self.total = 0
         self.best = Memory(0, {}, "", rank, traced.form)
         self.seen: set[str] = set()
+        self.kept: dict[tuple[int, int], Counter[str]] = {}
 
     def _stages(self, stage_costs: Any) -> dict[int, list[tuple[str, str]]]:
         """{stage: [(name, kind) of each unit]}."""
@@ -123,36 +124,76 @@ class _Rank:
     def _act(self, action: Action, *, last: bool) -> None:
         units = self.stages[action.stage]
         where = f"stage {action.stage}" if self.sizes.pp > 1 else f"micro-batch {action.micro}"
+        halves = action.stage > 0  # the first stage has no inputs that need gradients, and waits for its weights' half
         if action.kind == "forward":
-            for index, (name, kind) in enumerate(units):
-                self._forward(name, kind, f"forward of {kind}, {where}", first=index == 0)
-        elif action.kind in ("backward", "backward_weight"):  # the weights' part frees what the inputs' part kept
+            for name, kind in units:
+                self._forward(name, kind, f"forward of {kind}, {where}", action)
+        elif action.kind == "backward_input" and halves:
+            for _, kind in reversed(units):
+                self._inputs_half(kind, f"backward of {kind}, {where}", action)
+        elif action.kind == "backward_weight" and halves:
+            for name, kind in units:
+                self._weights_half(name, kind, f"gradients of weights of {kind}, {where}", action, last=last)
+            for label, count in self.kept.pop((action.stage, action.micro)).items():
+                self._add(label, -count)
+        elif action.kind in ("backward", "backward_weight"):
             following = [*units[-2::-1], None]
             for (name, kind), after in zip(reversed(units), following, strict=True):
                 self._backward(name, kind, after, f"backward of {kind}, {where}", last=last)
 
-    def _forward(self, name: str, kind: str, when: str, *, first: bool) -> None:
+    def _forward(self, name: str, kind: str, when: str, action: Action) -> None:
         change = self._change(name, kind, 0)
         gathered = self._passing((name, kind))
         self._note(when, {"communication": 2 * gathered})  # as received, and as parameters
         self._note(when, {_label(kind): change.peak, "communication": gathered})
-        self._add(_label(kind), change.left)
+        self._keep(kind, change.left, action)
+
+    def _inputs_half(self, kind: str, when: str, action: Action) -> None:
+        """Frees nothing, and leaves the gradients that the weights' half begins with."""
+        change = self._halves(kind)[0]
+        self._note(when, {_label(kind): change.peak})
+        self._keep(kind, change.left, action)
+
+    def _weights_half(self, name: str, kind: str, when: str, action: Action, *, last: bool) -> None:
+        """Frees what it walks; what else the micro-batch left in a unit goes with the stage's last weight."""
+        fresh = name not in self.seen
+        self.seen.add(name)
+        change = self._halves(kind)[1 if fresh else 2]
+        own = self._gradient(kind) if fresh else 0
+        self._note(when, {_label(kind): change.peak})
+        self._keep(kind, change.left - own, action)
+        self._add("gradients", own)
+        if last:
+            self._summed(kind, when, 0)
+
+    def _halves(self, kind: str) -> tuple[Change, Change, Change]:
+        halves = self.traced.units[kind].halves
+        assert halves is not None, "the trace is of a schedule that does not split the backward"
+        return halves
+
+    def _keep(self, kind: str, count: int, action: Action) -> None:
+        """Add what a micro-batch leaves in a unit."""
+        self._add(_label(kind), count)
+        self.kept.setdefault((action.stage, action.micro), Counter())[_label(kind)] += count
 
     def _backward(self, name: str, kind: str, after: tuple[str, str] | None, when: str, *, last: bool) -> None:
         change = self._change(name, kind, 1)
         fresh = name not in self.seen
         self.seen.add(name)
-        own = self._gradient(name, kind) if fresh else 0
+        own = self._gradient(kind) if fresh else 0
         gathered, coming = self._passing((name, kind)), self._passing(after)
         self._note(when, {"communication": gathered + 2 * coming, _label(kind): change.peak})
         self._add(_label(kind), change.left - own)
         self._add("gradients", own)
-        if not last:
-            return
-        full = self._gradient(name, kind)
+        if last:
+            self._summed(kind, when, gathered + 2 * coming)
+
+    def _summed(self, kind: str, when: str, passing: int) -> None:
+        """After a unit's last backward of a step. passing: bytes of gathered parameters."""
+        full = self._gradient(kind)
         if self.shards > 1:  # what is sent lies beside the gradients, and what is left of them is a share
             share = math.ceil(full / self.shards)
-            self._note(when, {"communication": gathered + 2 * coming + full + share})
+            self._note(when, {"communication": passing + full + share})
             self._add("gradients", share - full)
         elif self.replicated:
             self._add("gradients", -full)  # moved into the buckets
@@ -193,8 +234,7 @@ class _Rank:
         rows = held.shape[0] if held.shape else 1
         return held.bytes // max(rows, 1) * math.ceil(rows / self.shards)
 
-    def _gradient(self, name: str, kind: str) -> int:
-        del name
+    def _gradient(self, kind: str) -> int:
         apart = kind == OUTPUT and self.sizes.pp > 1
         return self.traced.size(kind) + (self.traced.tied if apart else 0)
 
