@@ -64,6 +64,8 @@ class _Rank:
         self.recipe, self.traced, self.sizes, self.rank, self.moments = recipe, traced, sizes, rank, moments
         self.layout: Layout = recipe.parallel.layout()
         self.micro = recipe.train.sequences // (sizes.data * recipe.train.micro_sequences)
+        self.count = sizes.pp * SCHEDULES[self.layout.schedule].stages if sizes.pp > 1 else 1
+        """Stages of the pipeline."""
         self.stages = self._stages(stage_costs)
         self.shards = sizes.dp_shard * sizes.cp if sizes.dp_shard > 1 else 1
         self.replicated = self.shards == 1 and sizes.dp_replicate * sizes.cp > 1 and sizes.pp == 1
@@ -82,7 +84,7 @@ class _Rank:
         if self.sizes.pp == 1:
             return {0: [(INPUT, INPUT), *((str(i), kind) for i, kind in layers), (OUTPUT, OUTPUT)]}
         schedule = SCHEDULES[self.layout.schedule]
-        total = self.sizes.pp * schedule.stages
+        total = self.count
         ranges = balanced(stage_costs[0], total, *stage_costs[1:])
         held = {}
         for stage in held_stages(schedule, self.rank, self.sizes.pp):
@@ -128,6 +130,8 @@ class _Rank:
         if action.kind == "forward":
             for name, kind in units:
                 self._forward(name, kind, f"forward of {kind}, {where}", action)
+            for _, kind in units:
+                self._keep(kind, -self.traced.units[kind].state, action)
         elif action.kind == "backward_input" and halves:
             for _, kind in reversed(units):
                 self._inputs_half(kind, f"backward of {kind}, {where}", action)
@@ -140,6 +144,14 @@ class _Rank:
             following = [*units[-2::-1], None]
             for (name, kind), after in zip(reversed(units), following, strict=True):
                 self._backward(name, kind, after, f"backward of {kind}, {where}", last=last)
+            self._at_borders(action.stage)
+
+    def _at_borders(self, stage: int) -> None:
+        """A traced unit frees the gradient that it was given, and leaves one. Where another rank gave it, it lies in a
+        buffer that stays; and what is left for another rank goes when it is sent."""
+        given = stage < self.count - 1
+        left = stage > 0
+        self._add(_label(self.stages[stage][0][1]), (given - left) * self.traced.hidden)
 
     def _forward(self, name: str, kind: str, when: str, action: Action) -> None:
         change = self._change(name, kind, 0)
@@ -259,10 +271,9 @@ class _Rank:
         """torch's stages hold a buffer for each micro-batch that they receive, and for each gradient."""
         if self.sizes.pp == 1:
             return
-        total = self.sizes.pp * SCHEDULES[self.layout.schedule].stages
         for stage in self.stages:
             for other in (stage - 1, stage + 1):
-                if 0 <= other < total and other not in self.stages:
+                if 0 <= other < self.count and other not in self.stages:
                     self._add("communication", self.micro * self.traced.hidden)
 
     def _add(self, label: str, count: int) -> None:

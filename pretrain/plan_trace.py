@@ -54,12 +54,14 @@ class Unit:
 
     first: forward and backward of a step's first micro-batch, whose backward leaves gradients behind; later: of the
     next ones, which add to them. halves: of a backward that is split, the inputs' half, and the weights' of the first
-    and of the next micro-batches; None where no schedule splits, and for the input, whose stage does not.
+    and of the next micro-batches; None where no schedule splits, and for the input, whose stage does not. state: bytes
+    that the forward leaves and that go when the stage's last layer has run, since nothing carries them.
     """
 
     first: tuple[Change, Change]
     later: tuple[Change, Change]
     halves: tuple[Change, Change, Change] | None = None
+    state: int = 0
 
 
 @dataclass(frozen=True)
@@ -176,11 +178,13 @@ class _Marks:
 
     def __init__(self, system: Any) -> None:
         self.bytes, self.hidden, self.halves = LiveBytes(), 0, False
-        self._began = 0
+        self._began = self._dropped = 0
+        self._states: dict[str, int] = {}
         self._found: dict[tuple[str, int], list[Change]] = {}
         blocks = system.model.stack.blocks
         names = list(blocks)
         system.register_forward_pre_hook(lambda *_: self._begin())
+        system.register_forward_hook(lambda _, __, out: self._drop_states(out.state))
         for before, name in zip([INPUT, *names], names, strict=False):
             blocks[name].register_forward_pre_hook(
                 lambda _, inputs, before=before, name=name: self._border(inputs[0], before, name)
@@ -194,10 +198,19 @@ class _Marks:
         else:  # what a step does before its first forward is not a unit's
             self.bytes.peak = self._began = self.bytes.live
 
+    def _drop_states(self, states: Any) -> None:
+        """One layer stands for many, each of which has a state: what goes with each is not the output's to account."""
+        self._dropped = 0
+        for name in list(states) if isinstance(states, dict) else ():
+            before = self.bytes.live
+            del states[name]
+            self._states[name] = before - self.bytes.live
+            self._dropped += self._states[name]
+
     def weigh(self, out: Terms) -> Tensor:
         """The loss, between forward and backward."""
         loss = torch.stack([term.weight * term.sum for term in out.terms.values()]).sum()
-        self.close(OUTPUT, 0)
+        self.close(OUTPUT, 0, beside=self._dropped)
         return loss
 
     def end(self) -> None:
@@ -210,10 +223,10 @@ class _Marks:
         back = INPUTS if self.halves else 1
         hidden.register_hook(lambda _: self.close(after, back))
 
-    def close(self, name: str, way: int) -> None:
-        """A unit's forward (0) or backward (1) ends here, and that of the next unit begins."""
+    def close(self, name: str, way: int, beside: int = 0) -> None:
+        """A unit's forward (0) or backward (1) ends here, the next one begins. beside: bytes that others freed."""
         now = self.bytes
-        self._found.setdefault((name, way), []).append(Change(now.peak - self._began, now.live - self._began))
+        self._found.setdefault((name, way), []).append(Change(now.peak - self._began, now.live - self._began + beside))
         now.peak = self._began = now.live
 
     def unit(self, name: str) -> Unit:
@@ -222,7 +235,7 @@ class _Marks:
         halves = None
         if (name, INPUTS) in self._found:
             halves = (self._found[name, INPUTS][-1], *self._found[name, WEIGHTS])
-        return Unit((first, back), (later, later_back), halves)
+        return Unit((first, back), (later, later_back), halves, self._states.get(name, 0))
 
 
 def splits_backward(recipe: Recipe) -> bool:
