@@ -234,7 +234,8 @@ class _Marks:
         (first, later), (back, later_back) = self._found[name, 0][:2], self._found[name, 1]
         halves = None
         if (name, INPUTS) in self._found:
-            halves = (self._found[name, INPUTS][-1], *self._found[name, WEIGHTS])
+            weights, later_weights = self._found[name, WEIGHTS]
+            halves = (self._found[name, INPUTS][-1], weights, later_weights)
         return Unit((first, back), (later, later_back), halves, self._states.get(name, 0))
 
 

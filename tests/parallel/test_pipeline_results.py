@@ -18,7 +18,7 @@ class Square(nn.Module):
     def __init__(self, *, last: bool) -> None:
         super().__init__()
         self.weight, self.last = nn.Parameter(torch.ones(3)), last
-        self.held: weakref.ref[Tensor] | None = None
+        self.held: weakref.ref[torch.UntypedStorage] | None = None
 
     def forward(self, batch: Tensor, received: tuple[Tensor, ...], state: None) -> Terms | Handover:
         del received, state
