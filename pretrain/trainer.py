@@ -25,7 +25,7 @@ from potamos.parallel.mesh import sizes
 from potamos.parallel.watchdog import Watchdog
 from potamos.pretrain import carried, opening, resume, setup
 from potamos.pretrain.agreement import Reader, check_same_data
-from potamos.pretrain.checkpoint import Checkpoints, CheckpointWriteError, Loaded, Snapshot
+from potamos.pretrain.checkpoint import Checkpoints, Loaded, Snapshot
 from potamos.pretrain.config import Change, to_yaml
 from potamos.pretrain.evaluate import score
 from potamos.pretrain.generate import GenerationError, generate
@@ -136,13 +136,13 @@ class Trainer:
     def _go_on(self) -> None:
         """Take the folder, and become what its newest checkpoint was, if there is one."""
         recipe, rank = self.recipe, self.rank
-        self.lock = launch.together(lambda: resume.hold(self.folder) if rank.is_main else None)
+        self.lock = launch.on_main(lambda: resume.hold(self.folder))
         self.checkpoints = Checkpoints(
             self.folder.checkpoints,
             keep=recipe.checkpoint.keep,
             keep_every=recipe.checkpoint.keep_every,
             main=rank.is_main,
-            barrier=launch.barrier,
+            together=launch.together,
         )
         loaded = resume.newest(self.checkpoints, rank)
         if loaded is not None:
@@ -349,12 +349,16 @@ class Trainer:
         self.watchdog.beat(f"samples after step {self.step}")
         began = time.perf_counter()
         samples = self.recipe.telemetry.samples
-        if self.rank.is_main and self.model.causal and self.sizes.dp_replicate == self.rank.world:
+
+        def write() -> None:
             try:
                 for number, prompt in enumerate(samples.prompts):
                     self.telemetry.text(f"sample/{number}", self.step, prompt + "".join(self._continue(prompt)))
             except GenerationError as error:  # a sample is not worth a run
                 self.telemetry.note(f"no sample: {error}")
+
+        if self.sizes.dp_replicate == self.rank.world and self.model.causal:
+            launch.on_main(write)
         self.window.began += time.perf_counter() - began
 
     def _continue(self, prompt: str) -> Iterator[str]:
@@ -393,13 +397,7 @@ class Trainer:
             recipe=to_yaml(self.recipe),
         )
         self.watchdog.beat(f"writing the checkpoint of step {self.step}")
-        failure = None
-        try:
-            self.checkpoints.save(snapshot, wait=wait)
-        except CheckpointWriteError as error:  # only the main rank's
-            failure = error
-        if wait and launch.any_rank(failure is not None):  # or the others would wait for the main rank for ever
-            raise failure or CheckpointWriteError("the main rank could not write the last checkpoint")
+        self.checkpoints.save(snapshot, wait=wait)
 
     def restore(self, loaded: Loaded) -> None:
         """Become what ``loaded`` was; refuses a recipe or data that would not continue it. Every rank must call it."""
@@ -432,18 +430,22 @@ class Trainer:
         if stop is None and self.step % self.recipe.validation.every:
             self.validate()
         self.watchdog.beat("the end of the run")
-        self.checkpoints.wait()
+        launch.together(self.checkpoints.wait)
         attempt, place = self.telemetry.attempt, {"step": self.step, "next_sample": self.next_sample}
-        if self.rank.is_main and stop is None:
-            write_done(self.folder.path, **place)
-        elif self.rank.is_main and stop is not None:
-            write_stop(self.folder.path, attempt, stop, **place)
+        if stop is None:
+            launch.on_main(lambda: write_done(self.folder.path, **place))
+        else:
+            launch.on_main(lambda: write_stop(self.folder.path, attempt, stop, **place))
         self.telemetry.close("finished" if stop is None else stop.reason)
         return 0 if stop is None else stop.exit_code
 
     def _already_finished(self) -> int:
-        if self.rank.is_main and not self.folder.done.exists():
-            write_done(self.folder.path, step=self.step, next_sample=self.next_sample)
+
+        def mark() -> None:
+            if not self.folder.done.exists():
+                write_done(self.folder.path, step=self.step, next_sample=self.next_sample)
+
+        launch.on_main(mark)
         wanted = self.recipe.train.steps
         self.telemetry.note(f"nothing to do: {self.step} steps are trained, train.steps is {wanted}; raise it to go on")
         self.telemetry.close("finished")
