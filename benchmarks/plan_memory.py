@@ -74,13 +74,13 @@ def compare(name: str, world: int, layout: str, changes: tuple[str, ...]) -> dic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="cases whose recipe holds this word")
+    parser.add_argument("--only", default="", help="cases whose recipe or layout holds this word")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "plan_memory.csv")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
     for case in CASES:
-        if chosen.only in case[0]:
+        if chosen.only in f"{case[0]} {case[2]}":
             rows.append(compare(*case))
             print(*case[:3], rows[-1]["predicted_over_tensors"], rows[-1]["predicted_over_allocator"], flush=True)
     write_table(chosen.out, rows)

@@ -91,9 +91,11 @@ class Part(nn.Module):
         out = self.module(self.batches[index], received, self.states[index])
         if not self.carry:
             out.state = None
-        self.results[index] = out
+        # Who holds a graph holds all that a split backward has not walked, to the step's end: results are cut off it.
+        # Torch's schedules do the same with the loss, but could not if it were a view.
+        self.results[index] = out.detached() if torch.is_grad_enabled() else out
         if self.last:
-            return self.loss(out).reshape(1)
+            return torch.stack([self.loss(out)])
         return tuple(_sent(x) for x in out.sent)
 
 
