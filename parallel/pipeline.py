@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, schedules
 
 from potamos.parallel.mesh import LayoutError
+from potamos.parallel.split_backward import joined_groups
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,8 @@ class Pipeline:
             part.batches, part.states, part.results, part.loss = batches, list(states), {}, loss
         schedule = self._schedule(len(batches))
         micro = torch.arange(len(batches))
-        schedule.step(micro=micro, target=micro if self.stages - 1 in self.parts else None)
+        with joined_groups():
+            schedule.step(micro=micro, target=micro if self.stages - 1 in self.parts else None)
 
     @torch.no_grad()
     def score(self, batch: Any) -> Any:

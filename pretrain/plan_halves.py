@@ -13,6 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
+from potamos.parallel.split_backward import joined_groups
+
 INPUTS, WEIGHTS = 2, 3
 """Ways through a unit, beside forward (0) and backward (1)."""
 
@@ -40,7 +42,8 @@ def run_in_halves(
     finally:
         handle.remove()
     every = [parameter for own in units.values() for parameter in own]
-    _, groups = stage_backward_input([loss], None, received, iter(every))
+    with joined_groups():
+        _, groups = stage_backward_input([loss], None, received, iter(every))
     for unit, own in units.items():
         nodes = {parameter.view_as(parameter).grad_fn.next_functions[0][0] for parameter in own}  # pyright: ignore
         mine = [group for group in groups if not nodes.isdisjoint(group["params"])]
