@@ -9,7 +9,7 @@ from potamos.parallel.mesh import sizes
 from potamos.pretrain import setup
 from potamos.pretrain.config import load_recipe
 from potamos.pretrain.plan_measure import Meter, measure
-from potamos.pretrain.plan_memory import Memory, memory
+from potamos.pretrain.plan_memory import Memory, Moments, _Rank, memory
 from potamos.pretrain.plan_trace import LiveBytes, trace
 from potamos.pretrain.recipe import Recipe
 
@@ -56,6 +56,18 @@ def test_the_plan_is_what_ranks_need(world: int, changes: tuple[str, ...], run_r
     piped = "parallel.pp=2" in changes and "parallel.dp_shard=2" not in changes
     assert plan.peak == pytest.approx(max(found), rel=0.001 if exact else 0.02 if piped else 0.05)
     assert sum(plan.parts.values()) == plan.peak
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved_1f1b", "zero_bubble"])
+def test_a_step_leaves_nothing_behind(schedule: str) -> None:
+    """What a micro-batch leaves in a stage is gone at the step's end, whatever crosses its borders; results stay."""
+    tiny = recipe("parallel.pp=2", f"parallel.schedule={schedule}", "model.layers=4")
+    size, traced, costs = sizes(tiny.parallel.layout(), 2), trace(tiny), setup.draft_system(tiny).stage_costs()
+    for place in range(2):
+        rank = _Rank(tiny, traced, size, place, costs, Moments(tiny))
+        rank.play()
+        left = sum(count for label, count in rank.live.items() if label.startswith(("activations", "input")))
+        assert abs(left) < traced.hidden / 4
 
 
 def test_weights_that_are_gathered_once_a_step_are_counted(run_ranks) -> None:
