@@ -13,6 +13,7 @@ language is looked through once a launch; test_interpreter.py holds both against
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 
@@ -70,6 +71,12 @@ if INTERPRETED:
             slices.append(values(self.combine_fn.fn(*tensors(slices[-1]), *tensors(at(step)))))
         return list(tensors([np.stack(each, self.axis) for each in zip(*slices, strict=True)]))
 
+    _numpy_dtype = functools.cache(interpreter._get_np_dtype)  # which makes a table of all types at each call
+
+    def numpy_dtype(kind) -> np.dtype:
+        pointers = isinstance(kind.scalar, tl.pointer_type)  # these, and blocks, have no hash
+        return np.dtype(np.uint64) if pointers else _numpy_dtype(kind.scalar)
+
     _call_launch = interpreter.GridExecutor.__call__
     _patched: set[int] = set()  # modules whose language is replaced in the launch that runs
 
@@ -89,6 +96,7 @@ if INTERPRETED:
 
     interpreter.InterpreterBuilder.create_dot = create_dot
     interpreter._convert_float = convert_float
+    interpreter._get_np_dtype = numpy_dtype
     interpreter.ScanOps.by_element = interpreter.ScanOps.generic_scan  # type: ignore[attr-defined]
     interpreter.ScanOps.generic_scan = scan_by_slices
     interpreter.GridExecutor.__call__ = call_launch
