@@ -81,7 +81,7 @@ def step(a, x, b, y):
 @triton.jit
 def scan_kernel(a, x, out, ROWS: tl.constexpr, COLUMNS: tl.constexpr, AXIS: tl.constexpr, REVERSE: tl.constexpr):
     at = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    factors, sums = tl.associative_scan((tl.load(a + at), tl.load(x + at)), AXIS, step, reverse=REVERSE)
+    factors, sums = tl.associative_scan((tl.load(a + at), tl.load(x + at)), AXIS, step, reverse=REVERSE)  # pyright: ignore[reportArgumentType]
     tl.store(out + at, factors)
     tl.store(out + ROWS * COLUMNS + at, sums)
 
