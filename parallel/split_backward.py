@@ -32,15 +32,24 @@ def joined_groups() -> Iterator[None]:
 
 
 def join(groups: list[Group]) -> list[Group]:
-    """Groups of which no two have a weight or an operation in common."""
+    """Groups of which no two have a weight or an operation in common, each where its first part was.
+
+    That place follows from the order of the weights, where torch's own order may follow from addresses: ranks whose
+    graphs hold collectives must walk them in one order.
+    """
     joined: list[Group] = []
     for group in groups:
         whole: Group = {name: set(members) for name, members in group.items()}
-        apart = []
-        for other in joined:
-            if any(not members.isdisjoint(other[name]) for name, members in whole.items()):
-                whole = {name: members | other[name] for name, members in whole.items()}
-            else:
-                apart.append(other)
-        joined = [*apart, whole]
+        shared = [place for place, other in enumerate(joined) if _meet(whole, other)]
+        for place in shared:
+            whole = {name: members | joined[place][name] for name, members in whole.items()}
+        joined = [other for place, other in enumerate(joined) if place not in shared[1:]]
+        if shared:
+            joined[shared[0]] = whole
+        else:
+            joined.append(whole)
     return joined
+
+
+def _meet(group: Group, other: Group) -> bool:
+    return any(not members.isdisjoint(other[name]) for name, members in group.items())
