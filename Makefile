@@ -10,6 +10,9 @@ PIP := $(BIN)/python -m pip
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+# Ten pytest workers read the same test files one after another: compiled, with their asserts rewritten, they are kept in
+# __pycache__ even where the environment asks for none (a third of a worker's start, twice in each target).
+unexport PYTHONDONTWRITEBYTECODE
 
 # Seconds that each test target may take; a target that takes longer is ended and fails.
 UNIT_LIMIT ?= 600

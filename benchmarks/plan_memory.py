@@ -38,6 +38,9 @@ CASES = (
     ("h3_hybrid_tiny", 4, "tp=2 pp=2 schedule=interleaved_1f1b", (*TINY, "model.layers=6")),
     ("h3_hybrid_tiny", 2, "pp=2 schedule=zero_bubble", (*TINY, "model.layers=6")),
     ("gpt_tiny", 2, "dp_shard=2", TINY),
+    ("gpt_tiny", 2, "pp=2 schedule=zero_bubble", (*TINY, "model.layers=8")),
+    ("gpt_tiny", 2, "pp=2 schedule=zbv", (*TINY, "model.layers=8")),
+    ("gpt_tiny", 4, "pp=2 dp_shard=2 schedule=dualpipe_v", (*TINY, "model.layers=4", "train.sequences=16")),
     ("s4d_tiny", 2, "tp=2", TINY),
     ("h3_hybrid_125m", 1, "", LARGE),
     ("h3_hybrid_125m", 1, "checkpointing=full", LARGE),
@@ -74,13 +77,13 @@ def compare(name: str, world: int, layout: str, changes: tuple[str, ...]) -> dic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="cases whose recipe holds this word")
+    parser.add_argument("--only", default="", help="cases whose recipe or layout holds this word")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "plan_memory.csv")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
     for case in CASES:
-        if chosen.only in case[0]:
+        if chosen.only in f"{case[0]} {case[2]}":
             rows.append(compare(*case))
             print(*case[:3], rows[-1]["predicted_over_tensors"], rows[-1]["predicted_over_allocator"], flush=True)
     write_table(chosen.out, rows)

@@ -23,7 +23,7 @@ def check_layout(system: Any, layout: Layout, size: Sizes, length: int | None = 
     if size.pp > 1:
         _check_pipeline(system, layout, size)
     if size.cp > 1:
-        _context_kinds(system, layout, size)
+        _check_context(system, layout, size)
     if length is not None:
         _check_length(layout, size, length)
 
@@ -37,23 +37,23 @@ def _check_pipeline(system: Any, layout: Layout, size: Sizes) -> None:
         raise LayoutError(f"parallel.schedule: {layout.schedule!r} is unknown; choose one of {known}")
     schedule = SCHEDULES[layout.schedule]
     if schedule.splits_backward:
-        _check_split_backward(system, layout, size)
+        _check_split_backward(layout)
     costs, first, last = system.stage_costs()
     balanced(costs, size.pp * schedule.stages, first, last)
 
 
-def _check_split_backward(system: Any, layout: Layout, size: Sizes) -> None:
+def _check_split_backward(layout: Layout) -> None:
     """Taking the gradients of weights later walks the graph behind them again, weight by weight."""
     if layout.checkpointing == "selective":
         raise LayoutError(
             f"parallel.checkpointing: selective does not go with schedule {layout.schedule}, which comes to "
             "what is computed again more than once; use full, none, or interleaved_1f1b"
         )
-    if size.cp > 1 and "state" in _context_kinds(system, layout, size):
-        # The parameters of a mixer that hands on its state have collectives behind them, in another order each time.
+    if layout.compile is not None:
         raise LayoutError(
-            f"parallel.cp: {size.cp} hands states on, which does not go with schedule {layout.schedule}: its backward "
-            "takes gradients of weights later; use interleaved_1f1b, or cp_kinds [a2a] where the layers allow it"
+            f"parallel.compile: {layout.compile!r} does not go with schedule {layout.schedule}: a compiled block's "
+            "backward is one piece, and this schedule takes the gradients of weights later; leave it out, or use "
+            "interleaved_1f1b"
         )
 
 
@@ -79,9 +79,8 @@ def _takes(schedule: str, pp: int, count: int) -> bool:
     return True
 
 
-def _context_kinds(system: nn.Module, layout: Layout, size: Sizes) -> set[str]:
-    """How the regions join the slices of a row; refuses one that cannot."""
-    kinds = set()
+def _check_context(system: nn.Module, layout: Layout, size: Sizes) -> None:
+    """Every region must have a way to join the slices of a row."""
     for path, module in system.named_modules():
         if tensor.is_region(module):
             traits: Any = module.traits
@@ -89,8 +88,7 @@ def _context_kinds(system: nn.Module, layout: Layout, size: Sizes) -> set[str]:
                 raise LayoutError(
                     f"parallel.cp: {path} does not allow a split sequence (its trait cp is empty); set it to 1"
                 )
-            kinds.add(choose_kind(traits, size.tp if traits.shard != "none" else 1, size.cp, layout.cp_kinds))
-    return kinds
+            choose_kind(traits, size.tp if traits.shard != "none" else 1, size.cp, layout.cp_kinds)
 
 
 def _check_length(layout: Layout, size: Sizes, length: int) -> None:

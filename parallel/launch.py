@@ -241,6 +241,16 @@ def together(action: Callable[[], T]) -> T:
     return cast(T, result)
 
 
+def on_main(action: Callable[[], T]) -> T | None:
+    """`action()` on the main rank, whose result it returns there, and None elsewhere, once it is done.
+
+    What one rank does for all may fail, and the others, who wait for it next, would wait in vain: a failure is raised
+    on all, as by `together`.
+    """
+    is_main = world_size() == 1 or dist.get_rank() == 0
+    return together(lambda: action() if is_main else None)
+
+
 def fail_together(error: Exception | None) -> NoReturn:
     """End every rank, once all know that at least one has an `error` (None on the others).
 

@@ -92,7 +92,7 @@ class Mesh:
         self.sizes, self.rank = sizes, rank
         self.place = sizes.coordinates(rank)
         self._devices: DeviceMesh | None = None
-        self._flat: dict[tuple[str, ...], DeviceMesh] = {}
+        self._made: dict[tuple[str, ...], DeviceMesh] = {}
         active = tuple(self.active())
         if active:  # an axis of one process needs no group, and a group costs threads
             self._devices = init_device_mesh(
@@ -112,11 +112,10 @@ class Mesh:
         """The same as a one-dimensional mesh."""
         assert self._devices is not None, "one process has no groups"
         active = tuple(axis for axis in axes if getattr(self.sizes, axis) > 1)
-        if len(active) == 1:
-            return self._devices[active[0]]
-        if active not in self._flat:
-            self._flat[active] = self._devices[active]._flatten("_".join(active))
-        return self._flat[active]
+        if active not in self._made:  # torch works a slice of a mesh out anew each time
+            whole = self._devices
+            self._made[active] = whole[active[0]] if len(active) == 1 else whole[active]._flatten("_".join(active))
+        return self._made[active]
 
     def grid(self, outer: tuple[str, ...], inner: tuple[str, ...]) -> DeviceMesh:
         """A two-dimensional mesh of two groups of axes: replicas of shards."""

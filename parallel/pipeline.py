@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, schedules
 
 from potamos.parallel.mesh import LayoutError
+from potamos.parallel.split_backward import joined_groups
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,11 @@ class Part(nn.Module):
         out = self.module(self.batches[index], received, self.states[index])
         if not self.carry:
             out.state = None
-        self.results[index] = out
+        # Who holds a graph holds all that a split backward has not walked, to the step's end: results are cut off it.
+        # Torch's schedules do the same with the loss, but could not if it were a view.
+        self.results[index] = out.detached() if torch.is_grad_enabled() else out
         if self.last:
-            return self.loss(out).reshape(1)
+            return torch.stack([self.loss(out)])
         return tuple(_sent(x) for x in out.sent)
 
 
@@ -151,7 +154,8 @@ class Pipeline:
             part.batches, part.states, part.results, part.loss = batches, list(states), {}, loss
         schedule = self._schedule(len(batches))
         micro = torch.arange(len(batches))
-        schedule.step(micro=micro, target=micro if self.stages - 1 in self.parts else None)
+        with joined_groups():
+            schedule.step(micro=micro, target=micro if self.stages - 1 in self.parts else None)
 
     @torch.no_grad()
     def score(self, batch: Any) -> Any:

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +22,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+STARTING = 1.5
+"""How many times the limit a start may be silent, since digesting a checkpoint tells of no progress; with the default
+limit still less than a collective waits."""
 EXIT_CODE = 75
 """EX_TEMPFAIL: the run may go on from its last checkpoint."""
 COLLECTIVES = (
@@ -69,8 +72,8 @@ class Watchdog:
                 watchdog.beat(f"step {step}")
 
     What may take longer than `seconds` beats along the way; all ranks beat equally often, or those that do less would
-    be said to be behind. Without `seconds` it does nothing, nor before it is entered. `exit` is what ends the process,
-    for tests.
+    be said to be behind. Without `seconds` it does nothing, nor before it is entered, which it may be again and again.
+    `exit` is what ends the process, for tests.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class Watchdog:
         self._main = threading.get_ident()
         self._ended = threading.Event()
         self._beat, self._doing, self._beats = time.monotonic(), "starting", 0
+        self._limit = seconds
         self.collectives = Collectives()
         self._unwatch: Callable[[], None] = lambda: None
 
@@ -96,6 +100,7 @@ class Watchdog:
         if self.seconds is not None:
             self._unwatch = self.collectives.watch()
             self._main, self._beat = threading.get_ident(), time.monotonic()
+            self._ended.clear()
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
         return self
@@ -108,15 +113,27 @@ class Watchdog:
             self._thread.join()
         self._unwatch()
 
+    @contextlib.contextmanager
+    def starting(self, doing: str) -> Iterator[None]:
+        """Watch over what comes before the first step, with `STARTING` times the limit. doing: what comes first."""
+        self._limit = None if self.seconds is None else STARTING * self.seconds
+        try:
+            with self:
+                self.beat(doing)
+                yield
+        finally:
+            self._limit = self.seconds
+
     def beat(self, doing: str) -> None:
         """Progress: what the rank turns to now."""
         self._beat, self._doing, self._beats = time.monotonic(), doing, self._beats + 1
 
     def _watch(self) -> None:
         assert self.seconds is not None
+        assert self._limit is not None
         while not self._ended.wait(min(1.0, self.seconds / 4)):
             waited = time.monotonic() - self._beat
-            if waited > self.seconds:
+            if waited > self._limit:
                 try:
                     self._report(waited)
                 except Exception as error:  # a report that cannot be written keeps nobody

@@ -54,7 +54,7 @@ def check_same_data(stream: TokenStream, validation: list[Validation]) -> None:
         DatasetError: on a rank that reads something else; the others raise its message.
     """
     datasets = [*stream.datasets, *(held_out.windows.dataset for held_out in validation)]
-    mine = [stream.fingerprint(END), *map(_identity, datasets)]
+    mine = launch.together(lambda: [stream.fingerprint(END), *map(_identity, datasets)])
     theirs = launch.broadcast_object(mine)
     launch.together(lambda: _compare(mine, theirs, datasets))
 

@@ -98,8 +98,8 @@ ALONE = Readers()
 class Checkpoints:
     """The checkpoints of one run: the newest `keep` of them, and every one whose step is a multiple of `keep_every`.
 
-    Every rank makes one and calls the same methods. Only the rank with `main=True` writes; `barrier` is entered by all
-    of them where they must agree on what is on the disk, never from the writing thread.
+    Every rank makes one and calls the same methods. Only the rank with `main=True` writes; `together` runs an action on
+    all of them and raises on all what one of them raised, so that none waits for one that has failed.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Checkpoints:
         keep: int = 3,
         keep_every: int | None = None,
         main: bool = True,
-        barrier: Callable[[], None] = lambda: None,
+        together: Callable[[Callable[[], None]], None] = lambda action: action(),
     ) -> None:
         if keep < 1:
             raise ValueError(f"checkpoint.keep is {keep}: at least 1 checkpoint must stay")
@@ -119,14 +119,20 @@ class Checkpoints:
         self.failed: tuple[int, str] | None = None
         """The step of the last save and why it failed, on the main rank; None where it did not."""
         self._keep, self._keep_every = keep, keep_every
-        self._main, self._barrier = main, barrier
+        self._main, self._together = main, together
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._corrupt: set[int] = set()  # steps whose folder `latest` could not load
-        if main:
-            folder.mkdir(parents=True, exist_ok=True)
-            _clean(folder)
-        barrier()
+        together(self._prepare)
+
+    def _prepare(self) -> None:
+        if not self._main:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _clean(self.folder)
+        except OSError as error:
+            raise CheckpointError(f"{self.folder} cannot be made ready for checkpoints: {error}") from error
 
     def save(self, snapshot: Snapshot, *, wait: bool = False) -> Path:
         """Copy `snapshot` to host memory, write it in the background, and return the path it will have.
@@ -134,25 +140,22 @@ class Checkpoints:
         The tensors may be changed as soon as this returns. A save that is still under way is waited for first. If
         writing fails, the checkpoints before it stay, nothing partial is left, and a warning is logged at once; the
         error itself is raised by `wait`. With `wait=True` (the last save of a run) this returns when the checkpoint is
-        on the disk, on all ranks, and raises the error itself.
+        on the disk, on all ranks, and raises the error itself. An error is raised on all ranks.
 
         Raises:
             CheckpointError: a value in a tensor dict cannot be stored, or `trainer` is not JSON.
             CheckpointWriteError: only with `wait=True`: the disk is full, or another reason named in the message.
         """
-        path = self.folder / _name(snapshot.step)
-        try:
-            if self._main:
-                self._settle()
-                scalars = _scalars(snapshot)
-                tensors = {part: _to_host(getattr(snapshot, part), part) for part in TENSORS}
-                self._pending = self._writer.submit(self._write, snapshot.step, tensors, scalars, not wait)
-                if wait:
-                    self.wait()
-        finally:
-            if wait:
-                self._barrier()
-        return path
+        self._together(lambda: self._begin(snapshot, wait) if self._main else None)
+        return self.folder / _name(snapshot.step)
+
+    def _begin(self, snapshot: Snapshot, wait: bool) -> None:
+        self._settle()
+        scalars = _scalars(snapshot)
+        tensors = {part: _to_host(getattr(snapshot, part), part) for part in TENSORS}
+        self._pending = self._writer.submit(self._write, snapshot.step, tensors, scalars, not wait)
+        if wait:
+            self.wait()
 
     def wait(self) -> None:
         """Wait for the save under way, if any.

@@ -47,23 +47,29 @@ def open_telemetry(
 
     Every rank calls. changes: how the recipe differs from the one that the run was begun with.
     """
-    attempt = launch.broadcast_object(attempt_number(folder.path))
-    telemetry = Telemetry(
-        folder.path,
-        attempt,
-        total_steps=recipe.train.steps,
-        tokens_before=partial(tokens_before, stream.skip, recipe.data.sequence_length),
-        step=step,
-        next_sample=next_sample,
-        save_every=recipe.checkpoint.every,
-        main=rank.is_main,
+    attempt = launch.broadcast_object(launch.on_main(lambda: attempt_number(folder.path)))
+    telemetry = launch.together(
+        lambda: Telemetry(
+            folder.path,
+            attempt,
+            total_steps=recipe.train.steps,
+            tokens_before=partial(tokens_before, stream.skip, recipe.data.sequence_length),
+            step=step,
+            next_sample=next_sample,
+            save_every=recipe.checkpoint.every,
+            main=rank.is_main,
+        )
     )
-    if rank.is_main:
+
+    def write() -> None:
         write_atomically(folder.recipe, to_yaml(recipe).encode())
         write_environment(folder.path)
         tokenizer.save(setup.tokenizer_copy(folder.path, recipe.tokenizer.kind))
         if step < recipe.train.steps:
             remove_done(folder.path)
+
+    launch.on_main(write)
+    if rank.is_main:
         telemetry.text("recipe", step, to_yaml(recipe))
     parameters = sum(shape.numel() for shape in spread.shapes.values())
     telemetry.note(f"{recipe.name}: {parameters:,} parameters, step {step} of {recipe.train.steps}, {folder.path}")

@@ -6,7 +6,9 @@ the fastest layouts until enough of them fit.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import heapq
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,15 +18,19 @@ from potamos.parallel.mesh import LayoutError, Sizes, sizes
 from potamos.pretrain.ceilings import CEILINGS, NOT_REACHABLE, Ceiling, Reached
 from potamos.pretrain.opening import check_spread
 from potamos.pretrain.plan_forms import Form, form_on
-from potamos.pretrain.plan_memory import Memory, memory
+from potamos.pretrain.plan_memory import Memory, Moments, memory
 from potamos.pretrain.plan_time import Costs, Time, step_time
-from potamos.pretrain.plan_trace import Trace, trace
+from potamos.pretrain.plan_trace import Trace, splits_backward, trace
 from potamos.pretrain.recipe import Recipe
 from potamos.pretrain.show_plan import gigabytes
 
 SHOWN = 5
-MOST_TRACED = 24
-"""Layouts whose memory is counted before the search gives up."""
+MOST_COUNTED = 48
+"""Layouts that are counted and do not fit before the search gives up."""
+SHARED_PARTS = ("weights", "gradients", "optimizer", "communication")
+"""Of a memory: what data ranks may share. The rest they do not."""
+ROUNDING = 1e-9
+"""By how much a sum in another order may differ, and more."""
 
 
 MOST_CHANGED = 4
@@ -100,6 +106,7 @@ class Planner:
         self.form: Form = form_on(gpu)
         self.usable = int(self.ceiling.memory * NOT_REACHABLE)
         self._traces: dict[Any, Trace] = {}
+        self._moments = Moments(recipe)
 
     @cached_property
     def costs(self) -> Costs:
@@ -113,7 +120,7 @@ class Planner:
         except LayoutError as error:
             own, refused = None, str(error)
         fits = own is not None and own.memory.peak <= self.usable
-        best = self.best(shown, split_rows=not fits)
+        best = self.best(shown)
         if own is not None and fits:
             best = sorted(
                 [own, *(each for each in best if each.sizes != own.sizes)], key=lambda each: each.time.seconds
@@ -138,42 +145,50 @@ class Planner:
             recipe, size, self._memory(recipe, size), self._time(recipe, size), self.recipe.parallel.layout()
         )
 
-    def best(self, shown: int, *, split_rows: bool = False) -> list[Planned]:
-        """The fastest layouts that fit, the fastest first.
-
-        split_rows: also those that cut rows into slices where the recipe does not, which are looked for in any case
-        where no other fits: to count the memory of each takes as long as that of all the others.
-        """
-        kept = {1, self.recipe.parallel.cp}
-        found = self._fitting(shown, kept)
-        if shown and (split_rows or not found):
-            cuts = [cp for cp in _divisors(self.gpus) if self.recipe.data.sequence_length % cp == 0]
-            found += self._fitting(shown, set(cuts) - kept)
-        return sorted(found, key=lambda each: each.time.seconds)[:shown]
-
-    def _fitting(self, shown: int, slices: Collection[int]) -> list[Planned]:
-        """The fastest that fit of the layouts with so many slices of a row."""
+    def best(self, shown: int) -> list[Planned]:
+        """The fastest layouts that fit, the fastest first."""
         found: list[Planned] = []
-        if not shown:
-            return found
-        for time, size, recipe in self._timed(slices)[:MOST_TRACED]:
+        own = self.recipe.parallel.layout()
+        failed: list[tuple[Planned, int]] = []
+        for time, size, recipe in self._fastest_first() if shown else ():
+            if any(self._needs_more(size, recipe, *each) for each in failed):
+                continue
             memory = self._memory(recipe, size)
-            if memory.peak <= self.usable:
-                found.append(Planned(recipe, size, memory, time, self.recipe.parallel.layout()))
+            if memory.peak > self.usable:
+                kept = sum(count for part, count in memory.parts.items() if part not in SHARED_PARTS)
+                failed.append((Planned(recipe, size, memory, time, own), kept))
+                if len(failed) == MOST_COUNTED:
+                    break
+                continue
+            found.append(Planned(recipe, size, memory, time, own))
             if len(found) == shown:
                 break
         return found
 
-    def _timed(self, slices: Collection[int]) -> list[tuple[Time, Sizes, Recipe]]:
-        """The layouts with so many slices of a row that the model can have, the fastest first."""
-        timed = []
-        for recipe in self._candidates(slices):
+    def _needs_more(self, size: Sizes, recipe: Recipe, failed: Planned, kept: int) -> bool:
+        """Whether a layout cannot fit, seeing that one did not which kept so many bytes of activations: over n times
+        the tensor and sequence ranks they shrink by n at best, and with fewer data ranks no fewer are in flight."""
+        more = size.tp * size.cp / (failed.sizes.tp * failed.sizes.cp)
+        same = size.pp == failed.sizes.pp and recipe.parallel.schedule == failed.recipe.parallel.schedule
+        return same and more >= 1 and kept / more > self.usable
+
+    def _fastest_first(self) -> Iterator[tuple[Time, Sizes, Recipe]]:
+        """All layouts that a trainer takes, by their times. A pipeline is played only when its turn may have come."""
+        allowed = []
+        for number, recipe in enumerate(self._candidates()):
             try:
                 size = self._checked(recipe)
-                timed.append((self._time(recipe, size), size, recipe))
+                allowed.append((self._time(recipe, size, idle=False).seconds * (1.0 - ROUNDING), number, size, recipe))
             except ValueError:
                 continue
-        return sorted(timed, key=lambda entry: entry[0].seconds)
+        played: list[tuple[float, int, Time, Sizes, Recipe]] = []
+        for least, number, size, recipe in sorted(allowed, key=lambda entry: entry[:2]):
+            while played and played[0][0] <= least:
+                yield heapq.heappop(played)[2:]
+            time = self._time(recipe, size)
+            heapq.heappush(played, (time.seconds, number, time, size, recipe))
+        while played:
+            yield heapq.heappop(played)[2:]
 
     # --- parts -----------------------------------------------------------------------------------------------------
 
@@ -182,30 +197,30 @@ class Planner:
         check_spread(recipe, self.costs.system, size)
         return size
 
-    def _time(self, recipe: Recipe, size: Sizes) -> Time:
+    def _time(self, recipe: Recipe, size: Sizes, *, idle: bool = True) -> Time:
         costs = self.costs
         if recipe.train.micro_sequences != self.recipe.train.micro_sequences:
             costs = Costs(recipe, costs.system)
-        return step_time(costs, size, self.ceiling, recipe.parallel.layout())
+        return step_time(costs, size, self.ceiling, recipe.parallel.layout(), idle=idle)
 
     def _memory(self, recipe: Recipe, size: Sizes) -> Memory:
         layout = recipe.parallel.layout()
         key = (
             size.tp, size.cp, recipe.train.micro_sequences, layout.checkpointing, layout.sequence_parallel,
-            layout.cp_order, layout.cp_kinds,
+            layout.cp_order, layout.cp_kinds, splits_backward(recipe),
         )  # fmt: skip
         if key not in self._traces:
             self._traces[key] = trace(recipe, tp=size.tp, cp=size.cp, form=self.form)
-        return memory(recipe, self._traces[key], size, self.costs.system.stage_costs())
+        return memory(recipe, self._traces[key], size, self.costs.stage_costs, self._moments)
 
-    def _candidates(self, slices: Collection[int]) -> Iterator[Recipe]:
-        """Every way to put the devices on the axes, with so many slices of a row."""
+    def _candidates(self) -> Iterator[Recipe]:
+        """Every way to put the devices on the axes."""
         own, inside = self.recipe.parallel, min(self.gpus, self.ceiling.per_node)
         for tp in _divisors(inside):
             for pp in _divisors(self.gpus // tp):
-                for cp in slices:
-                    data, rest = divmod(self.gpus, tp * pp * cp)
-                    for shard in _divisors(data) if not rest else ():
+                for cp in _divisors(self.gpus // (tp * pp)):
+                    data = self.gpus // (tp * pp * cp)
+                    for shard in _divisors(data):
                         if shard not in (1, data, inside // tp):
                             continue
                         changed = {"tp": tp, "pp": pp, "cp": cp, "dp_shard": shard, "dp_replicate": data // shard}
@@ -248,11 +263,11 @@ class Planner:
     def _instead(self, best: Sequence[Planned]) -> str:
         """What to do about a layout that is refused, whose own remedy need not fit."""
         where = f"{self.gpus} x {self.ceiling.name}"
-        found = list(best) or self.best(1, split_rows=True)
+        found = list(best) or self.best(1)
         if found:
             return f"The fastest that fits {where}: {found[0].spelled}"
         tried = f"No layout of {where} fits with the recipe's micro-batches"
-        for _, _, recipe in self._timed({1, self.recipe.parallel.cp})[:MOST_CHANGED]:
+        for _, _, recipe in itertools.islice(self._fastest_first(), MOST_CHANGED):
             planned = self.planned(recipe)
             less = self._less(planned)
             if less is not None:

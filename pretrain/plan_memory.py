@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,19 +41,31 @@ class Memory:
     """Of the kernels that were counted."""
 
 
-def memory(recipe: Recipe, traced: Trace, sizes: Sizes, stage_costs: tuple[Sequence[float], float, float]) -> Memory:
-    """The memory of the fullest rank under `sizes`. traced: of the same tensor and sequence axes."""
-    found = [_Rank(recipe, traced, sizes, rank, stage_costs).play() for rank in range(sizes.pp)]
+def memory(
+    recipe: Recipe,
+    traced: Trace,
+    sizes: Sizes,
+    stage_costs: tuple[Sequence[float], float, float],
+    moments: Moments | None = None,
+) -> Memory:
+    """The memory of the fullest rank under `sizes`. traced: of the same tensor and sequence axes; moments: where
+    what is known of the recipe's optimizer is kept."""
+    moments = moments or Moments(recipe)
+    found = [_Rank(recipe, traced, sizes, rank, stage_costs, moments).play() for rank in range(sizes.pp)]
     return max(found, key=lambda each: each.peak)
 
 
 class _Rank:
     """One rank of the pipeline; the other axes' ranks need what it needs."""
 
-    def __init__(self, recipe: Recipe, traced: Trace, sizes: Sizes, rank: int, stage_costs: Any) -> None:
-        self.recipe, self.traced, self.sizes, self.rank = recipe, traced, sizes, rank
+    def __init__(
+        self, recipe: Recipe, traced: Trace, sizes: Sizes, rank: int, stage_costs: Any, moments: Moments
+    ) -> None:
+        self.recipe, self.traced, self.sizes, self.rank, self.moments = recipe, traced, sizes, rank, moments
         self.layout: Layout = recipe.parallel.layout()
         self.micro = recipe.train.sequences // (sizes.data * recipe.train.micro_sequences)
+        self.count = sizes.pp * SCHEDULES[self.layout.schedule].stages if sizes.pp > 1 else 1
+        """Stages of the pipeline."""
         self.stages = self._stages(stage_costs)
         self.shards = sizes.dp_shard * sizes.cp if sizes.dp_shard > 1 else 1
         self.replicated = self.shards == 1 and sizes.dp_replicate * sizes.cp > 1 and sizes.pp == 1
@@ -64,6 +76,7 @@ class _Rank:
         self.total = 0
         self.best = Memory(0, {}, "", rank, traced.form)
         self.seen: set[str] = set()
+        self.kept: dict[tuple[int, int], Counter[str]] = {}
 
     def _stages(self, stage_costs: Any) -> dict[int, list[tuple[str, str]]]:
         """{stage: [(name, kind) of each unit]}."""
@@ -71,7 +84,7 @@ class _Rank:
         if self.sizes.pp == 1:
             return {0: [(INPUT, INPUT), *((str(i), kind) for i, kind in layers), (OUTPUT, OUTPUT)]}
         schedule = SCHEDULES[self.layout.schedule]
-        total = self.sizes.pp * schedule.stages
+        total = self.count
         ranges = balanced(stage_costs[0], total, *stage_costs[1:])
         held = {}
         for stage in held_stages(schedule, self.rank, self.sizes.pp):
@@ -84,9 +97,9 @@ class _Rank:
 
     def play(self) -> Memory:
         """Walk through the second step of a run, when the optimizer has its moments."""
-        held = list(self._parameters())
-        stored = sum(self._stored(each) for each in held)
-        state, moment = optimizer_bytes(self.recipe, held, self.shards)
+        held = self._held()
+        stored = sum(count * sum(self._stored(each) for each in unit) for unit, count in held.items())
+        state, moment = self.moments.bytes(held, self.shards)
         self._add("weights", stored)
         self._add("optimizer", state)
         self._add("batches", self.traced.batch * self.micro)
@@ -113,36 +126,86 @@ class _Rank:
     def _act(self, action: Action, *, last: bool) -> None:
         units = self.stages[action.stage]
         where = f"stage {action.stage}" if self.sizes.pp > 1 else f"micro-batch {action.micro}"
+        halves = action.stage > 0  # the first stage has no inputs that need gradients, and waits for its weights' half
         if action.kind == "forward":
-            for index, (name, kind) in enumerate(units):
-                self._forward(name, kind, f"forward of {kind}, {where}", first=index == 0)
-        elif action.kind in ("backward", "backward_weight"):  # the weights' part frees what the inputs' part kept
+            for name, kind in units:
+                self._forward(name, kind, f"forward of {kind}, {where}", action)
+            for _, kind in units:
+                self._keep(kind, -self.traced.units[kind].state, action)
+        elif action.kind == "backward_input" and halves:
+            for _, kind in reversed(units):
+                self._inputs_half(kind, f"backward of {kind}, {where}", action)
+        elif action.kind == "backward_weight" and halves:
+            for name, kind in units:
+                self._weights_half(name, kind, f"gradients of weights of {kind}, {where}", action, last=last)
+            for label, count in self.kept.pop((action.stage, action.micro)).items():
+                self._add(label, -count)
+        elif action.kind in ("backward", "backward_weight"):
             following = [*units[-2::-1], None]
             for (name, kind), after in zip(reversed(units), following, strict=True):
                 self._backward(name, kind, after, f"backward of {kind}, {where}", last=last)
+            self._at_borders(action.stage)
 
-    def _forward(self, name: str, kind: str, when: str, *, first: bool) -> None:
+    def _at_borders(self, stage: int) -> None:
+        """A traced unit frees the gradient that it was given, and leaves one. Where another rank gave it, it lies in a
+        buffer that stays; and what is left for another rank goes when it is sent."""
+        given = stage < self.count - 1
+        left = stage > 0
+        self._add(_label(self.stages[stage][0][1]), (given - left) * self.traced.hidden)
+
+    def _forward(self, name: str, kind: str, when: str, action: Action) -> None:
         change = self._change(name, kind, 0)
         gathered = self._passing((name, kind))
         self._note(when, {"communication": 2 * gathered})  # as received, and as parameters
         self._note(when, {_label(kind): change.peak, "communication": gathered})
-        self._add(_label(kind), change.left)
+        self._keep(kind, change.left, action)
+
+    def _inputs_half(self, kind: str, when: str, action: Action) -> None:
+        """Frees nothing, and leaves the gradients that the weights' half begins with."""
+        change = self._halves(kind)[0]
+        self._note(when, {_label(kind): change.peak})
+        self._keep(kind, change.left, action)
+
+    def _weights_half(self, name: str, kind: str, when: str, action: Action, *, last: bool) -> None:
+        """Frees what it walks; what else the micro-batch left in a unit goes with the stage's last weight."""
+        fresh = name not in self.seen
+        self.seen.add(name)
+        change = self._halves(kind)[1 if fresh else 2]
+        own = self._gradient(kind) if fresh else 0
+        self._note(when, {_label(kind): change.peak})
+        self._keep(kind, change.left - own, action)
+        self._add("gradients", own)
+        if last:
+            self._summed(kind, when, 0)
+
+    def _halves(self, kind: str) -> tuple[Change, Change, Change]:
+        halves = self.traced.units[kind].halves
+        assert halves is not None, "the trace is of a schedule that does not split the backward"
+        return halves
+
+    def _keep(self, kind: str, count: int, action: Action) -> None:
+        """Add what a micro-batch leaves in a unit."""
+        self._add(_label(kind), count)
+        self.kept.setdefault((action.stage, action.micro), Counter())[_label(kind)] += count
 
     def _backward(self, name: str, kind: str, after: tuple[str, str] | None, when: str, *, last: bool) -> None:
         change = self._change(name, kind, 1)
         fresh = name not in self.seen
         self.seen.add(name)
-        own = self._gradient(name, kind) if fresh else 0
+        own = self._gradient(kind) if fresh else 0
         gathered, coming = self._passing((name, kind)), self._passing(after)
         self._note(when, {"communication": gathered + 2 * coming, _label(kind): change.peak})
         self._add(_label(kind), change.left - own)
         self._add("gradients", own)
-        if not last:
-            return
-        full = self._gradient(name, kind)
+        if last:
+            self._summed(kind, when, gathered + 2 * coming)
+
+    def _summed(self, kind: str, when: str, passing: int) -> None:
+        """After a unit's last backward of a step. passing: bytes of gathered parameters."""
+        full = self._gradient(kind)
         if self.shards > 1:  # what is sent lies beside the gradients, and what is left of them is a share
             share = math.ceil(full / self.shards)
-            self._note(when, {"communication": gathered + 2 * coming + full + share})
+            self._note(when, {"communication": passing + full + share})
             self._add("gradients", share - full)
         elif self.replicated:
             self._add("gradients", -full)  # moved into the buckets
@@ -169,14 +232,13 @@ class _Rank:
 
     # --- bytes -----------------------------------------------------------------------------------------------------
 
-    def _parameters(self) -> Iterator[Held]:
-        """What this rank holds: with a pipeline, input and output on their own stages, the input's table on both."""
-        for units in self.stages.values():
-            for _, kind in units:
-                yield from self.traced.parameters[kind]
-        kinds = {kind for units in self.stages.values() for _, kind in units}
+    def _held(self) -> Counter[tuple[Held, ...]]:
+        """The units of this rank, by their parameters: with a pipeline, input and output on their own stages, the
+        input's table on both."""
+        kinds = Counter(kind for units in self.stages.values() for _, kind in units)
         if OUTPUT in kinds and INPUT not in kinds:
-            yield from self.traced.parameters[INPUT]
+            kinds[INPUT] = 1
+        return Counter({self.traced.parameters[kind]: count for kind, count in kinds.items()})
 
     def _stored(self, held: Held) -> int:
         if self.shards == 1:
@@ -184,8 +246,7 @@ class _Rank:
         rows = held.shape[0] if held.shape else 1
         return held.bytes // max(rows, 1) * math.ceil(rows / self.shards)
 
-    def _gradient(self, name: str, kind: str) -> int:
-        del name
+    def _gradient(self, kind: str) -> int:
         apart = kind == OUTPUT and self.sizes.pp > 1
         return self.traced.size(kind) + (self.traced.tied if apart else 0)
 
@@ -210,10 +271,9 @@ class _Rank:
         """torch's stages hold a buffer for each micro-batch that they receive, and for each gradient."""
         if self.sizes.pp == 1:
             return
-        total = self.sizes.pp * SCHEDULES[self.layout.schedule].stages
         for stage in self.stages:
             for other in (stage - 1, stage + 1):
-                if 0 <= other < total and other not in self.stages:
+                if 0 <= other < self.count and other not in self.stages:
                     self._add("communication", self.micro * self.traced.hidden)
 
     def _add(self, label: str, count: int) -> None:
@@ -230,6 +290,35 @@ class _Rank:
 
 def _label(kind: str) -> str:
     return "input, output, logits" if kind in (INPUT, OUTPUT) else f"activations of {kind}"
+
+
+class Moments:
+    """What an optimizer needs, from steps of it on fake parameters.
+
+    Units of one kind are alike: each beyond the second of its kind adds what the second added to the first.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self._known: dict[Any, tuple[int, int]] = {}
+
+    def bytes(self, held: Mapping[tuple[Held, ...], int], shards: int) -> tuple[int, int]:
+        """(bytes of the moments, the most that an update needs beside them) for so many units of each kind."""
+        once = dict.fromkeys(held, 1)
+        state, update = first = self._stepped(once, shards)
+        for unit, count in held.items():
+            if count > 1:
+                second = self._stepped({**once, unit: 2}, shards)
+                state += (count - 1) * (second[0] - first[0])
+                update += (count - 1) * (second[1] - first[1])
+        return state, update
+
+    def _stepped(self, held: Mapping[tuple[Held, ...], int], shards: int) -> tuple[int, int]:
+        key = frozenset(held.items()), shards
+        if key not in self._known:
+            every = [each for unit, count in held.items() for _ in range(count) for each in unit]
+            self._known[key] = optimizer_bytes(self.recipe, every, shards)
+        return self._known[key]
 
 
 def optimizer_bytes(recipe: Recipe, held: Sequence[Held], shards: int) -> tuple[int, int]:

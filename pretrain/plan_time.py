@@ -19,12 +19,13 @@ from potamos.parallel.context import choose_kind
 from potamos.parallel.facts import Layout
 from potamos.parallel.mesh import Sizes, sizes
 from potamos.parallel.pipeline import SCHEDULES, balanced
+from potamos.parallel.slices import held_slices
 from potamos.parallel.tensor import is_region
 from potamos.pretrain import setup
 from potamos.pretrain.ceilings import CEILINGS, LINK_SHARE, Ceiling
 from potamos.pretrain.models.linear import Linear
 from potamos.pretrain.objectives.base import System
-from potamos.pretrain.plan_pipeline import Action, actions, bubble, simulate
+from potamos.pretrain.plan_pipeline import Action, Timeline, actions, bubble, simulate
 from potamos.pretrain.recipe import Recipe
 
 SPLIT_BACKWARD = 1.4
@@ -64,6 +65,7 @@ class Costs:
         self.system = setup.draft_system(recipe) if system is None else system
         self.length = recipe.data.sequence_length
         self.itemsize = setup.DTYPES[recipe.train.precision].itemsize
+        self._timelines: dict[tuple[str, str, int, int], Timeline] = {}
 
     @cached_property
     def layers(self) -> list[tuple[float, float]]:
@@ -73,6 +75,11 @@ class Costs:
             linear = sum(2.0 * m.weight.numel() for m in block.modules() if isinstance(m, Linear))
             found.append((linear, sum(m.mixing_flops(self.length) for m in block.modules() if is_region(m))))  # pyright: ignore
         return found
+
+    @cached_property
+    def regions(self) -> list[Any]:
+        """The mixers and channel mixers."""
+        return [m for m in self.system.modules() if is_region(m)]
 
     @cached_property
     def output(self) -> float:
@@ -88,6 +95,18 @@ class Costs:
     def inside(self) -> int:
         """Parameters of the layers."""
         return sum(p.numel() for p in self.system.model.stack.blocks.parameters())
+
+    @cached_property
+    def stage_costs(self) -> tuple[list[float], float, float]:
+        """What stages are balanced by."""
+        return self.system.stage_costs()
+
+    def timeline(self, layout: Layout, pp: int, micro: int) -> Timeline:
+        """A step of `micro` micro-batches in a pipeline of `pp` ranks, where one operation of a token takes 1."""
+        key = layout.schedule, layout.checkpointing, pp, micro
+        if key not in self._timelines:
+            self._timelines[key] = _pipeline(self, layout, pp, micro)
+        return self._timelines[key]
 
     @property
     def flops_per_token(self) -> float:
@@ -105,8 +124,11 @@ class Costs:
         return 2.0 * linear + 2.0 * mixing * (SPLIT_BACKWARD if split else 1.0) + again
 
 
-def step_time(costs: Costs, size: Sizes, ceiling: Ceiling, layout: Layout, rate: float | None = None) -> Time:
-    """The time of a step under `size`. rate: FLOP/s of a rank, if not the ceiling's.
+def step_time(
+    costs: Costs, size: Sizes, ceiling: Ceiling, layout: Layout, rate: float | None = None, *, idle: bool = True
+) -> Time:
+    """The time of a step under `size`. rate: FLOP/s of a rank, if not the ceiling's. idle: with the pipeline's waits,
+    which take a while to play; without them, no layout's step takes less.
 
     Raises LayoutError where the schedule does not take the number of micro-batches.
     """
@@ -121,10 +143,10 @@ def step_time(costs: Costs, size: Sizes, ceiling: Ceiling, layout: Layout, rate:
     compute = micro * second * (
         3.0 * costs.output + sum(costs.forward(i) + costs.backward(i, layout, split=split) for i in layers)
     )  # fmt: skip
-    length, idle, formula = compute, 0.0, 0.0
-    if size.pp > 1:
-        timeline = _pipeline(costs, size, layout, micro, second, split)
-        length, idle, formula = timeline.length, timeline.bubble, bubble(layout.schedule, size.pp, micro)
+    length, waits, formula = compute / size.pp, 0.0, 0.0
+    if size.pp > 1 and idle:
+        timeline = costs.timeline(layout, size.pp, micro)
+        length, waits, formula = second * timeline.length, timeline.bubble, bubble(layout.schedule, size.pp, micro)
     sent = bytes_sent(costs, size, layout, micro)
     links = {axis: count / _link(axis, size, ceiling) for axis, count in sent.items()}
     exposed = {axis: links.get(axis, 0.0) for axis in ("tp", "cp", "pp") if axis in links}
@@ -136,24 +158,25 @@ def step_time(costs: Costs, size: Sizes, ceiling: Ceiling, layout: Layout, rate:
     update = _update(costs, size, ceiling, rate)
     seconds = length + sum(exposed.values()) + update
     per_second = recipe.train.sequences * costs.length / seconds
-    return Time(seconds, per_second, compute / size.pp, length, update, idle, formula, sent, links, exposed)
+    return Time(seconds, per_second, compute / size.pp, length, update, waits, formula, sent, links, exposed)
 
 
-def _pipeline(costs: Costs, size: Sizes, layout: Layout, micro: int, second: float, split: bool) -> Any:
-    total = size.pp * SCHEDULES[layout.schedule].stages
-    weights, first, last = costs.system.stage_costs()
+def _pipeline(costs: Costs, layout: Layout, pp: int, micro: int) -> Timeline:
+    total = pp * SCHEDULES[layout.schedule].stages
+    weights, first, last = costs.stage_costs
     ranges = balanced(weights, total, first, last)
-    forward = [second * sum(costs.forward(i) for i in own) for own in ranges]
-    backward = [second * sum(costs.backward(i, layout, split=split) for i in own) for own in ranges]
-    forward[-1] += second * costs.output
-    backward[-1] += second * 2.0 * costs.output
+    split = layout.schedule in SPLITTING
+    forward = [sum(costs.forward(i) for i in own) for own in ranges]
+    backward = [sum(costs.backward(i, layout, split=split) for i in own) for own in ranges]
+    forward[-1] += costs.output
+    backward[-1] += 2.0 * costs.output
 
     def cost(action: Action) -> float:
         if action.kind == "forward":
             return forward[action.stage]
         return backward[action.stage] * (1.0 if action.kind == "backward" else 0.5)
 
-    return simulate(actions(layout.schedule, size.pp, micro), cost, total)
+    return simulate(actions(layout.schedule, pp, micro), cost, total)
 
 
 def bytes_sent(costs: Costs, size: Sizes, layout: Layout, micro: int) -> dict[str, float]:
@@ -164,14 +187,13 @@ def bytes_sent(costs: Costs, size: Sizes, layout: Layout, micro: int) -> dict[st
     recipe = costs.recipe
     rows = recipe.train.micro_sequences * costs.length * recipe.model.width / size.cp
     share, wide = 1.0 / size.pp, 4
-    regions = [m for m in costs.system.modules() if is_region(m)]
     sent: dict[str, float] = {}
     if size.tp > 1:  # into and out of every region and the frontend; gathers of normed fp32, sums of products
         each = (size.tp - 1) / size.tp * rows
-        inside = len(regions) * share * 2 * (wide + costs.itemsize)
+        inside = len(costs.regions) * share * 2 * (wide + costs.itemsize)
         sent["tp"] = micro * each * (inside + 4 * wide / size.pp)
     if size.cp > 1:
-        sent["cp"] = micro * share * sum(_split_row(m, rows, size, layout, costs.itemsize) for m in regions)
+        sent["cp"] = micro * share * sum(_split_row(region, costs, size, layout) for region in costs.regions)
     if size.pp > 1:
         stages = SCHEDULES[layout.schedule].stages
         hidden = rows * wide / (size.tp if layout.sequence_parallel else 1)
@@ -192,13 +214,23 @@ def _ring(ranks: int) -> float:
     return (ranks - 1) / ranks
 
 
-def _split_row(region: Any, rows: float, size: Sizes, layout: Layout, itemsize: int) -> float:
-    """Bytes of a micro-batch that a region exchanges to join its slices, forward and backward."""
-    kind = choose_kind(region.traits, size.tp if region.traits.shard != "none" else 1, size.cp, layout.cp_kinds)
-    each = rows / size.tp * itemsize * _ring(size.cp)
-    if kind == "a2a":  # queries, keys, values in, the result out
-        return 2 * 4 * each
-    return 2 * 2 * each * size.cp if kind == "ring" else 0.0  # keys and values of all; states are small
+def _split_row(region: Any, costs: Costs, size: Sizes, layout: Layout) -> float:
+    """Bytes of a micro-batch that a rank sends for a region to join its slices, forward and backward."""
+    tp, cp, item = size.tp if region.traits.shard != "none" else 1, size.cp, costs.itemsize
+    kind = choose_kind(region.traits, tp, cp, layout.cp_kinds)
+    rows = costs.recipe.train.micro_sequences
+    if kind == "state":  # gathered from all, and the gradients summed back
+        held = len(held_slices(layout.cp_order, 0, cp))
+        return 2.0 * (cp - 1) * rows * held * region.handed_on(costs.length // (cp * held), item) / tp
+    if kind not in ("a2a", "ring"):
+        return 0.0
+    into = sum(m.weight.shape[0] for m in region.children() if isinstance(m, Linear) and m.role == "column")
+    out, tokens = region.out.weight.shape[1], rows * costs.length / cp
+    if kind == "a2a":
+        return 2.0 * tokens * (into + out) / tp * item * _ring(cp)
+    # Keys and values are what goes in beside the queries, which are as wide as what comes out. In the backward they
+    # go all the way round, with their gradients in fp32.
+    return tokens * (into - out) / tp * ((cp - 1) * item + cp * (item + 4))
 
 
 def _link(axis: str, size: Sizes, ceiling: Ceiling) -> float:

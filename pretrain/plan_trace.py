@@ -29,9 +29,11 @@ from potamos.data.loader import Rows
 from potamos.parallel.apply import Spread
 from potamos.parallel.facts import ParameterFacts
 from potamos.parallel.mesh import Mesh, Sizes
+from potamos.parallel.pipeline import SCHEDULES
 from potamos.pretrain import setup
 from potamos.pretrain.objectives.base import Batch, System, Terms
 from potamos.pretrain.plan_forms import Form, counting
+from potamos.pretrain.plan_halves import INPUTS, WEIGHTS, run_in_halves
 from potamos.pretrain.recipe import Recipe
 
 CPU = torch.device("cpu")
@@ -51,11 +53,15 @@ class Unit:
     """The input, a layer of some kind, or the output (norm, scores, loss), on one rank.
 
     first: forward and backward of a step's first micro-batch, whose backward leaves gradients behind; later: of the
-    next ones, which add to them.
+    next ones, which add to them. halves: of a backward that is split, the inputs' half, and the weights' of the first
+    and of the next micro-batches; None where no schedule splits, and for the input, whose stage does not. state: bytes
+    that the forward leaves and that go when the stage's last layer has run, since nothing carries them.
     """
 
     first: tuple[Change, Change]
     later: tuple[Change, Change]
+    halves: tuple[Change, Change, Change] | None = None
+    state: int = 0
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,10 @@ def trace(recipe: Recipe, *, tp: int = 1, cp: int = 1, form: Form = "torch") -> 
             with counting(form), marks.bytes:
                 kept = spread.run([batch] * 2, [None] * 2, marks.weigh)  # as long as a step keeps what it returns
                 marks.end()
-            del kept
+                del kept
+                if splits_backward(recipe):
+                    spread.zero_grad()
+                    _in_halves(spread, batch, marks)
     layers = _kinds(recipe)
     parameters = {kind: tuple(_held(spread, f"model.stack.blocks.{name}.")) for kind, name in kinds.items()}
     parameters[INPUT] = tuple(_held(spread, "model.frontend."))
@@ -168,12 +177,14 @@ class _Marks:
     """Cuts what `bytes` sees at the borders between units, forward and backward."""
 
     def __init__(self, system: Any) -> None:
-        self.bytes, self.hidden = LiveBytes(), 0
-        self._began = 0
+        self.bytes, self.hidden, self.halves = LiveBytes(), 0, False
+        self._began = self._dropped = 0
+        self._states: dict[str, int] = {}
         self._found: dict[tuple[str, int], list[Change]] = {}
         blocks = system.model.stack.blocks
         names = list(blocks)
         system.register_forward_pre_hook(lambda *_: self._begin())
+        system.register_forward_hook(lambda _, __, out: self._drop_states(out.state))
         for before, name in zip([INPUT, *names], names, strict=False):
             blocks[name].register_forward_pre_hook(
                 lambda _, inputs, before=before, name=name: self._border(inputs[0], before, name)
@@ -182,36 +193,68 @@ class _Marks:
         blocks[last].register_forward_hook(lambda _, __, out: self._border(out.hidden, last, OUTPUT))
 
     def _begin(self) -> None:
-        if self._found:  # the backward of the micro-batch before ended
+        if self._found and not self.halves:  # the backward of the micro-batch before ended
             self.end()
         else:  # what a step does before its first forward is not a unit's
             self.bytes.peak = self._began = self.bytes.live
 
+    def _drop_states(self, states: Any) -> None:
+        """One layer stands for many, each of which has a state: what goes with each is not the output's to account."""
+        self._dropped = 0
+        for name in list(states) if isinstance(states, dict) else ():
+            before = self.bytes.live
+            del states[name]
+            self._states[name] = before - self.bytes.live
+            self._dropped += self._states[name]
+
     def weigh(self, out: Terms) -> Tensor:
         """The loss, between forward and backward."""
         loss = torch.stack([term.weight * term.sum for term in out.terms.values()]).sum()
-        self._close(OUTPUT, 0)
+        self.close(OUTPUT, 0, beside=self._dropped)
         return loss
 
     def end(self) -> None:
         """The backward of a micro-batch has ended."""
-        self._close(INPUT, 1)
+        self.close(INPUT, 1)
 
     def _border(self, hidden: Tensor, before: str, after: str) -> None:
         self.hidden = hidden.numel() * hidden.element_size()
-        self._close(before, 0)
-        hidden.register_hook(lambda _: self._close(after, 1))
+        self.close(before, 0)
+        back = INPUTS if self.halves else 1
+        hidden.register_hook(lambda _: self.close(after, back))
 
-    def _close(self, name: str, way: int) -> None:
-        """A unit's forward (0) or backward (1) ends here, and that of the next unit begins."""
+    def close(self, name: str, way: int, beside: int = 0) -> None:
+        """A unit's forward (0) or backward (1) ends here, the next one begins. beside: bytes that others freed."""
         now = self.bytes
-        self._found.setdefault((name, way), []).append(Change(now.peak - self._began, now.live - self._began))
+        self._found.setdefault((name, way), []).append(Change(now.peak - self._began, now.live - self._began + beside))
         now.peak = self._began = now.live
 
     def unit(self, name: str) -> Unit:
         """What was found of a unit."""
-        (first, later), (back, later_back) = self._found[name, 0], self._found[name, 1]
-        return Unit((first, back), (later, later_back))
+        (first, later), (back, later_back) = self._found[name, 0][:2], self._found[name, 1]
+        halves = None
+        if (name, INPUTS) in self._found:
+            weights, later_weights = self._found[name, WEIGHTS]
+            halves = (self._found[name, INPUTS][-1], weights, later_weights)
+        return Unit((first, back), (later, later_back), halves, self._states.get(name, 0))
+
+
+def splits_backward(recipe: Recipe) -> bool:
+    """Whether the recipe's pipeline takes the gradients of weights later than those of inputs."""
+    return recipe.parallel.pp > 1 and SCHEDULES[recipe.parallel.schedule].splits_backward
+
+
+def _in_halves(spread: Spread, batch: Batch, marks: _Marks) -> None:
+    """Two more micro-batches, whose backward is split."""
+    if spread.sizes.cp > 1:
+        batch = batch.slices(spread.slices.held, spread.slices.count)
+    blocks = spread.system.model.stack.blocks
+    units: dict[str, list[Any]] = {name: list(block.parameters()) for name, block in blocks.items()}
+    inside = {id(parameter) for own in units.values() for parameter in own}
+    units[OUTPUT] = [parameter for parameter in spread.parameters.values() if id(parameter) not in inside]
+    marks.halves = True
+    for _ in range(2):
+        run_in_halves(lambda: marks.weigh(spread.system(batch)), next(iter(blocks.values())), units, marks.close)
 
 
 class _Local(Spread):

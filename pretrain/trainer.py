@@ -25,13 +25,13 @@ from potamos.parallel.mesh import sizes
 from potamos.parallel.watchdog import Watchdog
 from potamos.pretrain import carried, opening, resume, setup
 from potamos.pretrain.agreement import Reader, check_same_data
-from potamos.pretrain.checkpoint import Checkpoints, CheckpointWriteError, Loaded, Snapshot
+from potamos.pretrain.checkpoint import Checkpoints, Loaded, Snapshot
 from potamos.pretrain.config import Change, to_yaml
 from potamos.pretrain.evaluate import score
 from potamos.pretrain.generate import GenerationError, generate
 from potamos.pretrain.guard import Stop, stop_requested, write_done, write_stop
 from potamos.pretrain.models.interfaces import State
-from potamos.pretrain.objectives.base import Batch, Terms
+from potamos.pretrain.objectives.base import Batch, System, Terms
 from potamos.pretrain.optim import GradientNorm, Optimizer, schedule_factor
 from potamos.pretrain.recipe import Recipe
 from potamos.pretrain.spikes import SpikeGuard
@@ -43,9 +43,12 @@ logger = logging.getLogger(__name__)
 
 def train(recipe: Recipe, run: Path) -> int:
     """Train in folder ``run``, going on from its newest checkpoint if it has one; the exit status for the shell."""
-    rank = launch.start(setup.pick_device(recipe.train.device).type)
+    place = launch.Rank.from_environment()
+    watchdog = Watchdog(RunFolder.of(run).logs, place.rank, place.world, seconds=recipe.telemetry.watchdog)
+    with watchdog.starting("meeting the other ranks"):
+        rank = launch.start(setup.pick_device(recipe.train.device).type)
     try:
-        trainer = Trainer(recipe, run, rank)
+        trainer = Trainer(recipe, run, rank, watchdog)
         try:
             return trainer.fit()
         except BaseException as error:  # also a second Ctrl-C: readers of state.json shall know that it ended
@@ -72,27 +75,48 @@ class StepResult:
 class Trainer:
     """Everything of one run on one rank. Building it validates everything that can be before the first step."""
 
-    def __init__(self, recipe: Recipe, run: Path, rank: launch.Rank) -> None:
+    def __init__(self, recipe: Recipe, run: Path, rank: launch.Rank, watchdog: Watchdog | None = None) -> None:
         self.recipe, self.rank, self.folder = recipe, rank, RunFolder.of(run)
+        self.watchdog = watchdog or Watchdog(self.folder.logs, rank.rank, rank.world, seconds=recipe.telemetry.watchdog)
+        self.step = self.next_sample = 0
+        self.reader: Reader | None = None
+        self.changes: list[Change] = []
+        with self.watchdog.starting("opening the data"):
+            draft = self._open()
+            self.watchdog.beat("building the model")
+            self._build(draft)
+            self.watchdog.beat("looking for a checkpoint")
+            self._go_on()
+            self.watchdog.beat("opening the records")
+            self._tell()
+        self.window = Window(began=time.perf_counter())
+
+    def _open(self) -> System:
+        """The device and the data; what can be refused is refused here. Returns a draft of the model."""
+        recipe, rank = self.recipe, self.rank
         self.device = setup.pick_device(recipe.train.device, rank.local_rank)
         if self.device.type == "cpu":
             setup.keep_freed_memory()
         if recipe.train.threads is not None:
             torch.set_num_threads(recipe.train.threads)
-        draft, layout = setup.draft_system(recipe), recipe.parallel.layout()
-        self.sizes = sizes(layout, rank.world)
+        draft = setup.draft_system(recipe)
+        self.sizes = sizes(recipe.parallel.layout(), rank.world)
         self.micro_batches = opening.check_spread(recipe, draft, self.sizes)
         self.tokenizer = launch.together(lambda: setup.open_tokenizer(recipe))
         self.token_bytes = self.tokenizer.token_bytes()
         self.stream = launch.together(lambda: setup.open_stream(recipe, self.tokenizer))
         self.validation = launch.together(lambda: setup.open_validation(recipe, self.tokenizer))
         check_same_data(self.stream, self.validation)
+        return draft
 
+    def _build(self, draft: System) -> None:
+        """The model spread over the ranks, and what belongs to its parameters."""
+        recipe, rank = self.recipe, self.rank
         self.flops_per_token = 3.0 * draft.model.flops_per_token(recipe.data.sequence_length)
         dtype = setup.DTYPES[recipe.train.precision]
         self.spread = apply(
             draft,
-            layout,
+            recipe.parallel.layout(),
             rank.rank,
             rank.world,
             self.device,
@@ -108,21 +132,26 @@ class Trainer:
         self.guard = SpikeGuard(recipe.optimizer.window, recipe.optimizer.spike, self.device)
         self.carries = recipe.data.order == "contiguous"
         self.carried: list[State] = [None] * self.micro_batches
-        self.step = self.next_sample = 0
-        self.reader: Reader | None = None
-        self.changes: list[Change] = []
 
-        self.lock = launch.together(lambda: resume.hold(self.folder) if rank.is_main else None)
+    def _go_on(self) -> None:
+        """Take the folder, and become what its newest checkpoint was, if there is one."""
+        recipe, rank = self.recipe, self.rank
+        self.lock = launch.on_main(lambda: resume.hold(self.folder))
         self.checkpoints = Checkpoints(
             self.folder.checkpoints,
             keep=recipe.checkpoint.keep,
             keep_every=recipe.checkpoint.keep_every,
             main=rank.is_main,
-            barrier=launch.barrier,
+            together=launch.together,
         )
         loaded = resume.newest(self.checkpoints, rank)
         if loaded is not None:
+            self.watchdog.beat(f"restoring the checkpoint of step {loaded.step}")
             self.restore(loaded)
+
+    def _tell(self) -> None:
+        """What telemetry begins with."""
+        recipe, rank = self.recipe, self.rank
         self.peak = peak_flops(self.device, setup.DTYPES[recipe.train.precision])
         self.predicted = opening.predicted_speed(recipe, rank.world, self.device) if rank.is_main else None
         self.telemetry = opening.open_telemetry(
@@ -136,8 +165,6 @@ class Trainer:
             spread=self.spread,
             changes=self.changes,
         )
-        self.window = Window(began=time.perf_counter())
-        self.watchdog = Watchdog(self.folder.path / "logs", rank.rank, rank.world, seconds=recipe.telemetry.watchdog)
 
     # --- the run ---------------------------------------------------------------------------------------------------
 
@@ -322,12 +349,16 @@ class Trainer:
         self.watchdog.beat(f"samples after step {self.step}")
         began = time.perf_counter()
         samples = self.recipe.telemetry.samples
-        if self.rank.is_main and self.model.causal and self.sizes.dp_replicate == self.rank.world:
+
+        def write() -> None:
             try:
                 for number, prompt in enumerate(samples.prompts):
                     self.telemetry.text(f"sample/{number}", self.step, prompt + "".join(self._continue(prompt)))
             except GenerationError as error:  # a sample is not worth a run
                 self.telemetry.note(f"no sample: {error}")
+
+        if self.sizes.dp_replicate == self.rank.world and self.model.causal:
+            launch.on_main(write)
         self.window.began += time.perf_counter() - began
 
     def _continue(self, prompt: str) -> Iterator[str]:
@@ -366,13 +397,7 @@ class Trainer:
             recipe=to_yaml(self.recipe),
         )
         self.watchdog.beat(f"writing the checkpoint of step {self.step}")
-        failure = None
-        try:
-            self.checkpoints.save(snapshot, wait=wait)
-        except CheckpointWriteError as error:  # only the main rank's
-            failure = error
-        if wait and launch.any_rank(failure is not None):  # or the others would wait for the main rank for ever
-            raise failure or CheckpointWriteError("the main rank could not write the last checkpoint")
+        self.checkpoints.save(snapshot, wait=wait)
 
     def restore(self, loaded: Loaded) -> None:
         """Become what ``loaded`` was; refuses a recipe or data that would not continue it. Every rank must call it."""
@@ -405,18 +430,22 @@ class Trainer:
         if stop is None and self.step % self.recipe.validation.every:
             self.validate()
         self.watchdog.beat("the end of the run")
-        self.checkpoints.wait()
+        launch.together(self.checkpoints.wait)
         attempt, place = self.telemetry.attempt, {"step": self.step, "next_sample": self.next_sample}
-        if self.rank.is_main and stop is None:
-            write_done(self.folder.path, **place)
-        elif self.rank.is_main and stop is not None:
-            write_stop(self.folder.path, attempt, stop, **place)
+        if stop is None:
+            launch.on_main(lambda: write_done(self.folder.path, **place))
+        else:
+            launch.on_main(lambda: write_stop(self.folder.path, attempt, stop, **place))
         self.telemetry.close("finished" if stop is None else stop.reason)
         return 0 if stop is None else stop.exit_code
 
     def _already_finished(self) -> int:
-        if self.rank.is_main and not self.folder.done.exists():
-            write_done(self.folder.path, step=self.step, next_sample=self.next_sample)
+
+        def mark() -> None:
+            if not self.folder.done.exists():
+                write_done(self.folder.path, step=self.step, next_sample=self.next_sample)
+
+        launch.on_main(mark)
         wanted = self.recipe.train.steps
         self.telemetry.note(f"nothing to do: {self.step} steps are trained, train.steps is {wanted}; raise it to go on")
         self.telemetry.close("finished")

@@ -50,9 +50,13 @@ TOLERANCES: dict[Precision, Tolerances] = {
     "fp64": Tolerances(1e-10, 1e-9, float(np.finfo(np.float64).eps)),
 }
 
+UNSEEN = (
+    "adds one number to all scores of a query, which a softmax does not see: its gradient is zero but for rounding, "
+    "and of rounding Adam makes steps of any size"
+)
 ZERO_GRADIENTS = {
-    "mixer.k.bias": "adds one number to all scores of a query, which a softmax does not see: its gradient is zero but "
-    "for rounding, and of rounding Adam makes steps of any size",
+    "mixer.k.bias": UNSEEN,
+    "mixer.positions.norm.bias": UNSEEN,  # of disentangled attention whose positions are keys only
 }
 """Parameters, by the end of their names, that are judged otherwise where their gradient is in fact zero, and why: it
 must be zero to rounding, and its update may differ."""

@@ -135,8 +135,8 @@ def _matrix(kinds: Sequence[str]) -> Iterator[dict[str, Any]]:
     for schedule in ("zero_bubble", "zbv", "dualpipe_v"):
         yield {"pp": 2, "dp_shard": 2, "schedule": schedule}
     yield {"pp": 2, "dp_replicate": 2, "dp_shard": 2, "schedule": "zbv", "checkpointing": "full"}
-    if set(kinds) & {"a2a", "ring"}:
-        joined = tuple(kind for kind in kinds if kind != "state")
-        yield {"pp": 2, "cp": 2, "schedule": "zbv", "cp_kinds": joined}
-        yield {"pp": 2, "dp_shard": 2, "cp": 2, "schedule": "dualpipe_v", "cp_kinds": joined}
+    if kinds:
+        yield {"pp": 2, "cp": 2, "schedule": "zero_bubble", "cp_kinds": kinds[:1]}
+        yield {"pp": 2, "cp": 2, "schedule": "zbv", "cp_kinds": kinds[-1:]}
+        yield {"pp": 2, "dp_shard": 2, "cp": 2, "schedule": "dualpipe_v", "cp_kinds": kinds}
     yield {"cp": 2, "tp": 2, "checkpointing": "selective"}

@@ -72,14 +72,16 @@ def source_of(recipe: Recipe) -> RowSource:
 
 
 class HeldOut:
-    """Rows in the place of a validation set, one fewer than a step has: in batches of a size that leaves some data rank
-    without one in the end."""
+    """Rows in the place of a validation set, one fewer than a step has: in few batches, but more than there are data
+    ranks, and so many that some of several are without one in the end."""
 
     def __init__(self, recipe: Recipe, ranks: int) -> None:
         rows = replace(source_of(recipe), contiguous=False, seed=recipe.train.seed + 1).rows(STEPS - 1)
         self.rows = rows.slice(1, len(rows))  # the first has no target, and would hide that it is counted twice
         self.sequence_length = recipe.data.sequence_length
-        self.rows_per_batch = 2 if -(-len(self.rows) // 2) % ranks else 1
+        batches = {size: -(-len(self.rows) // size) for size in (4, 3, 2)}
+        fitting = (size for size, count in batches.items() if count > ranks and (ranks == 1 or count % ranks))
+        self.rows_per_batch = next(fitting, 1)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import ipaddress
 import os
@@ -23,6 +24,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # for the subprocesses that the ho
 # Started under torchrun or inside a Slurm job, the test process itself is still a single process.
 for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"):
     os.environ.pop(_name, None)
+
+gc.disable()  # thousands of modules and tests are to come, none of them garbage: `pytest_runtestloop`
 
 TESTS = Path(__file__).resolve().parent
 # The first mark whose folder holds the test; a file name decides where a folder does not.
@@ -82,6 +85,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             marks.add("distributed")
         for mark in marks:
             item.add_marker(mark)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    """What was imported and collected is set apart from what tests make, so that no collection goes through it again,
+    here or in a forked rank, whose pages it would copy."""
+    gc.freeze()
+    gc.enable()
 
 
 _begun: dict[str, None] = {}  # tests that run now, on any worker

@@ -133,6 +133,12 @@ class Region(nn.Module):
         del length
         return 0.0
 
+    def handed_on(self, length: int, itemsize: int) -> float:
+        """Bytes that a slice of ``length`` tokens of one row has for the ranks that hold the row's others, where slices
+        are joined by states (way ``state``); ``itemsize``: of the dtype that layers compute in."""
+        del length, itemsize
+        return 0.0
+
 
 class Mixer(Region):
     """Sequence mixing: the only place where tokens meet. ``inputs`` (column linears) -> ``core`` -> ``out`` (row)."""

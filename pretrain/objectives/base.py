@@ -112,6 +112,11 @@ class Terms:
     terms: dict[str, Term] = field(default_factory=dict)
     state: State = None
 
+    def detached(self) -> Terms:
+        """What is left to tell of them when their gradients are another's business."""
+        terms = {name: replace(term, sum=term.sum.detach()) for name, term in self.terms.items()}
+        return Terms(terms, self.state)
+
 
 class Objective(nn.Module):
     """What is optimized. A module, because an objective may own parameters or a second trunk."""
@@ -172,6 +177,10 @@ class Handover:
 
     sent: tuple[Tensor, ...]
     state: State = None
+
+    def detached(self) -> Handover:
+        """What is left to tell once it is sent."""
+        return Handover((), self.state)
 
 
 class SystemPart(nn.Module):

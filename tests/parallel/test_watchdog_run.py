@@ -45,8 +45,19 @@ def test_every_phase_of_a_run_is_watched_and_has_its_name(trial, tmp_path, run_r
     save = lambda n: [f"collecting the checkpoint of step {n}", f"writing the checkpoint of step {n}"]  # noqa: E731
     score = lambda n, batches: [f"validation on held_out after step {n}"] * batches  # noqa: E731
     sample = lambda n: [f"step {n}", f"samples after step {n}", f"agreeing whether to stop after step {n}"]  # noqa: E731
+    start = ["opening the data", "building the model", "looking for a checkpoint", "opening the records"]
     for world in (1, 2):
-        expected = [*step(1), *sample(2), *save(2), "step 3", *score(3, 6 // world), step(3)[1], *sample(4), *save(4)]
+        expected = [
+            *start,
+            *step(1),
+            *sample(2),
+            *save(2),
+            "step 3",
+            *score(3, 6 // world),
+            step(3)[1],
+            *sample(4),
+            *save(4),
+        ]
         expected += [*score(4, 6 // world), "the end of the run"]
         for told in run_ranks(world, work):
             assert [doing for doing, _ in told] == expected
@@ -117,3 +128,46 @@ def test_what_hangs_at_the_end_is_reported_by_its_name(trial, tmp_path, monkeypa
     assert ended == [EXIT_CODE]
     report = (RunFolder.of(tmp_path / "run").path / "logs" / "hang.txt").read_text()
     assert repr(PLACES[place]) in report
+
+
+def test_a_rank_that_is_stuck_before_the_first_step_is_named(trial, tmp_path, monkeypatch, run_ranks):
+    """In the restore, for whose end the others wait. Groups are made without a collective that is counted, so where a
+    rank hangs while the model is built its stack tells."""
+    trial.fit(tmp_path / "run", *FEW[1:], "train.steps=2")
+
+    def work(rank, world, owner, name):
+        codes = []
+        monkeypatch.setattr(trainer, "Watchdog", functools.partial(Watchdog, exit=codes.append, gather=1.0))
+        real = getattr(owner, name)
+        if rank == 1:
+            monkeypatch.setattr(owner, name, lambda *a, **n: (time.sleep(4 * SECONDS), real(*a, **n))[1])
+        trial.trainer(tmp_path / "run", *WATCHED, rank=Rank(rank, world, rank, world)).telemetry.close("ended")
+        return codes
+
+    places = {"restoring the checkpoint of step 2": (trainer.resume, "read_parameters")}
+    places["building the model"] = (trainer, "apply")
+    for doing, (owner, name) in places.items():
+        assert run_ranks(2, functools.partial(work, owner=owner, name=name), timeout=60) == [[EXIT_CODE]] * 2
+        report = tmp_path / "run" / "logs" / "hang.txt"
+        words = report.read_text()
+        assert "2 of 2 ranks report that nothing moves" in words
+        assert ("Behind the others: rank 1." in words) is ("restoring" in doing)
+        stuck = words[words.index("rank 1 on ") :].partition("rank 0 on")[0]
+        assert repr(doing) in stuck
+        assert "time.sleep(4 * SECONDS)" in stuck
+        report.unlink()
+
+
+def test_a_start_may_take_longer_than_a_step(tmp_path):
+    codes = []
+    dog = Watchdog(tmp_path, 0, 1, seconds=0.4, gather=0.0, exit=codes.append)
+    with dog.starting("building"):
+        time.sleep(0.5)
+    assert codes == []
+    with dog.starting("building"):
+        time.sleep(0.8)
+    assert codes == [EXIT_CODE]
+    assert "'building'" in (tmp_path / "hang.txt").read_text()
+    with dog:  # the limit of steps again
+        time.sleep(0.55)
+    assert codes == [EXIT_CODE] * 2

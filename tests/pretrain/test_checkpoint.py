@@ -382,19 +382,23 @@ def test_what_cannot_be_stored_is_refused_by_name(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-def test_only_the_main_rank_writes_and_all_meet_at_the_barrier(tmp_path: Path) -> None:
+def test_only_the_main_rank_writes_and_all_learn_how_it_went(tmp_path: Path) -> None:
     met: list[str] = []
-    other = Checkpoints(tmp_path / "checkpoints", main=False, barrier=lambda: met.append("other"))
+
+    def together(name: str) -> Callable[[Callable[[], None]], None]:
+        return lambda action: (met.append(name), action())[1]
+
+    other = Checkpoints(tmp_path / "checkpoints", main=False, together=together("other"))
     other.save(make_snapshot(1))
     other.save(make_snapshot(1), wait=True)
     assert not (tmp_path / "checkpoints").exists()
     assert other.latest() is None
-    main = Checkpoints(tmp_path / "checkpoints", barrier=lambda: met.append("main"))
+    main = Checkpoints(tmp_path / "checkpoints", together=together("main"))
     main.save(make_snapshot(1))
     main.save(make_snapshot(2), wait=True)
     assert (main.latest() or pytest.fail("nothing")).step == 2
     assert (other.latest() or pytest.fail("nothing")).step == 2
-    assert met == ["other", "other", "main", "main"]  # each when it begins, and after a save that is waited for
+    assert met == ["other"] * 3 + ["main"] * 3  # each when it begins, and in every save
 
 
 # ---- kills -------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from potamos.parallel.mesh import sizes
 from potamos.pretrain import setup
 from potamos.pretrain.config import load_recipe
 from potamos.pretrain.plan_measure import Meter, measure
-from potamos.pretrain.plan_memory import Memory, memory
+from potamos.pretrain.plan_memory import Memory, Moments, _Rank, memory
 from potamos.pretrain.plan_trace import LiveBytes, trace
 from potamos.pretrain.recipe import Recipe
 
@@ -38,30 +38,50 @@ def planned(of: Recipe, world: int) -> Memory:
         (1, (DROPPING, "data.sequence_length=320")),
         (2, ("parallel.dp_shard=2",)),
         (2, ("parallel.tp=2",)),
+        (2, ("parallel.cp=2",)),
         (2, ("parallel.pp=2",)),
+        (2, ("parallel.pp=2", "parallel.schedule=zero_bubble", "model.layers=6")),
         (2, ("parallel.dp_replicate=2", "parallel.checkpointing=full")),
         (4, ("parallel.dp_shard=2", "parallel.pp=2", "parallel.schedule=interleaved_1f1b", "model.layers=4")),
     ],
-    ids=["one process", "tiles of attention", "dp_shard", "tp", "pp", "recomputed", "dp_shard x pp"],
+    ids=["one process", "tiles of attention", "dp_shard", "tp", "cp", "pp", "halves", "recomputed", "dp_shard x pp"],
 )
 def test_the_plan_is_what_ranks_need(world: int, changes: tuple[str, ...], run_ranks) -> None:
-    """Every tensor of one process is accounted for, and a little more: states that a step drops before its backward are
-    counted to its end, 1 % here. With ranks, what collectives and wrappers hold, within 5 %."""
+    """Every tensor of one process is accounted for, states that a step drops before its backward among them. With
+    ranks, what collectives and wrappers hold, within 5 %, and of pipelines and slices within 2 %."""
     tiny = recipe(*changes)
     found = run_ranks(world, lambda rank, world: measure(tiny, rank, world).tensors)
     plan = planned(tiny, world)
-    assert plan.peak == pytest.approx(max(found), rel=0.02 if world == 1 else 0.05)
-    if world == 1:
-        assert plan.peak >= max(found)
+    exact = world == 1 or any(word in changes for word in ("parallel.tp=2", "parallel.cp=2"))
+    piped = "parallel.pp=2" in changes and "parallel.dp_shard=2" not in changes
+    assert plan.peak == pytest.approx(max(found), rel=0.001 if exact else 0.02 if piped else 0.05)
     assert sum(plan.parts.values()) == plan.peak
 
 
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved_1f1b", "zero_bubble"])
+def test_a_step_leaves_nothing_behind(schedule: str) -> None:
+    """What a micro-batch leaves in a stage is gone at the step's end, whatever crosses its borders; results stay."""
+    tiny = recipe("parallel.pp=2", f"parallel.schedule={schedule}", "model.layers=4")
+    size, traced, costs = sizes(tiny.parallel.layout(), 2), trace(tiny), setup.draft_system(tiny).stage_costs()
+    for place in range(2):
+        rank = _Rank(tiny, traced, size, place, costs, Moments(tiny))
+        rank.play()
+        left = sum(count for label, count in rank.live.items() if label.startswith(("activations", "input")))
+        assert abs(left) < traced.hidden / 4
+
+
 def test_weights_that_are_gathered_once_a_step_are_counted(run_ranks) -> None:
-    """What a split backward keeps between its two parts is the least certain of a plan: 10 %."""
-    changes = "parallel.dp_shard=2", "parallel.pp=2", "parallel.schedule=zbv", "model.layers=4", "train.sequences=16"
+    """With what a split backward keeps between its two parts."""
+    changes = (
+        "parallel.dp_shard=2",
+        "parallel.pp=2",
+        "parallel.schedule=zero_bubble",
+        "model.layers=4",
+        "train.sequences=16",
+    )
     tiny = recipe(*changes)
     found = run_ranks(4, lambda rank, world: measure(tiny, rank, world).tensors)
-    assert planned(tiny, 4).peak == pytest.approx(max(found), rel=0.1)
+    assert planned(tiny, 4).peak == pytest.approx(max(found), rel=0.05)
 
 
 @pytest.mark.slow

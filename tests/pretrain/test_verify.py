@@ -233,8 +233,8 @@ def test_sizes_that_are_asked_for_are_taken():
         ("cp=3", r"data\.sequence_length: 2048 cannot be cut into 6 slices for cp 3; use 2046 or 2052"),
         ("ep=2", r"parallel\.ep: 2 needs experts"),
         (
-            "cp=2 pp=2 schedule=zbv",
-            r"parallel\.cp: 2 hands states on, which does not go with schedule zbv: .* cp_kinds",
+            "pp=2 schedule=zbv compile=inductor",
+            r"parallel\.compile: 'inductor' does not go with schedule zbv: .*; leave it out, or use interleaved_1f1b",
         ),
         (
             "pp=2 schedule=zero_bubble checkpointing=selective",

@@ -117,7 +117,7 @@ def fill(folder: Path) -> None:
 
 def opened(folder: Path, rank: int, world: int) -> int | str:
     """The step that a rank goes on from, or its error."""
-    checkpoints = Checkpoints(folder, main=rank == 0, barrier=launch.barrier)
+    checkpoints = Checkpoints(folder, main=rank == 0, together=launch.together)
     try:
         loaded = resume.newest(checkpoints, Rank(rank, world, rank, world))
     except (CheckpointError, launch.PeerError) as error:

@@ -146,3 +146,9 @@ class H3(Mixer):
         del length
         width, head_dim = self.q.weight.shape[0], self.options.head_dim
         return width * (2.0 * self.options.shift_state + head_dim * (6.0 * self.options.state + 4.0) + 4.0)
+
+    def handed_on(self, length: int, itemsize: int) -> float:
+        """Keys that the next slice's taps reach; fp32 states at the slice's end, and what multiplies states in it."""
+        width, head_dim = self.q.weight.shape[0], self.options.head_dim
+        tail = min(max(1, self.options.shift_state - 1), length)
+        return width * (tail * itemsize + 4.0 * self.options.state * (head_dim + 1.0 / head_dim))

@@ -108,3 +108,8 @@ class S4D(Mixer):
         """By the recurrence: per complex mode 8 for the update and 4 for the read-out, and the skip."""
         del length
         return self.inputs.weight.shape[0] * (6.0 * self.options.state + 2.0)
+
+    def handed_on(self, length: int, itemsize: int) -> float:
+        """fp32 states at the slice's end, and what multiplies states in it."""
+        del length, itemsize
+        return 8.0 * self.inputs.weight.shape[0] * self.options.state

@@ -7,6 +7,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import interpreter
 
 pytestmark = pytest.mark.skipif(os.environ["TRITON_INTERPRET"] != "1", reason="about the interpreter alone")
 
@@ -64,6 +65,51 @@ def test_casts_to_bf16_round_to_nearest():
     nan = torch.full((512,), float("nan"))
     launch(round_kernel, nan, y, SIDE=512)
     assert y.isnan().all()
+
+
+@triton.jit
+def pick(x, y, chosen):
+    return tl.where(chosen, x, y)
+
+
+@triton.jit
+def step(a, x, b, y):
+    """Two steps s -> a s + x, left first, as one; a negative b begins anew."""
+    return a * b, pick(b * x + y, y, b >= 0)
+
+
+@triton.jit
+def scan_kernel(a, x, out, ROWS: tl.constexpr, COLUMNS: tl.constexpr, AXIS: tl.constexpr, REVERSE: tl.constexpr):
+    at = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    factors, sums = tl.associative_scan((tl.load(a + at), tl.load(x + at)), AXIS, step, reverse=REVERSE)  # pyright: ignore[reportArgumentType]
+    tl.store(out + at, factors)
+    tl.store(out + ROWS * COLUMNS + at, sums)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_scan_by_slices_is_the_scan_by_elements(axis, reverse, monkeypatch):
+    a, x, found = torch.randn(4, 16), torch.randn(4, 16), []
+    for form in ("generic_scan", "by_element"):
+        monkeypatch.setattr(interpreter.ScanOps, "generic_scan", getattr(interpreter.ScanOps, form))
+        found.append(torch.full((2, 4, 16), float("nan")))
+        launch(scan_kernel, a, x, found[-1], ROWS=4, COLUMNS=16, AXIS=axis, REVERSE=reverse)
+    assert torch.equal(*found)
+    first = torch.stack([a, x]).select(axis + 1, -1 if reverse else 0)
+    assert torch.equal(found[0].select(axis + 1, -1 if reverse else 0), first)
+    assert len(found[0].unique()) == 128
+
+
+def test_the_language_is_replaced_for_each_launch(monkeypatch):
+    """And restored after it: between launches a device function's names are the compiler's."""
+    before, seen = tl.where, []
+    patch = interpreter._patch_lang
+    monkeypatch.setattr(interpreter, "_patch_lang", lambda fn: seen.append(fn.__name__) or patch(fn))
+    x = torch.randn(4, 16)
+    for _ in range(2):
+        launch(scan_kernel, x, x, torch.empty(2, 4, 16), ROWS=4, COLUMNS=16, AXIS=1, REVERSE=False)
+        assert tl.where is before
+    assert seen == ["scan_kernel", "pick"] * 2
 
 
 def test_devices_that_a_gpu_would_not_mix_are_refused_here():
