@@ -69,7 +69,7 @@ corpora: $(VENV)/.development ## prepare, verify and train on three real corpora
 
 # --- tests ------------------------------------------------------------------------------------------------------------
 
-test: unit distributed kernels resume learning ## every test but those on a real Slurm, in five of the targets below
+test: unit distributed kernels resume ## every test but the slow ones (make learning, make slurm), in four of the targets below
 
 # $(call pytest,marks,limit[,how tests are dealt to workers]). At its limit a target gets SIGINT, so that pytest says what ran, and SIGKILL twenty seconds
 # later (pytest-xdist takes up to ten to end its workers); `timeout` signals the whole process group, so no rank and no
