@@ -97,9 +97,13 @@ def _stubs() -> Any:
 @pytest.fixture(autouse=True)
 def systems(monkeypatch: Patch) -> None:
     """The test's own systems are registered while a test runs, and gone afterwards."""
+    register_systems(monkeypatch)
+
+
+def register_systems(patch: Patch) -> None:
     registry.names("mixer")
     registry.names("objective")
-    monkeypatch.setattr(registry, "_table", {room: dict(entries) for room, entries in registry._table.items()})
+    patch.setattr(registry, "_table", {room: dict(entries) for room, entries in registry._table.items()})
     for (room, name), system in {**_stubs().REGISTERED, ("mixer", "shared"): Shared}.items():
         registry.register(room, name)(system)
 
