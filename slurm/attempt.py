@@ -174,11 +174,7 @@ def begin(folder: RunFolder, job: str, restart: int, nodes: str, crashes: int) -
             f"Mend that, then: potamos requeue {folder.path}"
         )
     if (lost := _unjudged(folder)) >= UNJUDGED_TIMES:
-        raise AttemptError(
-            f"{lost} attempts in a row from step {newest_step(folder)} were killed from outside (nodes that died, "
-            "preemptions without time to save). See what the recipe does to its nodes, or save more often; "
-            f"then: potamos requeue {folder.path}"
-        )
+        raise AttemptError(_give_up(folder, lost))
     number = _next_number(folder)
     record = {"event": "begin", "attempt": number, "job": job, "restart": restart, "nodes": nodes}
     try:
@@ -296,8 +292,22 @@ def _unjudged(folder: RunFolder) -> int:
     for attempt in _since_submission(folder):
         if attempt.step > step:
             count, step = 0, attempt.step
-        count += attempt.verdict is None
+        count += attempt.status is None  # also the one that was given up for them
     return count if newest_step(folder) <= step else 0
+
+
+def _give_up(folder: RunFolder, lost: int) -> str:
+    """Why attempts that nobody judged are the end; noted as that of the last one, for those who look at the run."""
+    step = newest_step(folder)
+    reason = (
+        f"{lost} attempts in a row from step {step} were killed from outside (nodes that died, preemptions without "
+        "time to save). See what the recipe does to its nodes, or save more often; then: potamos requeue "
+    ) + str(folder.path)
+    last = next(attempt for attempt in reversed(_since_submission(folder)) if attempt.status is None)
+    record = {"event": "end", "attempt": last.number, "status": None, "verdict": "failed", "reason": reason}
+    with contextlib.suppress(OSError):  # said all the same
+        _append(folder, record | {"step": step, "fruitless": False})
+    return reason
 
 
 def _held(folder: RunFolder) -> list[Attempt]:

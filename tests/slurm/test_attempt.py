@@ -401,6 +401,10 @@ def test_a_recipe_that_kills_its_nodes_meets_a_bound(folder):
     ) as caught:
         start(folder)
     assert not isinstance(caught.value, UnusableNodeError)
+    last = read_attempts(folder)[-1]
+    assert (last.verdict, last.reason) == ("failed", str(caught.value))  # which `potamos status` shows
+    with pytest.raises(AttemptError, match="10 attempts in a row"):
+        start(folder)
     note_submission(folder, ["9"])
     assert start(folder) == 11
 
@@ -410,7 +414,7 @@ def test_deaths_between_which_there_is_progress_meet_no_bound(folder):
         start(folder)
         start(folder)
         saved(folder, step)
-    for _ in range(9):
+    for _ in range(10):
         start(folder)
     saved(folder, 25)  # by the last of them
     assert start(folder) is not None

@@ -656,9 +656,9 @@ def test_ranks_that_are_deaf_at_the_time_limit_leave_a_script_that_judges(desk):
 
 
 def test_the_words_of_srun_are_kept_and_shown(desk):
-    desk.command(
-        "srun", "trap '' TERM; kill -TERM -- -$PPID; /bin/sleep 0.3; echo 'srun: error: n7: task 0: Killed' >&2; exit 1"
-    )
+    words = "srun: error: n7: task 0: Killed"
+    term = "/bin/sleep 0.3; kill -TERM -- -$PPID; /bin/sleep 0.3"
+    desk.command("srun", f"trap '' TERM; {term}; echo '{words}' >&2; exit 1")
     done = desk.start(leader=True)
     assert "n7: task 0: Killed" in done.stderr
     assert "n7: task 0: Killed" in (desk.run / "logs" / "attempt-0.srun.txt").read_text()

@@ -77,6 +77,7 @@ PLANS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "progress": ({"steps": 9, "every": 2, "die": {"step": 3, "rank": 0, "status": 9, "attempts": [0]}}, {"crashes": 1}),
     "requeued": ({"steps": 9, "every": 100, "hold": 4}, {"crashes": 1}),
     "shell": ({"steps": 9, "hold": 5}, {}),
+    "given up": ({"steps": 9, "hold": 5}, {}),
     "cancelled": ({"steps": 9, "hold": 5}, TWO),
     "refused": ({"steps": 3, "busy": [0]}, TWO | {"crashes": 1}),
 }
@@ -238,6 +239,19 @@ def test_a_user_who_cancels_means_it(toys, module_cluster):
     assert toy.until_ended() == "CANCELLED"
     assert toy.facts()["Restarts"] == "0"
     assert [attempt.verdict for attempt in toy.attempts] == ["stopped"]
+
+
+def test_what_waits_for_a_finished_run_does_not_start_after_one_that_was_given_up(toys, module_cluster, life):
+    """As `potamos cancel` does it: the ranks save and the script ends by itself, which would look like success."""
+    toy = toys["given up"]
+    toy.until(lambda: newest(toy) == "step-00000005", "step 5")
+    after = ("--dependency=afterok:" + toy.job, "--kill-on-invalid-dep=yes")
+    waiting = module_cluster.run("sbatch", "--parsable", *after, "--output=/dev/null", "--wrap=true").strip()
+    toy.folder.cancelled.touch()
+    toy.warn()
+    assert toy.until_ended() == "FAILED"
+    assert [attempt.verdict for attempt in toy.attempts] == ["stopped"]
+    assert life.Submitted(module_cluster, toy.folder, waiting).until_ended() == "CANCELLED"
 
 
 # --- bounds ---------------------------------------------------------------------------------------------------------
