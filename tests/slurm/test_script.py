@@ -667,8 +667,9 @@ def test_the_words_of_srun_are_kept_and_shown(desk):
 def test_what_slurm_says_of_a_job_is_heard_only_when_the_controller_is_back(desk):
     """Unheard, a cancelled job would look like one that may go on."""
     at_first('ping*|"show job"', "exit 1", desk, times=20)
-    desk.command("srun", stopping())
+    desk.command("srun", f'rm "$CALLS.n"; {stopping()}')  # away again
     desk.start(STATE="COMPLETING")
+    assert int(Path(f"{desk.calls}.n").read_text()) > 20
     assert ends(desk)[0]["verdict"] == "stopped"
     assert ["requeue", "41"] not in desk.told("scontrol")
 
