@@ -16,7 +16,8 @@ An attempt ends in one word:
 
 Slurm counts a job's restarts, but preemptions raise that count too. Here what fails in a row *without a new checkpoint*
 is counted, so a run that makes progress never meets the bound. An attempt without an end was killed from outside (a
-node that died, a preemption that would not wait) and is no crash of the run.
+node that died, a preemption that would not wait) and is no crash of the run; but a recipe that kills its nodes looks
+just so, and therefore ten of them from the same step are the end as well.
 
 Nor is one that found the lock held: by ranks that outlived their node's daemon, or by someone who trains by hand. What
 those save is no progress of the attempt either. It waits for them, and so does the next; not for ever.
@@ -28,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import re
@@ -48,11 +50,20 @@ HELD_SECONDS = 300.0
 HELD_TIMES = 12
 """So many attempts in a row that found the lock held are the end: an hour of waiting, and what the queue adds to it."""
 
+UNJUDGED_TIMES = 10
+"""So many attempts from the same step that nobody was left to judge are the end: nodes do not die that often."""
+REFUSED = 3
+"""The exit status of `begin` where it is of no use to begin, on this node or another."""
+
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 
 class AttemptError(ValueError):
-    """An attempt cannot begin here. The message says why and what to do."""
+    """An attempt cannot begin. The message says why and what to do."""
+
+
+class UnusableNodeError(AttemptError):
+    """An attempt cannot begin on this node, and may on another."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,9 +143,9 @@ def read_attempts(run: str | os.PathLike[str]) -> list[Attempt]:
     return list(attempts.values())
 
 
-def note_submission(run: str | os.PathLike[str], jobs: Sequence[str]) -> None:
-    """Remember that these jobs were submitted for the run: what failed before no longer counts."""
-    _append(RunFolder.of(run), {"event": "submitted", "jobs": list(jobs)})
+def note_submission(run: str | os.PathLike[str], jobs: Sequence[str], *, anew: bool = True) -> None:
+    """Remember that these jobs were submitted for the run: what failed before no longer counts, unless not ``anew``."""
+    _append(RunFolder.of(run), {"event": "submitted", "jobs": list(jobs)} | ({} if anew else {"anew": False}))
 
 
 def jobs_of(run: str | os.PathLike[str]) -> list[str]:
@@ -148,8 +159,9 @@ def begin(folder: RunFolder, job: str, restart: int, nodes: str, crashes: int) -
     Where another process holds the run's lock, the attempt is marked as its ranks would mark it, and need not start.
 
     Raises:
-        AttemptError: `crashes` attempts in a row failed without a new checkpoint, the run was cancelled, or this node
-            cannot write into the folder.
+        AttemptError: `crashes` attempts in a row failed without a new checkpoint, `UNJUDGED_TIMES` were killed from
+            outside at one step, or the run was cancelled.
+        UnusableNodeError: this node cannot write into the folder.
     """
     if is_done(folder):
         return None
@@ -161,17 +173,20 @@ def begin(folder: RunFolder, job: str, restart: int, nodes: str, crashes: int) -
             f"{len(last)} attempts in a row ended without a new checkpoint, the last with: {last[-1].reason}. "
             f"Mend that, then: potamos requeue {folder.path}"
         )
+    if (lost := _unjudged(folder)) >= UNJUDGED_TIMES:
+        raise AttemptError(_give_up(folder, lost))
     number = _next_number(folder)
     record = {"event": "begin", "attempt": number, "job": job, "restart": restart, "nodes": nodes}
     try:
-        _append(folder, record | {"step": newest_step(folder)})
+        _append(folder, record | {"step": newest_step(folder, strict=True)})
         if (holder := lock_holder(folder.lock)) is not None:
             mark_busy(folder, number, holder)
     except OSError as error:
-        raise AttemptError(
-            f"{os.uname().nodename} cannot write into {folder.path} ({error.strerror}): the run folder must lie on a "
-            "file system that the nodes share and may write to"
-        ) from error
+        remedy = "the run folder must lie on a file system that the nodes share and may write to"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            remedy = "make room on its file system, or in your quota there"
+        node = os.uname().nodename
+        raise UnusableNodeError(f"{node} cannot write into {folder.path} ({error.strerror}): {remedy}") from error
     return number
 
 
@@ -185,9 +200,12 @@ def end(
         requeue: whether this job may go back into the queue, rather than another follow.
         crashes: how many attempts in a row may be of no use.
         why: the reason, where the ranks never started.
+
+    Raises:
+        OSError: the folder cannot be read now. An unread checkpoint must not look like a crash.
     """
     began = next((attempt.step for attempt in read_attempts(folder) if attempt.number == number), 0)
-    step, stop = newest_step(folder), folder.stop(number)
+    step, stop = newest_step(folder, strict=True), folder.stop(number)
     fruitless, verdict, held_by = False, "waiting" if told.requeued else "requeue", _holder(folder, number)
     if is_done(folder):
         verdict, reason = "done", "finished"
@@ -225,11 +243,17 @@ def replaced(folder: RunFolder, number: int, bad_nodes: str) -> None:
     _append(folder, {"event": "end", "attempt": number, **facts})
 
 
-def newest_step(folder: RunFolder) -> int:
-    """The step of the newest checkpoint under a final name; 0 without one."""
+def newest_step(folder: RunFolder, *, strict: bool = False) -> int:
+    """The step of the newest checkpoint under a final name; 0 without one.
+
+    Raises:
+        OSError: with ``strict``, where the checkpoints are there and cannot be listed.
+    """
     try:
         names = os.listdir(folder.checkpoints)
-    except OSError:
+    except OSError as error:
+        if strict and not isinstance(error, FileNotFoundError):
+            raise
         return 0
     return max((int(match[1]) for name in names if (match := STEP_FOLDER.fullmatch(name))), default=0)
 
@@ -241,7 +265,8 @@ def is_done(folder: RunFolder) -> bool:
     import yaml
 
     recipe = yaml.safe_load(folder.recipe.read_text(encoding="utf-8"))
-    return int(_read(folder.done).get("step", 0)) >= int(recipe["train"]["steps"])
+    step = _read(folder.done).get("step")
+    return isinstance(step, int) and step >= int(recipe["train"]["steps"])
 
 
 def _fruitless(folder: RunFolder) -> list[Attempt]:
@@ -261,6 +286,30 @@ def _fruitless(folder: RunFolder) -> list[Attempt]:
     return found
 
 
+def _unjudged(folder: RunFolder) -> int:
+    """How many attempts from the newest step were never judged. One that was, and of no use, does not part them."""
+    count, step = 0, -1
+    for attempt in _since_submission(folder):
+        if attempt.step > step:
+            count, step = 0, attempt.step
+        count += attempt.status is None  # also the one that was given up for them
+    return count if newest_step(folder) <= step else 0
+
+
+def _give_up(folder: RunFolder, lost: int) -> str:
+    """Why attempts that nobody judged are the end; noted as that of the last one, for those who look at the run."""
+    step = newest_step(folder)
+    reason = (
+        f"{lost} attempts in a row from step {step} were killed from outside (nodes that died, preemptions without "
+        "time to save). See what the recipe does to its nodes, or save more often; then: potamos requeue "
+    ) + str(folder.path)
+    last = next(attempt for attempt in reversed(_since_submission(folder)) if attempt.status is None)
+    record = {"event": "end", "attempt": last.number, "status": None, "verdict": "failed", "reason": reason}
+    with contextlib.suppress(OSError):  # said all the same
+        _append(folder, record | {"step": step, "fruitless": False})
+    return reason
+
+
 def _held(folder: RunFolder) -> list[Attempt]:
     """The newest attempts, as far as they found the lock held; those without an end are passed over."""
     judged = [attempt for attempt in _since_submission(folder) if attempt.verdict is not None]
@@ -276,7 +325,10 @@ def _holder(folder: RunFolder, number: int) -> str | None:
 
 def _since_submission(folder: RunFolder) -> list[Attempt]:
     records = list(_records(folder))
-    since = max((n for n, record in enumerate(records) if record["event"] == "submitted"), default=-1)
+    since = max(
+        (n for n, record in enumerate(records) if record["event"] == "submitted" and record.get("anew", True)),
+        default=-1,
+    )
     numbers = {record["attempt"] for record in records[since + 1 :] if record["event"] == "begin"}
     return [attempt for attempt in read_attempts(folder) if attempt.number in numbers]
 
@@ -406,7 +458,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             number = begin(folder, asked.job, asked.restart, asked.nodes, asked.crashes)
             print("done" if number is None else number)
         elif asked.command == "follow":
-            note_submission(folder, [asked.job.partition(";")[0]])
+            note_submission(folder, [asked.job.partition(";")[0]], anew=False)
         elif asked.command == "accepted":
             accept(folder.path)
         elif asked.command == "await":
@@ -426,7 +478,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"attempt {asked.attempt}: {verdict}: {reason}", file=sys.stderr)
     except (AttemptError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return REFUSED if isinstance(error, AttemptError) and not isinstance(error, UnusableNodeError) else 1
     return 0
 
 

@@ -52,7 +52,7 @@ class Shape:
     max_time: int | None = None
     requeue_delay: int = 5
     node_timeout: int = 5
-    kill_wait: int = 5
+    kill_wait: int = 15
     grace: int = 10
 
     def __post_init__(self) -> None:

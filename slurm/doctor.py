@@ -32,6 +32,7 @@ from potamos.slurm.storage import LOCK, NOT_SHARED, storage
 COMMANDS = ("sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo")
 JOB_SECONDS = 120.0  # that the look at a node may take, waiting for one included
 SHOWN = 8  # of many nodes alike
+KILL_WAIT = 15  # seconds: a batch script needs a third of it to judge ranks that hang until the time limit
 BAD = ("DOWN", "DRAIN", "FAIL", "INVAL", "NOT_RESPONDING")
 _CREDENTIAL = re.compile(r"cred_expire=(\d+)")
 
@@ -46,6 +47,7 @@ def diagnose(folder: Path, *, job: bool = False, partition: str | None = None) -
     """
     yield from versions()
     yield from driver(needed=False, cuda=torch_cuda())
+    yield from look_at_env()
     site, findings = look_at_site()
     yield from findings
     try:
@@ -163,6 +165,22 @@ def authentication(settings: Mapping[str, str]) -> Iterator[Finding]:
     yield Finding("ok", "munge", "makes credentials and accepts them")
 
 
+def look_at_env() -> Iterator[Finding]:
+    """Whether `env` can hold back the signals that reach ranks while Python starts, as the batch script asks of it."""
+    try:
+        command = ["env", "--block-signal=USR1", "--block-signal=TERM", "true"]
+        done = subprocess.run(command, capture_output=True, timeout=10, check=False)
+    except (subprocess.SubprocessError, OSError):
+        done = None
+    if done is not None and done.returncode == 0:
+        yield Finding("ok", "env", "holds signals back")
+        return
+    yield Finding(
+        "warning", "env", "has no --block-signal on this machine, and no rank starts on a node without it",
+        "see that the nodes, and the container's image, have GNU coreutils 8.31 or newer: env --version",
+    )  # fmt: skip
+
+
 def judge_settings(settings: Mapping[str, str]) -> Iterator[Finding]:
     """What of a cluster's configuration decides how runs survive."""
     credential = _CREDENTIAL.search(settings.get("AuthInfo", ""))
@@ -170,6 +188,11 @@ def judge_settings(settings: Mapping[str, str]) -> Iterator[Finding]:
     wait = re.match(r"\d+", settings.get("KillWait", ""))
     text = f"a requeued job waits {delay} s; one that is ended has {wait[0] if wait else '?'} s to save"
     yield Finding("ok", "requeue", text)
+    if wait is not None and int(wait[0]) < KILL_WAIT:
+        yield Finding(
+            "warning", "time limit", f"KillWait is {wait[0]} s: too short to judge ranks that hang until the limit",
+            f"ask who runs the cluster for KillWait={KILL_WAIT} or more (Slurm's default is 30)",
+        )  # fmt: skip
     modes = [mode.strip() for mode in settings.get("PreemptMode", "OFF").split(",")]
     if "CANCEL" in modes:
         yield Finding(

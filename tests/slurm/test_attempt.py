@@ -1,5 +1,6 @@
 """How attempts of a run are judged, from the marks that a run leaves and the lines that Slurm printed (22.05.8)."""
 
+import errno
 import json
 import os
 import subprocess
@@ -10,7 +11,18 @@ from types import SimpleNamespace
 import pytest
 
 from potamos.slurm import attempt as attempts
-from potamos.slurm.attempt import AttemptError, Told, begin, end, jobs_of, note_submission, read_attempts, replaced
+from potamos.slurm.attempt import (
+    AttemptError,
+    Told,
+    UnusableNodeError,
+    begin,
+    end,
+    jobs_of,
+    newest_step,
+    note_submission,
+    read_attempts,
+    replaced,
+)
 from potamos.slurm.lock import await_lock, mark_busy
 from potamos.slurm.run_folder import RunFolder
 
@@ -331,14 +343,114 @@ def test_jobs_of_a_run_in_order(folder):
     assert jobs_of(folder) == ["3", "4", "9"]
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), PermissionError(13, "Permission denied")])
-def test_a_folder_that_this_node_cannot_write(folder, monkeypatch, error):
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "make room"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "make room"),
+        (PermissionError(errno.EACCES, "Permission denied"), "that the nodes share"),
+    ],
+)
+def test_a_folder_that_this_node_cannot_write(folder, monkeypatch, capsys, error, remedy):
     def refuse(*_):
         raise error
 
     monkeypatch.setattr(attempts, "_append", refuse)
-    with pytest.raises(AttemptError, match=rf"cannot write into .* \({error.strerror}\): .* that the nodes share"):
+    with pytest.raises(UnusableNodeError, match=rf"cannot write into .* \({error.strerror}\): .*{remedy}") as caught:
         start(folder)
+    assert ("that the nodes share" in str(caught.value)) == (remedy == "that the nodes share")
+    assert attempts.main(["begin", str(folder.path)]) not in (0, attempts.REFUSED)  # another node may do
+    folder.cancelled.touch()
+    assert attempts.main(["begin", str(folder.path)]) == attempts.REFUSED
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_checkpoints_that_cannot_be_listed_are_not_missing(folder, monkeypatch):
+    """Or an attempt that saved would be a crash."""
+    saved(folder, 3)
+    number = start(folder)
+
+    def refuse(path):
+        raise OSError(errno.ESTALE, "Stale file handle", path)
+
+    monkeypatch.setattr(attempts.os, "listdir", refuse)
+    with pytest.raises(OSError, match="Stale"):
+        ends(folder, number)
+    with pytest.raises(UnusableNodeError, match="Stale"):
+        start(folder)
+    assert newest_step(folder) == 0  # for those who only look
+
+
+@pytest.mark.parametrize("content", ['{"step": "x"}', '{"step": null}', "{", "[1]"])
+def test_a_damaged_mark_of_the_end_is_none(folder, content):
+    number = start(folder)
+    folder.done.write_text(content)
+    saved(folder, 7)
+    asked_to_stop(folder, number)
+    assert ends(folder, number)[0] == "requeue"
+
+
+def test_a_recipe_that_kills_its_nodes_meets_a_bound(folder):
+    for _ in range(5):
+        start(folder)
+    assert ends(folder, start(folder), status=1)[0] == "requeue"  # does not part them
+    for _ in range(5):
+        start(folder)
+    with pytest.raises(
+        AttemptError, match=r"10 attempts in a row from step 0 were killed .* potamos requeue"
+    ) as caught:
+        start(folder)
+    assert not isinstance(caught.value, UnusableNodeError)
+    last = read_attempts(folder)[-1]
+    assert (last.verdict, last.reason) == ("failed", str(caught.value))  # which `potamos status` shows
+    with pytest.raises(AttemptError, match="10 attempts in a row"):
+        start(folder)
+    note_submission(folder, ["9"])
+    assert start(folder) == 11
+
+
+def test_deaths_between_which_there_is_progress_meet_no_bound(folder):
+    for step in range(1, 25):
+        start(folder)
+        start(folder)
+        saved(folder, step)
+    for _ in range(10):
+        start(folder)
+    saved(folder, 25)  # by the last of them
+    assert start(folder) is not None
+
+
+def test_a_job_that_follows_without_bad_nodes_does_not_count_anew(folder):
+    for job in ("4", "5;cluster"):
+        ends(folder, start(folder), status=1)
+        attempts.main(["follow", str(folder.path), "--job", job])
+    assert jobs_of(folder) == ["4", "5"]
+    assert ends(folder, start(folder), status=1)[0] == "failed"
+
+
+def test_numbers_avoid_marks_of_attempts_that_found_the_lock_held(folder):
+    """A mark left over would make another attempt look busy."""
+    mark_busy(folder, 4, "process 7 on vm")
+    assert start(folder) == 5
+
+
+def test_how_long_the_lock_is_waited_for(folder, monkeypatch):
+    waits = []
+    monkeypatch.setattr(attempts, "await_lock", lambda run, seconds, tell: waits.append(seconds))
+    for requeue in ("1", "0"):
+        attempts.main(["await", str(folder.path), "--requeue", requeue])
+    assert waits == [300, 3600]
+    verdicts = [ends(folder, refused(folder, start(folder)), status=2)[0] for _ in range(12)]
+    assert verdicts == ["busy"] * 11 + ["failed"]
+
+
+def test_records_are_on_the_disk_when_they_are_written(folder, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(attempts.os, "fsync", lambda file: sizes.append(os.fstat(file).st_size))
+    start(folder)
+    assert sizes == [folder.attempts.stat().st_size]
+    ends(folder, 0)
+    assert sizes[1:] == [folder.attempts.stat().st_size]
 
 
 def test_the_commands_of_the_script(folder):
@@ -352,6 +464,6 @@ def test_the_commands_of_the_script(folder):
     assert "attempt 0: stopped: cancelled" in done.stderr
     folder.cancelled.touch()
     refused = call("begin", ".")
-    assert (refused.returncode, refused.stdout) == (1, "")
+    assert (refused.returncode, refused.stdout) == (attempts.REFUSED, "")
     assert refused.stderr.startswith("error: ")
     assert "Traceback" not in refused.stderr

@@ -222,13 +222,32 @@ IDLE = DRAINED.replace("n1", "n0").replace("IDLE+DRAIN", "IDLE+PLANNED").partiti
 def test_settings():
     settings = doctor.configuration(CONFIG)
     assert settings["SlurmctldHost[0]"] == "vm(127.0.0.1)"
-    requeue, preemption = judge_settings(settings)
+    requeue, limit, preemption = judge_settings(settings)
+    assert (limit.level, "KillWait is 3 s" in limit.text, "KillWait=15" in limit.remedy) == ("warning", True, True)
     assert "waits 5 s" in requeue.text
     assert "has 3 s to save" in requeue.text
     assert preemption.level == "ok"
-    plain = doctor.configuration(CONFIG.replace(",cred_expire=5", "").replace("REQUEUE", "OFF"))
-    assert [f.text for f in judge_settings(plain)] == ["a requeued job waits 120 s; one that is ended has 3 s to save"]
+    plain = doctor.configuration(
+        CONFIG.replace(",cred_expire=5", "").replace("REQUEUE", "OFF").replace("3 sec", "15 sec")
+    )
+    assert [f.text for f in judge_settings(plain)] == ["a requeued job waits 120 s; one that is ended has 15 s to save"]
+    assert levels(judge_settings(plain | {"KillWait": "14 sec"})) == ["ok", "warning"]
     assert levels(judge_settings({"PreemptMode": "GANG,CANCEL"})) == ["ok", "warning"]
+
+
+@pytest.mark.parametrize(
+    ("body", "level"),
+    [('[ "$*" = "--block-signal=USR1 --block-signal=TERM true" ]', "ok"),
+     ('echo "env: unrecognized option" >&2; exit 125', "warning"), (None, "warning")],
+)  # fmt: skip
+def test_an_env_that_cannot_hold_signals_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body, level):
+    if body is not None:
+        (tmp_path / "env").write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / "env").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = list(doctor.look_at_env())
+    well_formed(found)
+    assert levels(found) == [level]
 
 
 def test_nodes():

@@ -162,7 +162,7 @@ class Desk:
             'case "$1 $2" in "show hostnames") printf "n7\\nn8\\n" ;;'
             ' "show node") echo "NodeName=$3 Arch=x NodeAddr=${ADDRESS-10.0.0.7} NodeHostName=$3" ;;'
             ' "show job") echo "JobState=${STATE-RUNNING} Restarts=${RESTARTS-0} RunTime=${RAN-00:00:09}"'
-            ' "TimeLimit=00:10:00" ;;'
+            ' "TimeLimit=00:10:00" "Comment=${COMMENT-}" ;;'
             ' ping*) echo "Slurmctld(primary) at host is ${CONTROLLER-UP}" ;;'
             ' "show config") echo "KillWait                = 3 sec" ;;'
             ' requeue*) [ -z "${DENY-}" ] || { echo "$DENY" >&2; exit 1; } ;; esac',
@@ -175,7 +175,10 @@ class Desk:
         path.write_text(f"#!/bin/bash\n{note}\n{body}\n")
         path.chmod(0o755)
 
-    def start(self, job: Job | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    def start(
+        self, job: Job | None = None, *, leader: bool = False, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs the script; as ``leader`` of processes of its own, to whom the signals for it go as well."""
         job = job or Job(name="t", folder=self.run, runs=(self.run,), nodes=2, tasks_per_node=2, python=self.python)
         place = {
             "SLURM_JOB_ID": "41",
@@ -191,6 +194,7 @@ class Desk:
             capture_output=True,
             timeout=60,
             cwd="/",
+            start_new_session=leader,
             env={**kept, **place, **environment},
         )
 
@@ -217,12 +221,14 @@ def desk(tmp_path):
     return Desk(tmp_path)
 
 
+PLACES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
 def test_how_the_ranks_are_started(desk):
-    desk.command(
-        "srun",
-        'env | grep -E "^(MASTER|POTAMOS_A|OMP|RANK|WORLD)" | sort >"$CALLS.env"; echo "{\\"step\\": 5}" >done.json',
-    )
-    done = desk.start(SLURM_RESTART_COUNT="2", SLURM_CPUS_PER_TASK="3", RANK="5", WORLD_SIZE="9")
+    seen = 'env | grep -E "^(MASTER|POTAMOS_A|OMP|RANK|WORLD|LOCAL|GROUP)" | sort >"$CALLS.env"'
+    desk.command("srun", seen + '; echo "{\\"step\\": 5}" >done.json')
+    left_over = dict.fromkeys(PLACES, "5")
+    done = desk.start(SLURM_RESTART_COUNT="2", SLURM_CPUS_PER_TASK="3", **left_over)
     assert done.returncode == 0, done.stderr
     (words,) = desk.told("srun")
     assert words[:2] == ["--kill-on-bad-exit=1", "--cpus-per-task=3"]
@@ -239,10 +245,20 @@ def test_how_the_ranks_are_started(desk):
 
 def test_without_an_address_nothing_starts(desk):
     desk.command("srun", "")
-    done = desk.start(ADDRESS="")
-    assert done.returncode == 1
-    assert "node n7 has no NodeAddr" in done.stderr
+    assert desk.start(ADDRESS="").returncode == 0
     assert desk.told("srun") == []  # least of all a world of one on each node
+    asked = [words for words in desk.told("scontrol") if words[:2] == ["show", "node"]]
+    assert len(asked) == 10
+    assert "node n7 has no NodeAddr" in ends(desk)[0]["reason"]
+    assert ends(desk)[0]["fruitless"]  # bounded, and elsewhere it may have one
+    assert ["requeue", "41"] in desk.told("scontrol")
+
+
+def test_an_address_that_came_late_is_used(desk):
+    desk.command("srun", 'echo "$MASTER_ADDR" >"$CALLS.env"; echo "{\\"step\\": 5}" >done.json')
+    at_first('"show node"', "exit 1", desk, times=3)
+    assert desk.start().returncode == 0
+    assert Path(f"{desk.calls}.env").read_text() == "10.0.0.7\n"
 
 
 def test_a_taken_port_is_passed_over(desk):
@@ -275,6 +291,14 @@ def test_the_ranks_status_is_the_jobs(desk):
     desk.command("srun", "exit 143")
     done = desk.start(job=Job(name="t", folder=desk.run, runs=(desk.run,), python=desk.python, crashes=1))
     assert done.returncode == 143
+
+
+def at_first(words, instead, desk, *, times=1):
+    """`scontrol` does something else the first few times that it is called with these words."""
+    path = desk.bin / "scontrol"
+    note, _, rest = path.read_text().partition('case "$1 $2" in ')
+    count = f'n=$(($(cat "$CALLS.n" 2>/dev/null) + 1)); echo $n >"$CALLS.n"; [ $n -gt {times} ] || {{ {instead}; }}'
+    path.write_text(f'{note}case "$1 $2" in {words}) {count} ;; esac\ncase "$1 $2" in {rest}')
 
 
 def stopping(number=0):
@@ -322,10 +346,36 @@ def test_slurm_was_quicker(desk):
     desk.command("srun", stopping())
     done = desk.start(DENY="Job is pending execution for job 41")
     assert (done.returncode, "already on its way" in done.stdout) == (0, True)
-    done = desk.start(DENY="Access/permission denied for job 41")
-    assert done.returncode == 1
-    assert "could not be requeued" in done.stderr
-    assert "potamos requeue" in done.stderr
+    assert ["300"] in desk.told("sleep")  # Slurm ends the script while it waits
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [("Job/step already completing or completed for job 41", True), ("Invalid job id specified for job 41", False),
+     ("Requested operation is presently disabled for job 41", False), ("Access/permission denied for job 41", False)],
+)  # fmt: skip
+def test_what_is_an_answer_to_a_requeue_is_not_asked_again(desk, answer, words):
+    desk.command("srun", stopping())
+    done = desk.start(DENY=answer)
+    assert done.returncode == (0 if words else 1)
+    assert len([asked for asked in desk.told("scontrol") if asked == ["requeue", "41"]]) == 1
+    assert (f"could not be requeued ({answer})" in done.stderr) != words
+    assert ("potamos requeue" in done.stderr) != words
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["slurm_requeue error: Socket timed out on send/recv operation", "Unexpected message received for job 41"],
+)
+@pytest.mark.parametrize("times", [9, 10])
+def test_an_answer_that_was_lost_is_no_refusal(desk, answer, times):
+    """With a controller that is up a moment later."""
+    desk.command("srun", stopping())
+    at_first("requeue*", f'echo "{answer}" >&2; exit 1', desk, times=times)
+    done = desk.start()
+    assert done.returncode == (0 if times == 9 else 1)
+    assert len([asked for asked in desk.told("scontrol") if asked == ["requeue", "41"]]) == 10
+    assert ("could not be requeued" in done.stderr) == (times == 10)
 
 
 def test_a_job_that_slurm_requeued_is_left_to_it(desk):
@@ -338,7 +388,7 @@ def test_a_job_that_slurm_requeued_is_left_to_it(desk):
 def test_a_cancelled_job_is_not_requeued(desk):
     desk.command("srun", stopping())
     done = desk.start(STATE="COMPLETING")
-    assert done.returncode == 0
+    assert done.returncode != 0  # or what waits for its success (afterok) would start
     assert ["requeue", "41"] not in desk.told("scontrol")
     assert '"stopped"' in (desk.run / "attempts.jsonl").read_text()
 
@@ -365,8 +415,12 @@ def test_a_signal_to_the_script_does_not_end_the_wait(desk):
         "srun",
         f'kill -TERM $PPID; /bin/sleep 0.3; kill -TERM $PPID; /bin/sleep 0.3; {stopping()}; echo saved >"$CALLS.saved"',
     )
-    done = desk.start()
+    desk.command("judge", f'exec {shlex.quote(desk.python)} "$@"')
+    done = desk.start(Job(name="t", folder=desk.run, runs=(desk.run,), python=str(desk.bin / "judge")))
     assert done.stdout.count("was sent SIGTERM") == 2
+    assert (
+        len([words for words in desk.told("judge") if "outside" in words]) == 1
+    )  # or each would have its own patience
     assert Path(f"{desk.calls}.saved").exists()
     assert '"requeue"' in (desk.run / "attempts.jsonl").read_text()
 
@@ -374,7 +428,8 @@ def test_a_signal_to_the_script_does_not_end_the_wait(desk):
 def test_a_chain_leaves_the_rest_to_the_next_job(desk):
     job = Job(name="t", folder=desk.run, runs=(desk.run,), python=desk.python, requeue=False)
     desk.command("srun", stopping())
-    assert desk.start(job).returncode == 0
+    assert desk.start(job).returncode == 1  # not finished; the chain's next job starts after any end (afterany)
+    assert ends(desk)[0]["verdict"] == "next"
     desk.command("srun", "exit 9")
     assert desk.start(job).returncode == 9
     assert not [words for words in desk.told("scontrol") if words[0] == "requeue"]
@@ -399,11 +454,78 @@ def test_what_an_accepted_submission_replaced_is_forgotten_when_the_job_begins(d
     assert not any((folder / ".undo").exists() for folder in (desk.run, run))
 
 
-def test_a_folder_that_is_not_there(desk, tmp_path):
+def mark(desk):
+    """The comment that the script asked Slurm to keep."""
+    (words,) = [words for words in desk.told("scontrol") if words[0] == "update"]
+    assert words[1] == "JobId=41"
+    return words[2]
+
+
+def test_a_folder_that_is_not_there_may_be_on_another_node(desk, tmp_path):
     gone = tmp_path / "gone"
-    done = desk.start(Job(name="t", folder=desk.run, runs=(gone,), python=desk.python))
-    assert done.returncode == 1
-    assert f"{gone} cannot be entered on" in done.stderr
+    job = Job(name="t", folder=desk.run, runs=(gone,), python=desk.python)
+    done = desk.start(job, SLURM_RESTART_COUNT="2")
+    assert done.returncode == 0
+    assert f"{gone} cannot be entered and written on" in done.stderr
+    assert ["requeue", "41"] in desk.told("scontrol")
+    assert ["60"] in desk.told("sleep")
+    assert mark(desk) == "Comment=1-starts-failed-until-restart-2"
+
+
+@pytest.mark.parametrize(
+    ("comment", "following"),
+    [("8-starts-failed-until-restart-2", 9), ("9-starts-failed-until-restart-2", None),
+     ("9-starts-failed-until-restart-1", 1), ("my own", 1)],
+)  # fmt: skip
+def test_starts_that_fail_in_a_row_are_bounded(desk, tmp_path, comment, following):
+    job = Job(name="t", folder=desk.run, runs=(tmp_path / "gone",), python=desk.python)
+    done = desk.start(job, SLURM_RESTART_COUNT="3", RESTARTS="3", COMMENT=comment)
+    requeued = ["requeue", "41"] in desk.told("scontrol")
+    assert (done.returncode, requeued) == ((1, False) if following is None else (0, True))
+    if following is None:
+        assert "10 starts in a row failed; mend that, then: potamos requeue" in done.stderr
+    else:
+        assert mark(desk) == f"Comment={following}-starts-failed-until-restart-3"
+
+
+def test_a_cancelled_job_that_could_not_begin_is_not_requeued(desk, tmp_path):
+    job = Job(name="t", folder=desk.run, runs=(tmp_path / "gone",), python=desk.python)
+    assert desk.start(job, STATE="COMPLETING").returncode == 1
+    assert desk.start(replace(job, requeue=False)).returncode == 1
+    assert ["requeue", "41"] not in desk.told("scontrol")
+
+
+def test_a_begin_that_fails_is_tried_again_and_a_refusal_is_not(desk):
+    real, judged = shlex.quote(desk.python), str(desk.bin / "judge")
+    desk.command("judge", f'case "$*" in *" begin "*) exit 1 ;; *) exec {real} "$@" ;; esac')
+    desk.command("srun", "")
+    job = Job(name="t", folder=desk.run, runs=(desk.run,), python=judged)
+    done = desk.start(job)
+    assert "no attempt could begin on" in done.stderr
+    assert len([words for words in desk.told("judge") if "begin" in words]) == 3
+    assert ["requeue", "41"] in desk.told("scontrol")
+    assert desk.told("srun") == []
+    desk.calls.unlink()
+    desk.command("judge", f'exec {real} "$@"')
+    (desk.run / "cancelled").touch()
+    assert desk.start(job).returncode == 1
+    assert len([words for words in desk.told("judge") if "begin" in words]) == 1
+    assert ["requeue", "41"] not in desk.told("scontrol")
+
+
+@pytest.mark.parametrize("times", [3, 99])
+def test_an_end_that_could_not_be_judged_is_judged_again_and_goes_back_into_the_queue(desk, times):
+    real = shlex.quote(desk.python)
+    count = f'n=$(($(cat "$CALLS.n" 2>/dev/null) + 1)); echo $n >"$CALLS.n"; [ $n -gt {times} ] || exit 1'
+    desk.command("judge", f'case "$*" in *" end "*) {count} ;; esac; exec {real} "$@"')
+    desk.command("srun", stopping())
+    done = desk.start(Job(name="t", folder=desk.run, runs=(desk.run,), python=str(desk.bin / "judge")))
+    assert (done.returncode, ["requeue", "41"] in desk.told("scontrol")) == (0, True)
+    assert ("could not be judged" in done.stderr) == (times == 99)
+    if times == 99:
+        assert mark(desk) == "Comment=1-starts-failed-until-restart-0"
+    else:
+        assert ends(desk)[0]["verdict"] == "requeue"
 
 
 def test_bad_nodes_are_left_to_a_new_job(desk):
@@ -413,7 +535,7 @@ def test_bad_nodes_are_left_to_a_new_job(desk):
     desk.command("srun", "")
     desk.command("sbatch", "echo 42")
     done = desk.start(job, POTAMOS_EXCLUDE="n3")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1, done.stderr  # the run is not finished
     assert len(desk.told("srun")) == 1  # the check alone
     (words,) = desk.told("sbatch")
     assert "--exclude=n8,n1,n3" in words
@@ -440,13 +562,49 @@ def ends(desk) -> list[dict]:
 def test_the_job_that_goes_on_without_bad_nodes_is_remembered_and_counts_anew(desk):
     job = preflight(desk, "true", "echo n8", tasks=(5,), array="5")
     place = {"SLURM_ARRAY_JOB_ID": "41", "SLURM_ARRAY_TASK_ID": "5"}
-    assert desk.start(job, SLURM_RESTART_COUNT="3", **place).returncode == 0
+    assert desk.start(job, SLURM_RESTART_COUNT="3", **place).returncode == 1
     assert Path(f"{desk.calls}.env").read_text() == "restart=none exclude=n8\n"
     assert "--array=5" in desk.told("sbatch")[0]
     assert jobs_of(desk.run) == ["42"]
     (check,) = desk.told("srun")
     assert check.index("--kill-on-bad-exit=0") > check.index("--kill-on-bad-exit=1")  # the last one counts
     assert "--wait=600" in check
+
+
+LOST = "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation"
+
+
+def test_a_submission_whose_answer_was_lost_is_tried_again(desk):
+    job = preflight(desk, "true", "echo n8")
+    count = 'n=$(($(cat "$CALLS.n" 2>/dev/null) + 1)); echo $n >"$CALLS.n"'
+    desk.command("squeue", "")
+    desk.command("sbatch", f'{count}; [ $n -gt 3 ] || {{ echo "{LOST}" >&2; exit 1; }}; echo 42')
+    assert desk.start(job).returncode == 1
+    assert len(desk.told("sbatch")) == 4
+    assert jobs_of(desk.run) == ["42"]
+    assert ends(desk)[0]["verdict"] == "next"
+
+
+def test_a_submission_that_was_accepted_unheard_is_not_made_twice(desk):
+    job = preflight(desk, "true", "echo n8")
+    desk.command("squeue", 'echo "40 follows-41-attempt-9"; echo "43 follows-41-attempt-0"')
+    desk.command("sbatch", f'echo "{LOST}" >&2; exit 1')
+    assert desk.start(job).returncode == 1
+    (words,) = desk.told("sbatch")
+    assert "--comment=follows-41-attempt-0" in words
+    assert jobs_of(desk.run) == ["43"]
+
+
+@pytest.mark.parametrize(("answer", "times"), [(LOST, 10), ("Invalid partition name specified", 1)])
+def test_without_a_job_that_follows_the_attempt_failed_and_this_job_goes_on(desk, answer, times):
+    job = preflight(desk, "true", "echo n8")
+    desk.command("squeue", "")
+    desk.command("sbatch", f'echo "{answer}" >&2; exit 1')
+    assert desk.start(job).returncode == 0
+    assert len(desk.told("sbatch")) == times
+    assert (ends(desk)[0]["verdict"], ends(desk)[0]["fruitless"]) == ("requeue", True)
+    assert f"no job without them could be submitted ({answer})" in ends(desk)[0]["reason"]
+    assert ["requeue", "41"] in desk.told("scontrol")
 
 
 def test_a_chain_leaves_bad_nodes_to_its_next_job(desk):
@@ -484,6 +642,45 @@ def test_ranks_that_hang_at_the_time_limit_are_judged_before_slurm_kills_the_scr
     assert "time limit" in ends(desk)[0]["reason"]
 
 
+def test_ranks_that_are_deaf_at_the_time_limit_leave_a_script_that_judges(desk):
+    """Slurm's SIGTERM goes to every process of the script: bash's word on the killed srun must not meet a dead pipe."""
+    desk.command("srun", "trap '' TERM; /bin/sleep 0.3; kill -TERM -- -$PPID; exec /bin/sleep 50")
+    began = time.monotonic()
+    done = desk.start(STATE="COMPLETING", RAN="00:10:01", leader=True)
+    assert time.monotonic() - began < 30
+    assert done.returncode == 0, done.stderr
+    assert "Killed" in done.stderr
+    assert ends(desk)[0]["status"] == 137
+    assert "time limit" in ends(desk)[0]["reason"]
+    assert ["requeue", "41"] in desk.told("scontrol")
+
+
+def test_the_words_of_srun_are_kept_and_shown(desk):
+    words = "srun: error: n7: task 0: Killed"
+    term = "/bin/sleep 0.3; kill -TERM -- -$PPID; /bin/sleep 0.3"
+    desk.command("srun", f"trap '' TERM; {term}; echo '{words}' >&2; exit 1")
+    done = desk.start(leader=True)
+    assert "n7: task 0: Killed" in done.stderr
+    assert "n7: task 0: Killed" in (desk.run / "logs" / "attempt-0.srun.txt").read_text()
+
+
+def test_what_slurm_says_of_a_job_is_heard_only_when_the_controller_is_back(desk):
+    """Unheard, a cancelled job would look like one that may go on."""
+    at_first('ping*|"show job"', "exit 1", desk, times=20)
+    desk.command("srun", f'rm "$CALLS.n"; {stopping()}')  # away again
+    desk.start(STATE="COMPLETING")
+    assert int(Path(f"{desk.calls}.n").read_text()) > 20
+    assert ends(desk)[0]["verdict"] == "stopped"
+    assert ["requeue", "41"] not in desk.told("scontrol")
+
+
+def test_a_word_of_the_controller_that_was_lost_is_asked_for_again(desk):
+    at_first('"show job"', "exit 1", desk, times=3)
+    desk.command("srun", stopping())
+    desk.start(STATE="COMPLETING")
+    assert ends(desk)[0]["verdict"] == "stopped"
+
+
 def test_ranks_that_save_in_the_grace_of_a_preemption_are_let(desk):
     desk.command("srun", f"kill -TERM $PPID; /bin/sleep 1; {stopping()}")
     assert desk.start().returncode == 0
@@ -515,6 +712,13 @@ def test_a_strict_prologue_changes_nothing(desk, line):
     assert desk.start(job).returncode == 0
     assert ends(desk)[0]["verdict"] == "requeue"
     assert ["requeue", "41"] in desk.told("scontrol")
+
+
+def test_options_of_the_shell_that_the_prologue_set_end_with_it(desk):
+    desk.command("srun", f'echo "$SHELLOPTS" >"$CALLS.env"; {stopping()}')
+    line = "export SHELLOPTS; set -euo pipefail"
+    desk.start(Job(name="t", folder=desk.run, runs=(desk.run,), python=desk.python, prologue=(line,)))
+    assert {"nounset", "errexit", "pipefail"} & set(Path(f"{desk.calls}.env").read_text().strip().split(":")) == set()
 
 
 def test_a_path_that_modules_set_is_kept_behind_the_runs_own(desk):

@@ -77,6 +77,7 @@ PLANS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "progress": ({"steps": 9, "every": 2, "die": {"step": 3, "rank": 0, "status": 9, "attempts": [0]}}, {"crashes": 1}),
     "requeued": ({"steps": 9, "every": 100, "hold": 4}, {"crashes": 1}),
     "shell": ({"steps": 9, "hold": 5}, {}),
+    "given up": ({"steps": 9, "hold": 5}, {}),
     "cancelled": ({"steps": 9, "hold": 5}, TWO),
     "refused": ({"steps": 3, "busy": [0]}, TWO | {"crashes": 1}),
 }
@@ -134,7 +135,9 @@ def test_ranks_meet_at_the_address_of_a_node_whose_name_means_nothing_to_the_sys
 def test_without_the_first_nodes_address_no_rank_starts():
     body = BODY.read_text()
     assert "localhost" not in body  # N worlds of one, each believing itself whole
-    assert body.index('[ -n "$MASTER_ADDR" ] || fail') < body.index('attend "${SRUN[@]}" --output="logs/attempt')
+    assert body.index('[ -n "$MASTER_ADDR" ] || conclude 1') < body.index(
+        'attend "logs/attempt-$ATTEMPT.srun.txt" "${SRUN[@]}"'
+    )
 
 
 def test_one_dead_rank_ends_the_others(toys):
@@ -235,7 +238,20 @@ def test_a_user_who_cancels_means_it(toys, module_cluster):
     module_cluster.run("scancel", toy.job)
     assert toy.until_ended() == "CANCELLED"
     assert toy.facts()["Restarts"] == "0"
-    assert [attempt.verdict for attempt in toy.attempts] in (["stopped"], [None])  # None: the shell was killed too
+    assert [attempt.verdict for attempt in toy.attempts] == ["stopped"]
+
+
+def test_what_waits_for_a_finished_run_does_not_start_after_one_that_was_given_up(toys, module_cluster, life):
+    """As `potamos cancel` does it: the ranks save and the script ends by itself, which would look like success."""
+    toy = toys["given up"]
+    toy.until(lambda: newest(toy) == "step-00000005", "step 5")
+    after = ("--dependency=afterok:" + toy.job, "--kill-on-invalid-dep=yes")
+    waiting = module_cluster.run("sbatch", "--parsable", *after, "--output=/dev/null", "--wrap=true").strip()
+    toy.folder.cancelled.touch()
+    toy.warn()
+    assert toy.until_ended() == "FAILED"
+    assert [attempt.verdict for attempt in toy.attempts] == ["stopped"]
+    assert life.Submitted(module_cluster, toy.folder, waiting).until_ended() == "CANCELLED"
 
 
 # --- bounds ---------------------------------------------------------------------------------------------------------
@@ -269,7 +285,7 @@ def test_requeues_from_outside_are_no_crashes(toys):
     assert began(toy, 1)["SLURM_RESTART_COUNT"] == "1"
     go(toy)
     assert toy.until_ended() == "COMPLETED"
-    assert [attempt.verdict for attempt in toy.attempts] in (["waiting", "done"], [None, "done"])
+    assert [attempt.verdict for attempt in toy.attempts] == ["waiting", "done"]
 
 
 def test_ranks_that_were_refused_the_lock_have_not_crashed(toys):
@@ -300,9 +316,10 @@ def test_slurm_was_quicker_with_the_requeue(module_cluster, slurm_folder):
     held = module_cluster.run("sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap=true").strip()
     with pytest.raises(ClusterError, match="pending"):
         module_cluster.run("scontrol", "requeue", held)
-    function = re.search(r"^requeue\(\) \{.*?^\}", BODY.read_text(), re.DOTALL | re.MULTILINE)
-    assert function is not None
-    ours = f"fail() {{ echo failed; exit 1; }}; sleep() {{ :; }}; RUN=/r; JOB={held}\n{function[0]}\nrequeue"
+    functions = re.findall(r"^(?:controller|requeue)\(\) \{.*?^\}", BODY.read_text(), re.DOTALL | re.MULTILINE)
+    assert len(functions) == 2
+    functions = "\n".join(functions)
+    ours = f"fail() {{ echo failed; exit 1; }}; sleep() {{ :; }}; RUN=/r; JOB={held}\n{functions}\nrequeue"
     assert "failed" not in module_cluster.run("bash", "-c", ours)
     with pytest.raises(ClusterError):  # and what is a failure is one
         module_cluster.run("bash", "-c", ours.replace(f"JOB={held}", "JOB=99999999"))
@@ -362,6 +379,23 @@ def test_the_real_time_limit(life, start_cluster, slurm_folder):
     assert 15 < time.monotonic() - start < 150
     assert (toy.attempts[0].verdict, toy.attempts[0].reason) == ("requeue", "SIGUSR1")
     cluster.down()
+
+
+@pytest.mark.nightly
+def test_ranks_that_hang_until_the_time_limit(life, module_cluster, slurm_folder):
+    """They hear neither the warning nor the end. The script judges without them: nobody else would requeue the job."""
+    run = slurm_folder / "deaf"
+    put(run, {"steps": 3, "deaf": [0]})
+    (toy,) = queue(life, module_cluster, run, [run], **TWO, warning=15)
+    module_cluster.run("scontrol", "update", f"JobId={toy.job}", "TimeLimit=1")
+    began(toy, 0)
+    start = time.monotonic()
+    toy.until(lambda: toy.attempts[0].verdict, "the script to judge")
+    assert time.monotonic() - start > 50, "it must have been the limit"
+    assert toy.until_ended() == "COMPLETED"
+    assert [(attempt.verdict, attempt.restart) for attempt in toy.attempts] == [("requeue", 0), ("done", 1)]
+    assert "time limit" in toy.attempts[0].reason
+    assert toy.facts()["Restarts"] == "1"
 
 
 @pytest.mark.nightly

@@ -5,6 +5,7 @@
     hold      wait at this step until the file `go` is there
     import    the attempt that installs no handlers until the file `imported` is there
     busy      attempts that find the run's lock held
+    deaf      attempts whose ranks hear no request to stop, and never end
     die       {"step", "rank", "status", "attempts"}: a rank ends there with that status in those attempts
 Ranks take each step together. A request to stop is not agreed upon, as the trainer would: all ranks get it anyway.
 """
@@ -31,6 +32,10 @@ def main() -> int:
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, lambda number, frame: asked.append(signal.Signals(number).name))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGUSR1, signal.SIGTERM))
+    if attempt in plan.get("deaf", ()):
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        plan["hold"] = 0
     facts = ("SLURMD_NODENAME", "SLURM_NODEID", "SLURM_LOCALID", "MASTER_ADDR", "MASTER_PORT", "SLURM_RESTART_COUNT")
     write(f"began.{attempt}.{rank}", json.dumps({name: os.environ.get(name, "") for name in facts}))
 
