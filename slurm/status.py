@@ -206,11 +206,11 @@ def read_facts(run: str | os.PathLike[str]) -> Facts:
         cancelled=folder.cancelled.exists(),
         attempts=read_attempts(folder),
         jobs=jobs_of(folder),
-        places=_places(folder),
+        places=places_of(folder),
     )
 
 
-def _places(folder: RunFolder) -> list[Path]:
+def places_of(folder: RunFolder) -> list[Path]:
     """The folder that its job was submitted in: of an array the array's. Without word of it, what it may have been."""
     told = (read_json(folder.job) or {}).get("job")
     place = told.get("folder") if isinstance(told, dict) else None

@@ -7,13 +7,11 @@ a reservation) `sbatch --test-only` says first.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,12 +19,12 @@ from typing import Any
 
 from potamos.files import write_atomically
 from potamos.slurm import client
-from potamos.slurm.attempt import jobs_of, note_submission
-from potamos.slurm.checks import SubmitError, check_writable, user_name
-from potamos.slurm.client import QueueEntry
+from potamos.slurm.attempt import note_submission
+from potamos.slurm.checks import SubmitError
 from potamos.slurm.job import Container, Job
-from potamos.slurm.prepare import SUBMIT_LOCK, Prepared, changes, check_folder, is_done, prepare, read_json
+from potamos.slurm.prepare import Prepared, changes, check_folder, is_done, prepare, read_json
 from potamos.slurm.run_folder import RunFolder
+from potamos.slurm.taken import check_idle, check_seeds, held
 from potamos.slurm.undo import roll_back, unless_accepted
 
 JOB_ID = re.compile(r"[1-9][0-9]*(_[0-9]+)?", re.ASCII)
@@ -40,75 +38,6 @@ class Submitted:
 
     ids: tuple[str, ...]
     prepared: Prepared
-
-
-# --- one submission at a time ---------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Hold a folder against other submissions, from any machine where its file system has locks.
-
-    Raises:
-        SubmitError: another submission holds it.
-    """
-    check_writable(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / SUBMIT_LOCK, "a", encoding="utf-8") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise SubmitError(f"{folder} is being submitted by another command; wait for that one") from None
-        yield
-
-
-def check_idle(job: Job, *, alone: bool = False) -> None:
-    """Refuse folders with a job in the queue: two jobs in one would replace each other's checkpoints, and a second
-    array's script and code those of the first.
-
-    Args:
-        alone: the job goes on with one task of an array, by the array's own script, whatever the other tasks do.
-
-    Raises:
-        SubmitError: names the job.
-    """
-    ids = {job_id for run in job.runs for job_id in jobs_of(run)}
-    known = [entry for entry in client.queue(ids).values() if {entry.id, entry.array} & ids] if ids else []
-    # Also what was queued by a command that was killed before it could write that down.
-    unknown = client.queue(user=user_name()).values()
-    tasks = {str(task) for task in job.tasks}
-    others = [entry for entry in unknown if not alone or entry.id.partition("_")[2] in tasks]
-    for entry in (*known, *others):
-        if entry.is_in([job.folder]):
-            raise SubmitError(_busy(job, entry))
-
-
-def check_seeds(job: Job) -> None:
-    """Refuse an array in a folder that holds other runs: their script would be gone, and no requeue could use it.
-
-    Raises:
-        SubmitError: names these runs.
-    """
-    if not job.tasks or not job.folder.is_dir():
-        return
-    own = {run.resolve() for run in job.runs}
-    others = sorted(
-        path for path in job.folder.iterdir() if RunFolder(path).recipe.exists() and path.resolve() not in own
-    )
-    if others:
-        names = ", ".join(path.name for path in others[:4]) + (", ..." if len(others) > 4 else "")
-        raise SubmitError(
-            f"{job.folder} holds {names} of another array, which could not be requeued any more: ask for those seeds "
-            f"too, name another folder with --run, or go on with one: potamos requeue {shlex.quote(str(others[0]))}"
-        )
-
-
-def _busy(job: Job, entry: QueueEntry) -> str:
-    return (
-        f"{job.folder} has job {entry.id} already ({entry.state}{f', {entry.reason}' if entry.reason else ''}); wait "
-        f"for it, end it (potamos cancel {shlex.quote(str(job.folder))}), or name another folder with --run"
-    )
 
 
 # --- submitting -----------------------------------------------------------------------------------------------------
@@ -153,7 +82,7 @@ def submit(
     """
     check_dependency(after)
     check_folder(job)
-    with held(job.folder):
+    with held(job):
         check_idle(job)
         for folder in {job.folder, *job.runs}:
             roll_back(folder)  # what a submission that was killed has changed
@@ -182,7 +111,7 @@ def resubmit(run: str | os.PathLike[str]) -> list[str]:
     except (KeyError, TypeError, ValueError):
         raise SubmitError(f"{folder.path} was never submitted; do so with: potamos submit RECIPE --run ...") from None
     one = _only(job, folder.path)
-    with held(job.folder):
+    with held(one):
         check_idle(one, alone=bool(job.tasks))
         roll_back(folder.path)  # not the array's own folder, which its other tasks may be using
         with unless_accepted({folder.path: ["job.json", "cancelled"]}):
@@ -195,8 +124,9 @@ def _only(job: Job, run: Path) -> Job:
     if not places:
         recipe = shlex.quote(str(run / "recipe.yaml"))
         raise SubmitError(
-            f"{run} was submitted as {job.runs[0]}, and its script says so still; write another: "
-            f"potamos submit {recipe} --run {shlex.quote(str(run))}"
+            f"{run} was submitted as {', '.join(map(str, job.runs[:2]))}{', ...' if job.runs[2:] else ''}, and its "
+            "script says so still. Write another, once no job of it waits or runs (potamos status): potamos "
+            f"submit {recipe} --run {shlex.quote(str(run))}"
         )
     if not job.tasks:
         return job

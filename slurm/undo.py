@@ -39,13 +39,13 @@ def unless_accepted(places: Mapping[Path, Sequence[str]]) -> Iterator[None]:
 
 def keep(folder: Path, names: Sequence[str]) -> None:
     """Remember what ``folder`` holds under these names, nothing included. It must hold no `.undo/` yet."""
-    new, temporary = not folder.exists(), _temporary(folder / UNDO)
+    temporary = _temporary(folder / UNDO)
     temporary.mkdir(parents=True)
     absent = [name for name in names if not (folder / name).exists()]
     kept = [name for name in names if name not in (*absent, LOGS)]
     for name in kept:
         _copy(folder / name, temporary / name)
-    facts = {"kept": kept, "absent": absent, "new": new}
+    facts = {"kept": kept, "absent": absent}
     write_atomically(temporary / MANIFEST, json.dumps(facts).encode())
     os.rename(temporary, folder / UNDO)
     flush(folder)
@@ -62,9 +62,6 @@ def roll_back(folder: Path) -> None:
     for name in facts["kept"]:
         _copy(folder / UNDO / name, folder / name)
     accept(folder)
-    if facts["new"]:
-        with contextlib.suppress(OSError):  # someone else put something there
-            folder.rmdir()
 
 
 def accept(folder: Path) -> None:

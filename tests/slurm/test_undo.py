@@ -156,7 +156,8 @@ def test_a_refused_first_submission_leaves_nothing(kind: str, request, sbatch: S
     with pytest.raises(SlurmError):
         again(job, program)
     assert tree(job.folder) == {}
-    job.folder.joinpath("code").mkdir()
+    assert not job.folder.exists()
+    job.folder.joinpath("code").mkdir(parents=True)
     job.folder.joinpath("logs").mkdir()
     job.folder.joinpath("logs", "mine.txt").write_text("kept")
     with pytest.raises(SlurmError):
