@@ -68,6 +68,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
     fake.says("sbatch", SBATCH)
     fake.says("squeue", 'cat "${0%/*}/queue.txt"')
     fake.says("scancel", "")
+    fake.says("scontrol", "echo JobId=7 JobState=PENDING")
     fake.queue()
     return fake
 
