@@ -370,6 +370,10 @@ def _ended(base: Status, facts: Facts, asked: bool, now: datetime) -> Status:
         return replace(base, state="stopped", why=str(facts.stop.get("reason") or reason))
     if last is not None:
         return replace(base, state="failed", why=f"{why}; no job follows")
+    places = [place for place in facts.places if place.is_dir()]
+    if facts.jobs and places and not any(RunFolder(place).logs.is_dir() for place in places):
+        remedy = "there is no logs/ any more, without which Slurm cannot begin; potamos requeue makes it again"
+        return replace(base, state="failed", why=f"{remedy}; job {facts.jobs[-1]} {LEFT}")
     if facts.jobs:
         return replace(base, state="cancelled", why=f"job {facts.jobs[-1]} {LEFT}")
     return replace(base, state="stopped" if reason else "prepared", why=reason)
