@@ -208,6 +208,14 @@ def test_a_job_that_comes_into_the_queue_late_is_seen(slurm: Slurm, job: Job, mo
     assert submit(job, [OLD], "").ids == ("12",)
 
 
+def test_another_job_in_the_folder_is_not_taken_for_ours(slurm: Slurm, job: Job, monkeypatch: pytest.MonkeyPatch):
+    slurm.loses[12], slurm.queues = TIMEOUT, False
+    monkeypatch.setattr(time, "sleep", lambda _: slurm.has("12", job.folder, name="someone's"))
+    with pytest.raises(SlurmError, match="did not answer within 120 s"):
+        submit(job, [OLD], "")
+    assert not job.folder.exists()
+
+
 def test_a_task_that_was_queued_without_an_answer_is_told_from_others(slurm: Slurm, tmp_path: Path):
     folder = tmp_path / "arr"
     runs = (folder / "seed-3", folder / "seed-8")

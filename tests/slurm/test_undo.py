@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from potamos.files import write_atomically
 from potamos.slurm import attempt, prepare, snapshot, submit, undo
 from potamos.slurm.client import SlurmError
 from potamos.slurm.job import Job
@@ -282,6 +283,28 @@ def test_what_was_accepted_and_written_down_is_not_put_back(
     with contextlib.suppress(SlurmError):
         again(job, program)
     assert not list(job.folder.rglob(".*")), "also the array's own folder is settled by its next submission"
+
+
+def test_what_was_half_written_down_is_finished(
+    seeds: Job, sbatch: Sbatch, program: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Killed between the first run's job.json and the second's."""
+    began(seeds)
+
+    def once(path: Path, content: bytes) -> None:
+        write_atomically(path, content)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(submit, "write_atomically", once)
+        assert not in_a_child(lambda: again(seeds, program))
+    told = [(run / "job.json").read_bytes() for run in seeds.runs]
+    assert told[0] != told[1]
+    for folder in (*reversed(seeds.runs), seeds.folder):
+        submit._settle(folder)
+        assert (folder / "job.json").read_bytes() == told[0]
+    assert [attempt.jobs_of(run) for run in seeds.runs] == [["2_3", "4_3"], ["2_8", "4_8"]]
+    assert not list(seeds.folder.rglob(".*"))
 
 
 def test_what_was_taken_back_after_it_was_written_down_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
