@@ -247,6 +247,8 @@ def sweep(
         found, submitted = sweeps.send(asked, max_parallel)
         show.line(f"job {', '.join(submitted.ids)}: {len(found.points)} runs of {found.job.world} ranks each")
         show.line(f"folder: {found.job.folder}")
+        for text in submitted.remarks:
+            show.note(text)
     if found.hours is not None:
         gpus = found.job.nodes * found.job.gpus_per_node
         spent = f", {found.hours * gpus:,.0f} GPU-hours" if gpus else ""

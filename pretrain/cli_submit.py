@@ -109,7 +109,7 @@ def print_submitted(found: Submission, submitted: Submitted) -> None:
         show.line(text)
     folder = shlex.quote(str(job.folder))
     show.line(f"look: potamos status {folder}; potamos logs -f {folder}")
-    for text in found.remarks:
+    for text in (*found.remarks, *submitted.remarks):
         show.note(text)
 
 

@@ -17,6 +17,8 @@ EARLY = 60
 """Seconds that Slurm may send its warning before the moment asked for."""
 NODE_LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/run", "/local", "/localscratch")
 LOCAL_KINDS = ("tmpfs", "ramfs", "overlay", "squashfs")
+AWAY = ("down", "drain", "fail", "inval", "maint", "perfctrs", "power", "reboot", "reserved", "unk", "future")
+"""How the states of nodes begin that take no jobs now."""
 _UNITS = {"K": 1 / 1024, "M": 1, "G": 1024, "T": 1024**2}
 
 
@@ -93,6 +95,29 @@ def _check_time(job: Job, partition: Partition) -> None:
         )
 
 
+def capable_nodes(job: Job) -> tuple[set[str], dict[str, str]]:
+    """The nodes of the job's partition that have what it asks for: those that may be used now, and the others, which
+    are down or drained, with their states. Raises SlurmError."""
+    wanted = job.partition.split(",") if job.partition else None
+    cpus, memory = job.tasks_per_node * (job.cpus_per_task or 1), _mebibytes(job.memory) if job.memory else 0
+    ready, away = set[str](), dict[str, str]()
+    columns = client.SEPARATOR.join(("%P", "%N", "%T", "%G", "%c", "%m"))
+    for line in client.run("sinfo", "--noheader", "--all", "--Node", "-o", columns).splitlines():
+        if line.count(client.SEPARATOR) != 5:
+            continue
+        partition, node, state, gres, has_cpus, has_memory = (word.strip() for word in line.split(client.SEPARATOR))
+        if partition.rstrip("*") not in wanted if wanted else not partition.endswith("*"):
+            continue
+        if client.gpus(gres) < job.gpus_per_node or int(has_cpus) < cpus or int(has_memory) < memory:
+            continue
+        word = state.rstrip("*~#!%$@^-+")
+        if word.startswith(AWAY) or "*" in state:  # the star: it does not respond
+            away[node] = word
+        else:
+            ready.add(node)
+    return ready, away
+
+
 def _mebibytes(memory: str) -> float:
     return int(memory.rstrip("KMGT")) * _UNITS.get(memory[-1], 1)
 
@@ -113,6 +138,11 @@ def check_names(job: Job) -> None:
             raise SubmitError(
                 f"{path}: a : separates the folders in PYTHONPATH, so the job would not find the copy of the program "
                 "that lies there; name another with --run"
+            )
+        if job.container is not None and "," in str(path):
+            raise SubmitError(
+                f"{path}: a , separates the folders that a container is given, so it would not see this one; name "
+                "another with --run"
             )
         for mark in "%\\":
             if mark in str(path):

@@ -206,11 +206,11 @@ def read_facts(run: str | os.PathLike[str]) -> Facts:
         cancelled=folder.cancelled.exists(),
         attempts=read_attempts(folder),
         jobs=jobs_of(folder),
-        places=_places(folder),
+        places=places_of(folder),
     )
 
 
-def _places(folder: RunFolder) -> list[Path]:
+def places_of(folder: RunFolder) -> list[Path]:
     """The folder that its job was submitted in: of an array the array's. Without word of it, what it may have been."""
     told = (read_json(folder.job) or {}).get("job")
     place = told.get("folder") if isinstance(told, dict) else None
@@ -370,6 +370,10 @@ def _ended(base: Status, facts: Facts, asked: bool, now: datetime) -> Status:
         return replace(base, state="stopped", why=str(facts.stop.get("reason") or reason))
     if last is not None:
         return replace(base, state="failed", why=f"{why}; no job follows")
+    places = [place for place in facts.places if place.is_dir()]
+    if facts.jobs and places and not any(RunFolder(place).logs.is_dir() for place in places):
+        remedy = "there is no logs/ any more, without which Slurm cannot begin; potamos requeue makes it again"
+        return replace(base, state="failed", why=f"{remedy}; job {facts.jobs[-1]} {LEFT}")
     if facts.jobs:
         return replace(base, state="cancelled", why=f"job {facts.jobs[-1]} {LEFT}")
     return replace(base, state="stopped" if reason else "prepared", why=reason)

@@ -6,14 +6,10 @@ a reservation) `sbatch --test-only` says first.
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
 import json
 import os
-import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,112 +18,22 @@ from typing import Any
 from potamos.files import write_atomically
 from potamos.slurm import client
 from potamos.slurm.attempt import jobs_of, note_submission
-from potamos.slurm.checks import SubmitError, check_writable, user_name
-from potamos.slurm.client import QueueEntry
+from potamos.slurm.checks import SubmitError
 from potamos.slurm.job import Container, Job
-from potamos.slurm.prepare import SUBMIT_LOCK, Prepared, changes, check_folder, is_done, prepare, read_json
+from potamos.slurm.prepare import Prepared, changes, check_folder, is_done, prepare, read_json
 from potamos.slurm.run_folder import RunFolder
-from potamos.slurm.undo import roll_back, unless_accepted
-
-JOB_ID = re.compile(r"[1-9][0-9]*(_[0-9]+)?", re.ASCII)
-PATIENCE = 120
-"""Seconds that sbatch may take: one that is cut short may have queued the job all the same."""
+from potamos.slurm.sbatch import UnheardError, check_dependency, check_known, command, find, rehearse, send
+from potamos.slurm.taken import check_idle, check_seeds, held
+from potamos.slurm.undo import Pending, settle, unless_accepted
 
 
 @dataclass(frozen=True)
 class Submitted:
-    """What was queued. ``ids`` in the order in which they run."""
+    """What was queued. ``ids`` in the order in which they run; ``remarks``: what Slurm says of their start."""
 
     ids: tuple[str, ...]
     prepared: Prepared
-
-
-# --- one submission at a time ---------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Hold a folder against other submissions, from any machine where its file system has locks.
-
-    Raises:
-        SubmitError: another submission holds it.
-    """
-    check_writable(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / SUBMIT_LOCK, "a", encoding="utf-8") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise SubmitError(f"{folder} is being submitted by another command; wait for that one") from None
-        yield
-
-
-def check_idle(job: Job, *, alone: bool = False) -> None:
-    """Refuse folders with a job in the queue: two jobs in one would replace each other's checkpoints, and a second
-    array's script and code those of the first.
-
-    Args:
-        alone: the job goes on with one task of an array, by the array's own script, whatever the other tasks do.
-
-    Raises:
-        SubmitError: names the job.
-    """
-    ids = {job_id for run in job.runs for job_id in jobs_of(run)}
-    known = [entry for entry in client.queue(ids).values() if {entry.id, entry.array} & ids] if ids else []
-    # Also what was queued by a command that was killed before it could write that down.
-    unknown = client.queue(user=user_name()).values()
-    tasks = {str(task) for task in job.tasks}
-    others = [entry for entry in unknown if not alone or entry.id.partition("_")[2] in tasks]
-    for entry in (*known, *others):
-        if entry.is_in([job.folder]):
-            raise SubmitError(_busy(job, entry))
-
-
-def check_seeds(job: Job) -> None:
-    """Refuse an array in a folder that holds other runs: their script would be gone, and no requeue could use it.
-
-    Raises:
-        SubmitError: names these runs.
-    """
-    if not job.tasks or not job.folder.is_dir():
-        return
-    own = {run.resolve() for run in job.runs}
-    others = sorted(
-        path for path in job.folder.iterdir() if RunFolder(path).recipe.exists() and path.resolve() not in own
-    )
-    if others:
-        names = ", ".join(path.name for path in others[:4]) + (", ..." if len(others) > 4 else "")
-        raise SubmitError(
-            f"{job.folder} holds {names} of another array, which could not be requeued any more: ask for those seeds "
-            f"too, name another folder with --run, or go on with one: potamos requeue {shlex.quote(str(others[0]))}"
-        )
-
-
-def _busy(job: Job, entry: QueueEntry) -> str:
-    return (
-        f"{job.folder} has job {entry.id} already ({entry.state}{f', {entry.reason}' if entry.reason else ''}); wait "
-        f"for it, end it (potamos cancel {shlex.quote(str(job.folder))}), or name another folder with --run"
-    )
-
-
-# --- submitting -----------------------------------------------------------------------------------------------------
-
-
-def command(job: Job, *, after: str | None = None, previous: str | None = None) -> list[str]:
-    """The words that submit a job's script. ``after``: a job that must succeed; ``previous``: one that must end."""
-    words = ["sbatch", "--parsable", f"--chdir={job.folder}"]
-    if previous is not None:
-        words += [f"--dependency=afterany:{previous}", "--kill-on-invalid-dep=yes"]
-    elif after is not None:
-        words += [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
-    return [*words, str(RunFolder(job.folder).script)]
-
-
-def check_dependency(after: str | None) -> None:
-    """Refuse what is no number of a job. Raises SubmitError."""
-    if after is not None and not JOB_ID.fullmatch(after):
-        raise SubmitError(f"--after: {after!r} is no job; give the number that sbatch or potamos submit printed")
+    remarks: tuple[str, ...] = ()
 
 
 def submit(
@@ -149,23 +55,26 @@ def submit(
 
     Raises:
         NoSlurm, SlurmError: Slurm is not here, or refuses.
+        UnheardError: Slurm does not say whether it has the job.
         SubmitError, PrepareError: the folder is taken, or its runs are finished.
     """
     check_dependency(after)
     check_folder(job)
-    with held(job.folder):
+    with held(job):
         check_idle(job)
+        check_known(after)
         for folder in {job.folder, *job.runs}:
-            roll_back(folder)  # what a submission that was killed has changed
+            _settle(folder)
         check_seeds(job)
         if all(is_done(RunFolder(run), recipe) for run, recipe in zip(job.runs, recipes, strict=True)):
             raise SubmitError(
                 f"{job.folder} is finished; raise train.steps to go on, or name another folder with --run"
             )
-        with unless_accepted(changes(job, refresh_code)):
+        with unless_accepted(changes(job, refresh_code)) as pending:
             prepared = prepare(job, recipes, environment, refresh_code=refresh_code)
             asked = {"job": _plain(job), "after": after, "chain": chain}
-            return Submitted(_queue(job, asked), prepared)
+            ids, remarks = _queue(job, asked, pending)
+            return Submitted(ids, prepared, remarks)
 
 
 def resubmit(run: str | os.PathLike[str]) -> list[str]:
@@ -173,20 +82,27 @@ def resubmit(run: str | os.PathLike[str]) -> list[str]:
 
     Raises:
         NoSlurm, SlurmError: Slurm is not here, or refuses.
+        UnheardError: Slurm does not say whether it has the job.
         SubmitError: the run was never submitted, has a job already, or its folder is being submitted.
     """
     folder = RunFolder.of(run)
+    with held(_only(_job_in(folder)[0], folder.path)):
+        before = _job_in(folder)[0]
+        check_idle(_only(before, folder.path), alone=bool(before.tasks))
+        _settle(folder.path)  # not the array's own folder, which its other tasks may be using
+        job, asked = _job_in(folder)  # which of two submissions counts is settled only now
+        one = _only(job, folder.path)
+        with unless_accepted({folder.path: ["job.json", "cancelled", "logs"]}) as pending:
+            return list(_queue(one, asked | {"after": None}, pending, narrowed=bool(job.tasks))[0])
+
+
+def _job_in(folder: RunFolder) -> tuple[Job, dict[str, Any]]:
+    """The job that a run was submitted as, and all that was asked for."""
     asked = read_json(folder.job)
     try:
-        job = job_of(asked)
+        return job_of(asked), asked
     except (KeyError, TypeError, ValueError):
         raise SubmitError(f"{folder.path} was never submitted; do so with: potamos submit RECIPE --run ...") from None
-    one = _only(job, folder.path)
-    with held(job.folder):
-        check_idle(one, alone=bool(job.tasks))
-        roll_back(folder.path)  # not the array's own folder, which its other tasks may be using
-        with unless_accepted({folder.path: ["job.json", "cancelled"]}):
-            return list(_queue(one, asked | {"after": None}, narrowed=bool(job.tasks)))
 
 
 def _only(job: Job, run: Path) -> Job:
@@ -195,8 +111,9 @@ def _only(job: Job, run: Path) -> Job:
     if not places:
         recipe = shlex.quote(str(run / "recipe.yaml"))
         raise SubmitError(
-            f"{run} was submitted as {job.runs[0]}, and its script says so still; write another: "
-            f"potamos submit {recipe} --run {shlex.quote(str(run))}"
+            f"{run} was submitted as {', '.join(map(str, job.runs[:2]))}{', ...' if job.runs[2:] else ''}, and its "
+            "script says so still. Write another, once no job of it waits or runs (potamos status): potamos "
+            f"submit {recipe} --run {shlex.quote(str(run))}"
         )
     if not job.tasks:
         return job
@@ -204,28 +121,76 @@ def _only(job: Job, run: Path) -> Job:
     return replace(job, runs=(places[0],), tasks=(task,), array=str(task))
 
 
-def _queue(job: Job, asked: Mapping[str, Any], *, narrowed: bool = False) -> tuple[str, ...]:
-    """Test, then queue; what was queued is taken back if the rest of its chain is refused, or cannot be written down.
+def _settle(folder: Path) -> None:
+    """Put back what a submission that was killed has changed; or finish to write it down, if it was accepted."""
+    place = settle(folder)
+    if place is None:
+        return
+    asked = read_json(RunFolder(place).job)
+    job = job_of(asked)
+    if read_json(RunFolder(folder).job) != asked:
+        write_atomically(RunFolder(folder).job, RunFolder(place).job.read_bytes())
+    if folder in job.runs:
+        _note(folder, asked["ids"], job.tasks[job.runs.index(folder)] if job.tasks else None)
+
+
+# --- the queue ------------------------------------------------------------------------------------------------------
+
+
+def _queue(
+    job: Job, asked: Mapping[str, Any], pending: Pending, *, narrowed: bool = False
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Test, then queue: the ids, and remarks. What was queued is taken back if the rest of its chain is refused, or
+    cannot be written down; of an interrupt, what is in the queue by then stays, and is written down.
 
     narrowed: to a task of an array, though its script asks for all.
     """
     options = [f"--array={job.array}"] if narrowed else []
     first = _with(command(job, after=asked["after"]), options)
-    client.run(*_with(first, ["--test-only"]), timeout=PATIENCE)
+    remarks = rehearse(first, job)
     for run in job.runs:  # a mark of a cancelled run would end the job as it begins
         RunFolder(run).cancelled.unlink(missing_ok=True)
+    for folder in {job.folder, *job.runs}:  # Slurm opens the job's log there, and ends the job without a word if not
+        RunFolder(folder).logs.mkdir(exist_ok=True)
+    asked = {**asked, "submission": pending.token, "command": first}
+    places = job.runs if narrowed else None
     ids: list[str] = []
+    pending.outcome = "unknown"  # until Slurm has answered: who is killed, or interrupted twice, cannot know
     try:
         for _ in range(asked["chain"]):
-            words = _with(command(job, after=asked["after"], previous=ids[-1] if ids else None), options)
-            ids.append(client.run(*words, timeout=PATIENCE).strip().partition(";")[0])
-        _remember(job, {**asked, "ids": ids, "submitted": _now(), "command": first}, job.runs if narrowed else None)
-    except BaseException:
-        if ids:
-            with contextlib.suppress(client.SlurmError):  # what went wrong before is what to tell
-                client.run("scancel", *ids, check=False)
+            words = command(job, after=asked["after"], previous=ids[-1] if ids else None)
+            ids.append(send(_with(words, options), job, ids))
+        _remember(job, {**asked, "ids": ids, "submitted": _now()}, places)
+    except UnheardError:
         raise
-    return tuple(ids)
+    except KeyboardInterrupt:
+        if (number := find(job, ids, "interrupted")) is not None:
+            ids.append(number)
+        if not ids:
+            pending.outcome = "refused"
+            raise
+        _remember(job, {**asked, "ids": ids, "submitted": _now()}, places)
+        pending.outcome = "accepted"
+        raise SubmitError(
+            f"interrupted, but job {', '.join(ids)} is in the queue already; to take it out: potamos cancel "
+            f"{shlex.quote(str(job.folder))}"
+        ) from None
+    except BaseException as error:  # raised again, once nothing is left in the queue
+        if ids and not _withdrawn(ids):
+            raise SubmitError(
+                f"{error}. Job {', '.join(ids)} could not be taken back: scancel {' '.join(ids)}"
+            ) from error
+        pending.outcome = "refused"
+        raise
+    return tuple(ids), tuple(remarks)
+
+
+def _withdrawn(ids: Sequence[str]) -> bool:
+    try:
+        client.run("scancel", *ids, check=False)
+    except client.SlurmError:
+        return False
+    return True
 
 
 def _remember(job: Job, asked: Mapping[str, Any], places: Sequence[Path] | None = None) -> None:
@@ -233,7 +198,14 @@ def _remember(job: Job, asked: Mapping[str, Any], places: Sequence[Path] | None 
     for place in places or dict.fromkeys((*job.runs, job.folder)):
         write_atomically(RunFolder(place).job, content)
     for task, run in zip(job.tasks or (None,), job.runs, strict=True):
-        note_submission(run, [job_id if task is None else f"{job_id}_{task}" for job_id in asked["ids"]])
+        _note(run, asked["ids"], task)
+
+
+def _note(run: Path, ids: Sequence[str], task: int | None) -> None:
+    """Write down a run's jobs, unless they are: whoever was cut short does so again."""
+    jobs = [job_id if task is None else f"{job_id}_{task}" for job_id in ids]
+    if not set(jobs) <= set(jobs_of(run)[-len(jobs) :]):
+        note_submission(run, jobs)
 
 
 def _with(words: list[str], options: Sequence[str]) -> list[str]:

@@ -7,13 +7,14 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import pytest
 
 from potamos.slurm import checks
 from potamos.slurm.checks import SubmitError, check_cluster, check_disk, check_names, check_place, check_writable
 from potamos.slurm.client import Partition
-from potamos.slurm.job import Job
+from potamos.slurm.job import Container, Job
 
 RUN = Path("/shared/runs/trial")
 JOB = Job(name="trial", folder=RUN, runs=(RUN,), nodes=4, tasks_per_node=8, gpus_per_node=8, time="1-00:00:00")
@@ -90,6 +91,15 @@ def test_slurm_reads_patterns_in_folder_names(mark: str):
     check_names(ask(folder=Path('/shared/it\'s "a" $(b) *?;&|'), runs=(Path("/shared/é"),)))
     with pytest.raises(SubmitError, match="no text in UTF-8"):
         check_names(ask(runs=(Path(os.fsdecode(b"/shared/\xff")),)))
+
+
+@pytest.mark.parametrize("kind", ["pyxis", "apptainer"])
+def test_names_that_a_container_would_split(kind: Literal["pyxis", "apptainer"]):
+    """Both take a list of places, which commas separate."""
+    job = ask(folder=Path("/shared/lr=1,2"), runs=(Path("/shared/lr=1,2"),))
+    check_names(job)
+    with pytest.raises(SubmitError, match="lr=1,2: a , separates the folders that a container is given"):
+        check_names(replace(job, container=Container(kind, "/image.sif")))
 
 
 def test_python_reads_lists_in_folder_names():

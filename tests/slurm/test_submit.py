@@ -68,6 +68,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
     fake.says("sbatch", SBATCH)
     fake.says("squeue", 'cat "${0%/*}/queue.txt"')
     fake.says("scancel", "")
+    fake.says("scontrol", "echo JobId=7 JobState=PENDING")
     fake.queue()
     return fake
 
@@ -183,7 +184,7 @@ def test_a_second_submission_is_refused_with_the_first_ones_number(slurm: Slurm,
     slurm.queue(("12", "PENDING", job.folder))
     with pytest.raises(SubmitError, match=r"has job 12 already \(PENDING, Priority\).*potamos cancel '/"):
         submit(job, [RECIPE], "")
-    assert slurm.of("squeue")[-2][-2:] == ["--jobs", "12"]
+    assert slurm.of("squeue")[-1][-2:] == ["--jobs", "12"]
     slurm.queue(("12", "PENDING", Path("/elsewhere")))  # a stranger's, of the same number
     assert submit(job, [RECIPE], "").ids == ("13",)
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from potamos.files import write_atomically
 from potamos.slurm import attempt, prepare, snapshot, submit, undo
 from potamos.slurm.client import SlurmError
 from potamos.slurm.job import Job
@@ -156,7 +160,8 @@ def test_a_refused_first_submission_leaves_nothing(kind: str, request, sbatch: S
     with pytest.raises(SlurmError):
         again(job, program)
     assert tree(job.folder) == {}
-    job.folder.joinpath("code").mkdir()
+    assert not job.folder.exists()
+    job.folder.joinpath("code").mkdir(parents=True)
     job.folder.joinpath("logs").mkdir()
     job.folder.joinpath("logs", "mine.txt").write_text("kept")
     with pytest.raises(SlurmError):
@@ -246,6 +251,138 @@ def test_what_was_accepted_and_has_begun_is_not_put_back(job: Job, sbatch: Sbatc
     assert tree(job.folder) == after
     assert after["recipe.yaml"] == NEW.encode()
     assert not list(job.folder.rglob(".*"))
+
+
+@pytest.mark.parametrize("kind", ["job", "seeds"])
+@pytest.mark.parametrize("where", ["accept", "_note"])
+def test_what_was_accepted_and_written_down_is_not_put_back(
+    kind: str, where: str, request, sbatch: Sbatch, program: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The submission was killed before it was done; the job waited, and was taken out of the queue."""
+    job = request.getfixturevalue(kind)
+    began(job)
+    with monkeypatch.context() as patch:
+        patch.setattr(undo if where == "accept" else submit, where, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        assert not in_a_child(lambda: again(job, program))
+    sbatch.count = 4  # the child's
+    assert (job.folder / ".undo").exists()
+    after = tree(job.folder)
+    for run in job.runs:
+        (run / "cancelled").write_text("by me")
+        submit.resubmit(run)
+    for name in ("recipe.yaml", "environment.txt"):
+        assert all((run / name).read_bytes() == after[str((run / name).relative_to(job.folder))] for run in job.runs)
+    assert (job.runs[-1] / "recipe.yaml").read_text() == NEW
+    assert (job.folder / "code/potamos/x.py").read_text() == "new"
+    for number, run in enumerate(job.runs):
+        suffixes = [f"_{task}" for task in job.tasks[number : number + 1]] or [""]
+        # "2" and "4" are what the fake says to --test-only; each is written down once, in the order of the queue.
+        jobs = attempt.jobs_of(run)
+        assert jobs[:2] == [f"2{suffixes[0]}", f"4{suffixes[0]}"], jobs
+        assert len(jobs) == 3
+    with contextlib.suppress(SlurmError):
+        again(job, program)
+    assert not list(job.folder.rglob(".*")), "also the array's own folder is settled by its next submission"
+
+
+def test_what_was_half_written_down_is_finished(
+    seeds: Job, sbatch: Sbatch, program: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Killed between the first run's job.json and the second's."""
+    began(seeds)
+
+    def once(path: Path, content: bytes) -> None:
+        write_atomically(path, content)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(submit, "write_atomically", once)
+        assert not in_a_child(lambda: again(seeds, program))
+    told = [(run / "job.json").read_bytes() for run in seeds.runs]
+    assert told[0] != told[1]
+    for folder in (*reversed(seeds.runs), seeds.folder):
+        submit._settle(folder)
+        assert (folder / "job.json").read_bytes() == told[0]
+    assert [attempt.jobs_of(run) for run in seeds.runs] == [["2_3", "4_3"], ["2_8", "4_8"]]
+    assert not list(seeds.folder.rglob(".*"))
+
+
+def test_what_was_taken_back_after_it_was_written_down_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The disk was full before the last word: whenever that is cut short, all folders hear the same of it."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    folders, begun, moments, back = [tmp_path / "a", tmp_path / "b"], tmp_path / "begun", 0, 0
+
+    def refused() -> None:
+        with (
+            contextlib.suppress(OSError),
+            undo.unless_accepted({folder: ["job.json"] for folder in folders}) as pending,
+        ):
+            for folder in folders:
+                (folder / "job.json").write_text(json.dumps({"submission": pending.token}))
+            begun.touch()
+            raise OSError(28, "No space left on device")
+
+    def prepared() -> None:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+        begun.unlink(missing_ok=True)
+        (folders[0] / "job.json").write_text('{"submission": "before"}')
+
+    prepared()
+    before = tree(tmp_path)
+    while not killed_at(moments + 1, refused):
+        moments += 1
+        if begun.exists():
+            begun.unlink()
+            verdicts = {undo.settle(folder) is not None for folder in folders}
+            assert len(verdicts) == 1, f"killed before change {moments}"
+            if verdicts == {False}:
+                assert tree(tmp_path) == before, f"killed before change {moments}"
+                back += 1
+        prepared()
+    begun.unlink()
+    assert back > 5
+    assert tree(tmp_path) == before
+
+
+def test_a_roll_back_that_fails_does_not_hide_the_refusal(
+    job: Job, sbatch: Sbatch, program: Path, monkeypatch: pytest.MonkeyPatch
+):
+    before = began(job)
+    sbatch.refuses = "sbatch"
+
+    def full(folder: Path) -> None:
+        if not (folder / ".undo").exists():
+            return
+        raise OSError(28, "No space left on device", str(folder))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(undo, "roll_back", full)
+        with pytest.raises(SlurmError, match="`sbatch` says: no"):
+            again(job, program)
+    with pytest.raises(SlurmError, match="no"):  # the next one puts back first
+        again(job, program)
+    assert tree(job.folder) == before
+
+
+def test_what_killed_ones_left_goes(job: Job, sbatch: Sbatch, program: Path):
+    began(job)
+    for name in (".undo.new.77.tmp", ".undo.old.78.tmp", ".code.new.79.tmp"):
+        (job.folder / name / "kept").mkdir(parents=True)
+    (job.folder / ".job.json.80.tmp").write_text("{")
+    (job.folder / ".state.json.81.tmp").write_text("{")  # a trainer's
+    again(job, program)
+    assert [path.name for path in job.folder.glob(".*")] == [".state.json.81.tmp"]
+
+
+def test_a_run_that_goes_on_keeps_what_it_was_begun_with(job: Job, sbatch: Sbatch, program: Path):
+    """Program and environment belong together; each attempt writes down its own."""
+    began(job)
+    program.write_text("new")
+    submit.submit(job, [NEW], "torch: 2\n")
+    assert (job.folder / "environment.txt").read_text() == "torch: 1\n"
+    assert (job.folder / "code/potamos/x.py").read_text() == "old"
 
 
 def test_leftovers_are_no_other_files(job: Job, sbatch: Sbatch, program: Path):
