@@ -28,7 +28,7 @@ TOOLS = ("paste", "sed", "head", "date", "mkdir", "hostname", "tee", "env", "sle
 STANDINS = {
     "pwned": 'echo "$@" >>"$RECORD/pwned"',
     "scontrol": 'case "$*" in *hostnames*) echo n0 ;; *node*) echo "NodeName=n0 NodeAddr=127.0.0.1 State=UP" ;;'
-    " ping) echo UP ;; esac",
+    ' "show job"*) echo "JobId=12 JobState=RUNNING" ;; ping) echo UP ;; esac',
     "srun": 'printf "%s\\0" "$@" >"$RECORD/srun"; env -0 >"$RECORD/env"; printf "%s\\0" "$PWD" >"$RECORD/pwd"',
 }
 PYTHON = 'case $4 in begin) echo 0 ;; end) echo done ;; esac; printf "%s\\0" "$PWD" >>"$RECORD/judged"'
