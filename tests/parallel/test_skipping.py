@@ -143,7 +143,7 @@ def decide_alone(patch) -> None:
     patch.setattr(Gradients, "squares", alone)
 
 
-@pytest.mark.parametrize(("axes", "value"), zip(LAYOUTS, [math.nan, math.inf] * 2, strict=True), ids=str)
+@pytest.mark.parametrize(("axes", "value"), list(zip(LAYOUTS, [math.nan, math.inf] * 2, strict=True)), ids=str)
 def test_what_is_not_finite_on_one_rank_is_skipped_by_all(trial, tmp_path, run_ranks, axes, value):
     ranks = run_ranks(2, training(trial, tmp_path / "run", axes, not_finite(value)))
     check(trial, tmp_path / "run", ranks)
