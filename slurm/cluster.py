@@ -325,8 +325,8 @@ class Cluster:
 
         def dead() -> bool:
             found = doomed()
-            # Stopped first: a slurmstepd that lives a moment longer than its script tells the controller of a failed job,
-            # which a node that has lost its power does not.
+            # Stopped first: a slurmstepd that lives a moment longer than its script tells the controller of a failed
+            # job, which a node that has lost its power does not.
             daemons.send(found, signal.SIGSTOP)
             daemons.send(found, signal.SIGKILL)
             return not found
