@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 import os
 import platform
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
 from potamos.files import write_atomically
+
+
+def load_from_tests(name: str, path: str) -> ModuleType:
+    """A file below tests/, which is no package, as module ``name``."""
+    file = Path(__file__).resolve().parents[1] / "tests" / path
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def stamp() -> dict[str, Any]:

@@ -12,9 +12,7 @@ they would otherwise just go on.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,24 +20,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from machine import stamp, write_table
+from machine import load_from_tests, stamp, write_table
 
 from potamos.slurm.cluster import Cluster
 
 RESULTS = Path(__file__).parent / "results" / "slurm_faults.csv"
 STEPS = 80
-
-
-def load_life() -> ModuleType:
-    """The watched run of the tests."""
-    path = Path(__file__).resolve().parents[1] / "tests" / "slurm" / "life.py"
-    spec = importlib.util.spec_from_file_location("slurm_life", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["slurm_life"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def measure(life: ModuleType, cluster: Cluster, folder: Path) -> list[dict[str, Any]]:
@@ -93,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=RESULTS)
     out = parser.parse_args().out
-    life = load_life()
+    life = load_from_tests("slurm_life", "slurm/life.py")
     folder = Path(tempfile.mkdtemp(prefix="potamos-faults-"))
     try:
         cluster = Cluster.up(folder / "cluster", nodes=4, deadline=120.0)

@@ -9,28 +9,14 @@ largest errors and the first words of the refusal; an honest run of the same lay
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-from machine import stamp, write_table
+from machine import load_from_tests, stamp, write_table
 
 RESULTS = Path(__file__).parent / "results" / "verify_mistakes.csv"
-
-
-def load_controls() -> ModuleType:
-    """The controls of the tests."""
-    path = Path(__file__).resolve().parents[1] / "tests" / "parallel" / "test_controls.py"
-    spec = importlib.util.spec_from_file_location("parallel_controls", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["parallel_controls"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def judged(controls: ModuleType, control: Any, *, planted: bool) -> dict[str, Any]:
@@ -59,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=RESULTS)
     chosen = parser.parse_args()
-    controls, rows, seen = load_controls(), [], set()
+    controls, rows, seen = load_from_tests("parallel_controls", "parallel/test_controls.py"), [], set()
     for control in controls.CONTROLS:
         if (control.words, control.changes) not in seen:
             seen.add((control.words, control.changes))
