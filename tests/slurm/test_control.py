@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import subprocess
 import sys
 import threading
 import time
@@ -90,22 +89,6 @@ def make(path: Path, *jobs: str) -> RunFolder:
     return RunFolder(path)
 
 
-@contextlib.contextmanager
-def held(run: RunFolder) -> Iterator[None]:
-    """Another process holds the run's lock."""
-    code = (
-        "import fcntl, sys; f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); f.write('process 7 on vm\\n'); "
-        "f.flush(); print('held', flush=True); sys.stdin.read()"
-    )
-    child = subprocess.Popen([sys.executable, "-c", code, str(run.lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    try:
-        assert child.stdout is not None
-        child.stdout.readline()
-        yield
-    finally:
-        child.communicate()
-
-
 def test_the_mark_is_there_before_slurm_hears_of_it(tmp_path: Path, slurm: FalseSlurm):
     run = make(tmp_path / "x", "12")
     slurm.queue(j12="RUNNING")
@@ -175,24 +158,24 @@ def test_one_task_or_the_whole_sweep(tmp_path: Path, slurm: FalseSlurm):
     assert slurm.calls("scancel") == ["scancel 7_1", "scancel 7_2", "scancel --signal=USR1 7_0"]
 
 
-def test_nothing_to_cancel_is_said(tmp_path: Path, slurm: FalseSlurm):
+def test_nothing_to_cancel_is_said(tmp_path: Path, slurm: FalseSlurm, held: Callable[[Path], Any]):
     run = make(tmp_path / "x", "12")
     with pytest.raises(ControlError, match="no job of it waits or runs"):
         cancel([run])
     assert not run.cancelled.exists()  # or the next submission would refuse to begin
-    with held(run):
+    with held(run.lock):
         with pytest.raises(ControlError, match="process 7 on vm trains it; press Ctrl-C"):
             cancel([run])
         with pytest.raises(ControlError, match="is trained by process 7 on vm"):
             requeue(run)
 
 
-def test_ranks_that_outlive_their_job_are_named(tmp_path: Path, slurm: FalseSlurm):
+def test_ranks_that_outlive_their_job_are_named(tmp_path: Path, slurm: FalseSlurm, held: Callable[[Path], Any]):
     """Their slurmd was gone, and Slurm calls the job ended."""
     first, second, _ = (make(tmp_path / "sweep" / name, f"7_{k}") for k, name in enumerate("abc"))
     slurm.queue(j7_0="RUNNING")
     (slurm.folder / "saves").touch()
-    with held(first), held(second):
+    with held(first.lock), held(second.lock):
         done = cancel([tmp_path / "sweep"], grace=20, poll=0.01)
     left = "no job of it is left, but process 7 on vm trains it; send that SIGTERM on its machine"
     assert [str(each) for each in done] == [f"{run.path}: {left}" for run in (first, second)]
